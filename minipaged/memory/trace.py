@@ -1,0 +1,106 @@
+"""Every change of ownership as one event: the trace that the pictures, the tests and the site are drawn from.
+
+A trace is JSON Lines. The first line is the header, each further line one event:
+
+    {"schema": "minipaged.trace", "version": 1, "num_blocks": 8, "block_size": 4, "num_host_blocks": 0}
+    {"event": "schedule", "step": 1, "seqs": {"A": 6}}                    this step computes 6 tokens of A
+    {"event": "allocate", "step": 1, "seq": "A", "logical": 0, "block": 5}
+    {"event": "write", "step": 1, "seq": "A", "start": 0, "count": 4}
+
+`block` is a physical block, `logical` its place in the table of `seq`. An event that the memory makes says what has
+already happened, in order: replaying the events from an empty pool gives the state after each of them.
+Where no trace is wanted, none is passed, and a caller pays one `is not None`.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+SCHEMA = "minipaged.trace"
+VERSION = 1
+
+# Event -> the fields it must have. `step` is added to each; further fields (tokens=[...], text=...) are allowed.
+EVENTS: dict[str, tuple[str, ...]] = {
+    "allocate": ("seq", "logical", "block"),  # a free block becomes the logical block of seq
+    "share": ("seq", "logical", "block"),  # seq names a block that is in use, or cached, too
+    "copy": ("seq", "logical", "source", "target"),  # copy-on-write: seq now names target, and source no more
+    "write": ("seq", "start", "count"),  # K and V of positions start .. start + count - 1 are stored
+    "free": ("seq", "logical", "block"),  # seq names the block no more; with no owner left it is free, or cached
+    "cache": ("block",),  # the block is full and findable by its hash: kept with no owner until it is evicted
+    "evict": ("block",),  # a cached block with no owner is forgotten, and free
+    "swap_out": ("seq", "logical", "block", "host_block"),  # device block -> host block
+    "swap_in": ("seq", "logical", "block", "host_block"),  # host block -> device block
+    "schedule": ("seqs",),  # seqs: sequence -> tokens of it in this step
+    "preempt": ("seq", "mode"),  # mode: recompute or swap
+    "finish": ("seq", "reason"),  # reason: stop, length or abort
+}
+
+Event = dict[str, Any]
+
+
+class Trace:
+    """A list of events that is checked as it grows. Invariant: `step` never falls from one event to the next."""
+
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0):
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_host_blocks = num_host_blocks
+        self.step = 0
+        self.events: list[Event] = []
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Append one event, stamped with the current step. Raises ValueError where the schema is not met."""
+        if event not in EVENTS:
+            raise ValueError(f"unknown event {event!r}: the schema has {', '.join(EVENTS)}")
+        missing = [name for name in EVENTS[event] if name not in fields]
+        if missing:
+            raise ValueError(f"event {event!r} needs {', '.join(missing)}")
+        self.events.append({"event": event, "step": self.step, **fields})
+
+    def header(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "num_blocks": self.num_blocks,
+            "block_size": self.block_size,
+            "num_host_blocks": self.num_host_blocks,
+        }
+
+    def dumps(self) -> str:
+        return "".join(json.dumps(line) + "\n" for line in [self.header(), *self.events])
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.dumps(), encoding="utf-8")
+
+    @classmethod
+    def loads(cls, lines: str | Iterable[str]) -> Self:
+        """Read a trace back. Raises ValueError with the line's number where it is not one, or of another version."""
+        lines = lines.splitlines() if isinstance(lines, str) else lines
+        trace: Self | None = None
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+                if trace is None:
+                    trace = cls._from_header(fields)
+                else:
+                    trace.step = fields.pop("step")
+                    trace.record(fields.pop("event"), **fields)
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"line {number} of the trace: {error}") from error
+        if trace is None:
+            raise ValueError("the trace is empty: not even a header")
+        return trace
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        return cls.loads(Path(path).read_text(encoding="utf-8"))
+
+    @classmethod
+    def _from_header(cls, fields: dict[str, Any]) -> Self:
+        if fields.get("schema") != SCHEMA or fields.get("version") != VERSION:
+            got = f"{fields.get('schema')!r} version {fields.get('version')!r}"
+            raise ValueError(f"expected the header of {SCHEMA!r} version {VERSION}, got {got}")
+        return cls(fields["num_blocks"], fields["block_size"], fields["num_host_blocks"])
