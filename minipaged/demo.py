@@ -1,0 +1,181 @@
+"""The main job: one model, a ragged batch of prompts, three caches, and the same text from all of them.
+
+`run` streams the texts side by side, then shows what each cache cost, then draws the block tables of the first two
+requests, A and B: apart in their logical view, sharing one physical pool.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from minipaged.engine.llm import CACHES, LLM
+from minipaged.engine.sequence import SamplingParams
+from minipaged.model.load import Model, load_model
+from minipaged.viz.snapshot import Snapshot
+from minipaged.viz.terminal import draw
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "Water boils at 100 degrees, ice melts at 0 degrees, and",
+    "An operating system gives every process an address space of its own. It divides memory into pages of equal size, "
+    "and a page table says where each page lies. The main advantage of paging is that",
+)
+REFRESHES_PER_SECOND = 8
+MEBIBYTE = 1 << 20
+
+
+@dataclass
+class Run:
+    """What one cache did with all the prompts."""
+
+    cache: str
+    texts: list[str]
+    token_ids: list[list[int]]
+    first_token_seconds: float = 0.0  # mean over the prompts
+    seconds: float = 0.0
+    reserved_bytes: int = 0  # at the moment when most was reserved
+    used_bytes: int = 0  # at that same moment
+    snapshot: Snapshot | None = None  # the last moment at which A and B both held memory
+    first_times: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.token_ids)) / self.seconds if self.seconds else 0.0
+
+
+def run(
+    console: Console,
+    model: str = "smollm2-135m",
+    max_tokens: int = 24,
+    block_size: int = 16,
+    max_model_len: int | None = None,
+) -> bool:
+    """Run the demonstration. Returns whether all caches, and every prompt alone, gave the same tokens."""
+    with console.status(f"loading {model}"):
+        loaded = load_model(model)
+    context = loaded.transformer.config.max_position
+    max_model_len = max_model_len or min(2048, context)
+    # A contiguous cache has to reserve max_model_len slots a request, written or not: the pool holds as many.
+    num_blocks = len(PROMPTS) * -(-max_model_len // block_size)
+
+    def engine(cache: str) -> LLM:
+        return LLM(loaded, cache=cache, block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)  # type: ignore[arg-type]
+
+    engines = {cache: engine(cache) for cache in CACHES}  # a mistake in the arguments shows before anything is drawn
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    console.print(f"[bold]{len(PROMPTS)} prompts, one ragged batch, {max_tokens} greedy tokens each, three caches[/bold]\n")
+    runs = [Run(cache, [""] * len(PROMPTS), [[] for _ in PROMPTS]) for cache in CACHES]
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        for this in runs:
+            _run_one(engines[this.cache], this, params, lambda: live.update(_side_by_side(runs), refresh=True))
+        live.update(_side_by_side(runs), refresh=True)
+
+    with console.status("each prompt once more, alone, through the paged cache"):
+        alone = [engines["paged"].generate(prompt, params, progress=False)[0].outputs[0].token_ids for prompt in PROMPTS]
+    first = runs[0].token_ids
+    equal = all(this.token_ids == first for this in runs) and alone == first
+    console.print(_verdict(runs, alone, equal))
+    console.print(_costs(runs, loaded, max_model_len, block_size))
+    if runs[-1].snapshot:
+        console.print()
+        console.print(f"[bold]The paged cache, with A and B on their way[/bold]  (A: {PROMPTS[0]!r}, B: {PROMPTS[1]!r})")
+        console.print(draw(runs[-1].snapshot, width=console.width))
+    return equal
+
+
+def _run_one(llm: LLM, this: Run, params: SamplingParams, refresh) -> None:  # type: ignore[no-untyped-def]
+    start = last_drawn = time.perf_counter()
+    first_id: int | None = None
+    for new in llm.stream(list(PROMPTS), params):
+        first_id = int(new.request_id) if first_id is None else first_id
+        prompt = int(new.request_id) - first_id
+        now = time.perf_counter()
+        this.first_times.setdefault(prompt, now - start)
+        this.texts[prompt] += new.text
+        this.token_ids[prompt].append(new.token_id)
+        if llm.memory.num_slots_reserved * llm.bytes_per_token >= this.reserved_bytes:
+            this.reserved_bytes = llm.memory.num_slots_reserved * llm.bytes_per_token
+            this.used_bytes = llm.memory.num_tokens * llm.bytes_per_token
+        if this.cache == "paged":
+            this.snapshot = _snapshot(llm, first_id, this) or this.snapshot
+        if now - last_drawn > 1 / REFRESHES_PER_SECOND:
+            refresh()
+            last_drawn = now
+    this.seconds = time.perf_counter() - start
+    this.first_token_seconds = sum(this.first_times.values()) / len(this.first_times)
+
+
+def _snapshot(llm: LLM, first_id: int, this: Run) -> Snapshot | None:
+    """The block tables of A and B, with their words, and the blocks of everybody else beside them."""
+    tables, num_tokens, texts = {}, {}, {}
+    for i, prompt in enumerate(PROMPTS):
+        blocks = llm.memory.blocks(f"{first_id + i}.0")
+        tokens = llm.tokenizer.encode(prompt) + this.token_ids[i]
+        if not blocks:
+            return None
+        name = chr(ord("A") + i)
+        tables[name] = blocks
+        num_tokens[name] = min(len(tokens) - 1, len(blocks) * llm.memory.block_size)
+        texts[name] = llm.tokenizer.pieces(tokens[: num_tokens[name]])
+    return Snapshot(
+        num_blocks=llm.memory.num_slots // llm.memory.block_size,
+        block_size=llm.memory.block_size,
+        tables=tables,
+        num_tokens=num_tokens,
+        texts=texts,
+    )
+
+
+def _side_by_side(runs: list[Run]) -> Table:
+    table = Table(expand=True, show_lines=True)
+    for this in runs:
+        table.add_column(f"{this.cache} cache" if this.cache != "recompute" else "no cache (recompute)", ratio=1)
+    for i, prompt in enumerate(PROMPTS):
+        beginning = prompt if len(prompt) <= 60 else "... " + prompt[-56:].partition(" ")[2]
+        table.add_row(*(Text.assemble((beginning, "dim"), (this.texts[i], "bold")) for this in runs))
+    return table
+
+
+def _verdict(runs: list[Run], alone: list[list[int]], equal: bool) -> Text:
+    tokens = sum(map(len, runs[0].token_ids))
+    if equal:
+        return Text(
+            f"All {tokens} tokens are equal: across the {len(runs)} caches, and with every prompt run alone.", "bold green"
+        )
+    lines = []
+    for name, theirs in [*((this.cache, this.token_ids) for this in runs[1:]), ("alone", alone)]:
+        for i, (ours, other) in enumerate(zip(runs[0].token_ids, theirs, strict=True)):
+            if ours != other:
+                at = next(k for k, (a, b) in enumerate(zip(ours, other, strict=True)) if a != b)
+                lines.append(f"prompt {i}: {name} differs from recompute at new token {at}: {other[at]}, not {ours[at]}")
+    return Text("The tokens differ.\n" + "\n".join(lines), "bold red")
+
+
+def _costs(runs: list[Run], loaded: Model, max_model_len: int, block_size: int) -> Group:
+    table = Table(title="What each cache cost", title_justify="left")
+    table.add_column("cache")
+    for heading in ("first token, s", "tokens/s", "K/V reserved, MiB", "K/V used, MiB", "used / reserved"):
+        table.add_column(heading, justify="right")
+    for this in runs:
+        share = f"{this.used_bytes / this.reserved_bytes:.1%}" if this.reserved_bytes else "-"
+        table.add_row(
+            this.cache,
+            f"{this.first_token_seconds:.2f}",
+            f"{this.tokens_per_second:.1f}",
+            f"{this.reserved_bytes / MEBIBYTE:.1f}",
+            f"{this.used_bytes / MEBIBYTE:.1f}",
+            share,
+        )
+    per_token = loaded.transformer.config.kv_bytes_per_token(next(loaded.transformer.parameters()).dtype)
+    note = (
+        f"One token holds {per_token:,} bytes of K and V. The contiguous cache reserves {max_model_len:,} slots a request, "
+        f"the paged one blocks of {block_size} as they are filled."
+    )
+    return Group(Text(""), table, Text(note, "dim"))
+
+

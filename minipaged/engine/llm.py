@@ -1,0 +1,270 @@
+"""Chapter 10. `LLM`: prompts in, texts out, over any of the three caches.
+
+    while anything is unfinished:
+        work   = scheduler.schedule()          who computes what (plain Python)
+        logits = model(step(work), cache)      one ragged batch, prompts and single tokens mixed
+        tokens = sample(logits)                for every sequence whose end was reached
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import count
+from pathlib import Path
+from typing import Literal, NamedTuple, TypedDict
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from minipaged.engine.sampling import generator, sample
+from minipaged.engine.scheduler import Scheduler, Work
+from minipaged.engine.sequence import CompletionOutput, FinishReason, RequestOutput, SamplingParams, Sequence
+from minipaged.kvcache import ContiguousCache, PagedCache, RecomputeCache
+from minipaged.memory.block_manager import BlockManager, NoMemory, SlabManager
+from minipaged.model.contract import KVCache, Scheduled, make_step
+from minipaged.model.load import Model, load_model
+from minipaged.model.tokenizer import TextStream
+
+DEFAULT_POOL_BYTES = 1 << 30  # K and V of all layers; the system commits a page of it when it is first written
+CACHES = ("recompute", "contiguous", "paged")
+
+
+class TokenPrompt(TypedDict):
+    prompt_token_ids: list[int]
+
+
+Prompt = str | TokenPrompt
+
+
+class StreamOutput(NamedTuple):
+    """One new token of one sample: `text` is what it adds (empty while a character is unfinished)."""
+
+    request_id: str
+    index: int
+    text: str
+    token_id: int
+    finish_reason: FinishReason | None
+
+
+class LLM:
+    """A model, a cache and a scheduler. The arguments and methods carry vLLM's names.
+
+    model: "smollm2-135m", "tiny", a GGUF file, a folder with safetensors, or what `load_model` returned (so that several
+    engines share one copy of the weights). cache: "recompute", "contiguous" or "paged". num_blocks: size of the pool; by default what 1 GiB holds, for every cache the same bytes. max_model_len:
+    tokens of context at most, by default the model's own. backend: "torch", or "auto" to choose (torch, today).
+    Raises ValueError for an argument that does not fit, before any memory is taken.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Model = "smollm2-135m",
+        *,
+        cache: Literal["recompute", "contiguous", "paged"] = "paged",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        backend: Literal["auto", "torch"] = "auto",
+        dtype: str = "float32",
+        device: str | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        seed: int = 0,
+    ):
+        if cache not in CACHES:
+            raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
+        if backend not in ("auto", "torch"):
+            raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        if num_blocks is not None and num_blocks < 1:
+            raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded = model if isinstance(model, Model) else load_model(model, dtype, seed)
+        transformer, self.tokenizer = loaded
+        self.transformer = transformer.to(device)
+        self.config, self.device, self.seed = transformer.config, device, seed
+        self.dtype = next(transformer.parameters()).dtype
+
+        if max_model_len is None:
+            max_model_len = self.config.max_position
+        if not 2 <= max_model_len <= self.config.max_position:
+            raise ValueError(f"max_model_len must be 2 to {self.config.max_position}, got {max_model_len}")
+        self.bytes_per_token = self.config.kv_bytes_per_token(self.dtype)
+        if num_blocks is None:
+            most = max_num_seqs * -(-max_model_len // block_size)  # more could never be in use at once
+            num_blocks = max(1, min(most, DEFAULT_POOL_BYTES // (self.bytes_per_token * block_size)))
+
+        self.memory: BlockManager | NoMemory
+        self.cache: KVCache
+        if cache == "paged":
+            self.memory = BlockManager(num_blocks, block_size)
+            self.cache = PagedCache(self.config, num_blocks, block_size, self.dtype, device)
+        elif cache == "contiguous":
+            num_slabs = num_blocks * block_size // max_model_len
+            if num_slabs < 1:
+                raise ValueError(
+                    f"the pool of {num_blocks} * {block_size} = {num_blocks * block_size} slots holds no slab of "
+                    f"max_model_len = {max_model_len}: give it more blocks, or a smaller max_model_len"
+                )
+            self.memory = SlabManager(num_slabs, max_model_len)
+            self.cache = ContiguousCache(self.config, num_slabs, max_model_len, self.dtype, device)
+        else:
+            self.memory = NoMemory()
+            self.cache = RecomputeCache()
+        self.scheduler = Scheduler(self.memory, max_model_len, max_num_seqs, max_num_batched_tokens)
+        self._request_ids = count()
+        self._streams: dict[str, TextStream] = {}
+
+    # ---- what a user calls -------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | list[Prompt] | list[str],
+        sampling_params: SamplingParams | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer every prompt, in the order given. progress: a bar on the terminal (by default where there is one).
+
+        Raises ValueError, before anything runs, for a prompt that can never run. An exception or Ctrl-C in the middle
+        gives back all memory of these prompts.
+        """
+        requests = self._requests(prompts, sampling_params or SamplingParams())
+        outputs = [output for output, _ in requests]
+        total = sum(seq.params.max_tokens for _, seqs in requests for seq in seqs)
+        with self._progress(progress, total) as update:
+            for new in self._run(requests):
+                if update:
+                    update(new)
+        return outputs
+
+    def stream(
+        self, prompts: Prompt | list[Prompt] | list[str], sampling_params: SamplingParams | None = None
+    ) -> Iterator[StreamOutput]:
+        """Answer every prompt and yield each token when it is there. Prompts are checked at the call, not at the first
+        token. Request ids count up in the order of the prompts. Leaving the loop early gives back all memory."""
+        return self._run(self._requests(prompts, sampling_params or SamplingParams()))
+
+    def step(self) -> list[StreamOutput]:
+        """One iteration: schedule, run the model once, sample. Empty where nothing is unfinished."""
+        work = self.scheduler.schedule()
+        if not work:
+            return []
+        logits = self._forward(work)
+        self.scheduler.computed(work)
+        done = [item.seq for item in work if item.reaches_end]
+        return [self._accept(seq, token) for seq, token in zip(done, sample(logits, done), strict=True)]
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _forward(self, work: list[Work]) -> torch.Tensor:
+        """Logits of the last token of every sequence whose end this step reaches: [those sequences, vocab_size]."""
+        batch = [
+            Scheduled(item.seq.tokens(item.start, item.start + item.count), item.start, self.memory.blocks(item.seq.seq_id))
+            for item in work
+        ]
+        step = make_step(batch, self.memory.block_size, self.device)
+        hidden = self.transformer(step, self.cache)  # [num_tokens, hidden_size]
+        ends = [i for i, item in enumerate(work) if item.reaches_end]
+        last = step.query_start_loc[1:][ends].long() - 1
+        return self.transformer.logits(hidden[last])
+
+    def _accept(self, seq: Sequence, token: int) -> StreamOutput:
+        """Append a token to its sequence, with its text, and finish the sequence where it ends."""
+        output, params = seq.output, seq.params
+        output.token_ids.append(token)
+        ends_text = token in self.tokenizer.eos_token_ids and not params.ignore_eos
+        before = output.text
+        output.text += self._streams[seq.seq_id].push(token)
+        stopped_at = min((at for s in params.stop_strings if (at := output.text.find(s)) >= 0), default=None)
+        reason: FinishReason | None = None
+        if stopped_at is not None:
+            output.text = output.text[:stopped_at]
+            reason = "stop"
+        elif ends_text:
+            reason = "stop"
+        elif len(output.token_ids) >= params.max_tokens or len(seq) >= self.scheduler.max_model_len:
+            reason = "length"
+        if reason:
+            self._finish(seq, reason)
+        request_id = seq.seq_id.rpartition(".")[0]
+        return StreamOutput(request_id, output.index, output.text[len(before) :], token, reason)
+
+    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+        self.scheduler.finish(seq, reason)
+        self._streams.pop(seq.seq_id, None)
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    def _run(self, requests: list[tuple[RequestOutput, list[Sequence]]]) -> Iterator[StreamOutput]:
+        mine = {output.request_id for output, _ in requests}
+        try:
+            while not all(output.finished for output, _ in requests):
+                yield from (new for new in self.step() if new.request_id in mine)
+        finally:
+            for _, seqs in requests:
+                for seq in seqs:
+                    self._finish(seq, "abort")  # does nothing to one that has finished
+
+    def _requests(
+        self, prompts: Prompt | list[Prompt] | list[str], params: SamplingParams
+    ) -> list[tuple[RequestOutput, list[Sequence]]]:
+        """Check all prompts, then queue them all: either every one is accepted or none."""
+        items: Iterable[Prompt] = [prompts] if isinstance(prompts, str | dict) else prompts
+        requests = []
+        for number, prompt in enumerate(items):
+            try:
+                token_ids = self._encode(prompt)
+                self.scheduler.check(len(token_ids), params.max_tokens)
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}") from error
+            request_id = str(next(self._request_ids))
+            # Without a seed of its own, a request draws from the engine's seed and its number.
+            seed = params.seed if params.seed is not None else self.seed + 7919 * (int(request_id) + 1)
+            outputs = [CompletionOutput(i) for i in range(params.n)]
+            seqs = [
+                Sequence(f"{request_id}.{output.index}", token_ids, params, output, 0, generator(seed, output.index))
+                for output in outputs
+            ]
+            text = prompt if isinstance(prompt, str) else None
+            requests.append((RequestOutput(request_id, text, token_ids, outputs), seqs))
+        for _, seqs in requests:
+            for seq in seqs:
+                self.scheduler.add(seq)
+                self._streams[seq.seq_id] = self.tokenizer.stream()
+        return requests
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
+            raise ValueError(f"a prompt is a string or {{'prompt_token_ids': [...]}}, got {prompt!r}")
+        token_ids = list(prompt["prompt_token_ids"])
+        for token in token_ids:
+            if not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
+                raise ValueError(f"token {token!r} does not exist: the vocabulary has 0 to {self.config.vocab_size - 1}")
+        return token_ids
+
+    def _progress(self, wanted: bool | None, total: int):  # type: ignore[no-untyped-def]
+        console = Console(stderr=True)
+        if not (console.is_terminal if wanted is None else wanted):
+            return nullcontext()
+        return _TokenBar(console, total)
+
+
+class _TokenBar:
+    """A bar of tokens; a sample that ends early lowers its end."""
+
+    def __init__(self, console: Console, total: int):
+        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self):  # type: ignore[no-untyped-def]
+        self._bar.start()
+        return lambda new: self._bar.advance(self._task)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

@@ -1,0 +1,55 @@
+"""Chapter 3. The naive cache: one slab a request, reserved to the greatest length it may reach.
+
+    slab 0   [ A A A A A . . . . . . . . . . . ]     5 tokens held, 11 slots reserved for what may never come
+    slab 1   [ B B . . . . . . . . . . . . . . ]
+    slab 2   [ . . . . . . . . . . . . . . . . ]     free
+
+K and V of past tokens are asked for at every step and never change, so keep them. Q is not kept: the query of a token
+is used once, in the step that computes the token. Attention reads a slab as it lies: a view, no table, no copy.
+In the step's `block_tables` a row has one entry here, the number of the slab. Chapter 6 will need more of them.
+"""
+
+import torch
+from torch import Tensor
+
+from minipaged.attention.contiguous import causal_attention
+from minipaged.model.contract import Step
+from minipaged.model.transformer import ModelConfig
+
+
+class ContiguousCache:
+    """`num_slabs` slabs of `max_len` tokens, in every layer.
+
+    Invariant: position p of a sequence lies at offset p of its slab, and offsets past its length are never read.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_slabs: int,
+        max_len: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        if num_slabs < 1 or max_len < 1:
+            raise ValueError(f"num_slabs and max_len must be at least 1, got {num_slabs} and {max_len}")
+        shape = (config.num_layers, num_slabs, config.num_kv_heads, max_len, config.head_dim)
+        self.key_cache = torch.empty(shape, dtype=dtype, device=device)
+        self.value_cache = torch.empty(shape, dtype=dtype, device=device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
+        """Store the new K and V behind the old ones of each slab, then attend over the slab."""
+        starts, lens = step.query_start_loc.tolist(), step.seq_lens.tolist()
+        slabs = step.block_tables[:, 0].tolist()
+        out = torch.empty_like(query)
+        for seq, (slab, seq_len) in enumerate(zip(slabs, lens, strict=True)):
+            rows = slice(starts[seq], starts[seq + 1])
+            new = slice(seq_len - (rows.stop - rows.start), seq_len)
+            keys = self.key_cache[layer, slab]  # [num_kv_heads, max_len, head_dim], a view
+            values = self.value_cache[layer, slab]
+            keys[:, new] = key[rows].transpose(0, 1)
+            values[:, new] = value[rows].transpose(0, 1)
+            out[rows] = causal_attention(
+                query[rows], keys[:, :seq_len], values[:, :seq_len], scale=query.shape[-1] ** -0.5
+            )
+        return out

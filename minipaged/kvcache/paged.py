@@ -1,0 +1,59 @@
+"""Chapter 7. The paged cache: one pool of equal blocks for all requests, read through each one's block table.
+
+    block 0 [ A0 A1 A2 A3 ]   block 1 [ B0 B1 B2 B3 ]   block 2 [ A4 A5 .. .. ]   block 3 [ free ]
+
+    A: [0, 2]     B: [1]
+
+The tensors know nothing of requests. Who owns which block is decided in memory/, in plain Python, and arrives as two
+arrays of the step: `slot_mapping` says where to write, `block_tables` says where to read.
+"""
+
+import torch
+from torch import Tensor
+
+from minipaged.attention.paged import paged_attention, write_kv
+from minipaged.model.contract import Step
+from minipaged.model.transformer import ModelConfig
+
+
+class PagedCache:
+    """`num_blocks` blocks of `block_size` tokens, in every layer; a block's number means the same block in all layers.
+
+    Invariant: slot block * block_size + offset of a layer holds the K and V of one token of the block's owners.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
+        shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        # Not zeroed: the system hands out pages of this memory when they are first written, and not before.
+        self.key_cache = torch.empty(shape, dtype=dtype, device=device)
+        self.value_cache = torch.empty(shape, dtype=dtype, device=device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
+        """Write the new K and V to their slots, then attend through the block tables."""
+        key_cache, value_cache = self.key_cache[layer], self.value_cache[layer]
+        write_kv(key, value, key_cache, value_cache, step.slot_mapping)
+        return paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            step.block_tables,
+            step.seq_lens,
+            step.query_start_loc,
+            scale=query.shape[-1] ** -0.5,
+        )
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, target) in every layer: what `BlockTable.append_tokens` asks for (chapter 9)."""
+        if copies:
+            source, target = torch.tensor(copies, device=self.key_cache.device).T
+            self.key_cache[:, target] = self.key_cache[:, source]
+            self.value_cache[:, target] = self.value_cache[:, source]

@@ -1,0 +1,90 @@
+"""Chapter 2. From a model's name to a transformer and its tokenizer."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minipaged.model import fetch
+from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from minipaged.model.transformer import ModelConfig, Transformer
+from minipaged.model.weights import (
+    build_transformer,
+    config_from_gguf,
+    config_from_json,
+    open_gguf,
+    tensors_from_gguf,
+    tensors_from_safetensors,
+)
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+# Two layers, four query heads on two KV heads: small enough for a property test, odd enough to catch a wrong stride.
+TINY = ModelConfig(
+    vocab_size=257,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position=512,
+)
+
+
+class Model(NamedTuple):
+    transformer: Transformer
+    tokenizer: TextTokenizer
+
+
+def load_model(name: str | Path, dtype: str = "float32", seed: int = 0) -> Model:
+    """`name`: "smollm2-135m", "tiny", a GGUF file, or a folder with config.json, *.safetensors and tokenizer.json.
+
+    `seed` draws the weights of "tiny". Raises ValueError (ModelFileError, where a file is to blame) with what is wrong,
+    and FetchError where SmolLM2 is not here and cannot be brought.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if name == "tiny":
+        return Model(tiny_transformer(DTYPES[dtype], seed), byte_tokenizer())
+    if name == "smollm2-135m":
+        return _load_gguf(fetch.fetch(), DTYPES[dtype])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        config = config_from_json(path / "config.json") if (path / "config.json").exists() else None
+        if config is None:
+            raise ValueError(f"{path} holds no config.json: give a folder with config.json, *.safetensors, tokenizer.json")
+        transformer = build_transformer(config, tensors_from_safetensors(path), DTYPES[dtype])
+        return Model(transformer, tokenizer_from_folder(path))
+    if path.is_file():
+        return _load_gguf(path, DTYPES[dtype])
+    raise ValueError(
+        f"unknown model {str(name)!r}: take 'smollm2-135m', 'tiny', a GGUF file, or a folder with safetensors"
+    )
+
+
+def tiny_transformer(dtype: torch.dtype = torch.float32, seed: int = 0, config: ModelConfig = TINY) -> Transformer:
+    """Random weights of a known seed, strong enough that each greedy token depends on all tokens before it.
+
+    (With the usual small weights the residual stream would carry the last token through, and a model with tied
+    embeddings would repeat it for ever: a test of caches would then pass whatever attention did.)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    transformer = Transformer(config, torch.float64)
+    for name, parameter in transformer.named_parameters():
+        if parameter.dim() == 2:  # the norms stay at 1
+            std = 0.2 if name.startswith("embed_tokens") else 4.0 * parameter.shape[1] ** -0.5
+            parameter.data.normal_(0.0, std, generator=generator)
+    return transformer.to(dtype).requires_grad_(False).eval()
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> Model:
+    reader = open_gguf(path)
+    config = config_from_gguf(reader)
+    transformer = build_transformer(config, tensors_from_gguf(reader, config), dtype)
+    return Model(transformer, tokenizer_from_gguf(reader))

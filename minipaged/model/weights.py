@@ -1,0 +1,213 @@
+"""Chapter 2. Weights from a file: GGUF (llama.cpp's format), or safetensors beside a Hugging Face config.json.
+
+Both are read into one dictionary under the names that Hugging Face gives, checked shape by shape against the
+configuration, and then stacked as `Transformer` holds them. Pickled files are never opened: they can run code.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minipaged.model.transformer import ModelConfig, Transformer
+
+# GGUF's name of a tensor -> Hugging Face's. Those of layer i stand behind "blk.i." and "model.layers.i.".
+_GGUF_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_GGUF_LAYER_NAMES = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+
+
+class ModelFileError(ValueError):
+    """A model file is damaged, foreign, or says something else than its configuration."""
+
+
+def open_gguf(path: Path) -> gguf.GGUFReader:
+    """Map a GGUF file into memory. Raises ModelFileError where it is none, or is cut short."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelFileError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # the reader meets a short file in many ways: an index, a reshape, a decoding
+        raise ModelFileError(f"{path} ({size:,} bytes) is damaged or cut short: {error}") from error
+    return reader
+
+
+def gguf_field(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
+    """The value of a metadata field. Raises ModelFileError where it is missing and no default is given."""
+    field = reader.get_field(name)
+    if field is not None:
+        return field.contents()
+    if default is None:
+        raise ModelFileError(f"the GGUF file has no field {name}")
+    return default
+
+
+def config_from_gguf(reader: gguf.GGUFReader) -> ModelConfig:
+    architecture = gguf_field(reader, "general.architecture")
+    if architecture != "llama":
+        raise ModelFileError(f"architecture {architecture!r} is not supported: only 'llama' is")
+    if reader.get_field("llama.rope.scaling.type") is not None or _has_tensor(reader, "rope_freqs.weight"):
+        raise ModelFileError("the model scales its rotary positions, which is not supported")
+
+    def get(name: str, default: Any = None) -> Any:
+        return gguf_field(reader, f"llama.{name}", default)
+
+    num_heads, hidden_size = get("attention.head_count"), get("embedding_length")
+    return ModelConfig(
+        vocab_size=len(gguf_field(reader, "tokenizer.ggml.tokens")),
+        hidden_size=hidden_size,
+        intermediate_size=get("feed_forward_length"),
+        num_layers=get("block_count"),
+        num_heads=num_heads,
+        num_kv_heads=get("attention.head_count_kv", num_heads),
+        head_dim=get("attention.key_length", hidden_size // num_heads),
+        max_position=get("context_length"),
+        rope_theta=get("rope.freq_base", 10_000.0),
+        rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
+        tie_embeddings=not _has_tensor(reader, "output.weight"),
+    )
+
+
+def tensors_from_gguf(reader: gguf.GGUFReader, config: ModelConfig) -> dict[str, Tensor]:
+    """Every tensor, dequantised to float32, under its Hugging Face name."""
+    tensors = {}
+    for entry in reader.tensors:
+        name = _hugging_face_name(entry.name)
+        array = gguf.dequantize(entry.data, entry.tensor_type)
+        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())  # float32 ones are views of the file
+        if name.endswith("q_proj.weight"):
+            tensor = _halves_from_pairs(tensor, config.num_heads)
+        elif name.endswith("k_proj.weight"):
+            tensor = _halves_from_pairs(tensor, config.num_kv_heads)
+        tensors[name] = tensor
+    return tensors
+
+
+def config_from_json(path: Path) -> ModelConfig:
+    """Read a Hugging Face config.json. Raises ModelFileError for another architecture, or where a number is missing."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields["model_type"] != "llama":
+            raise ModelFileError(f"{path}: model_type {fields['model_type']!r} is not supported: only 'llama' is")
+        if fields.get("attention_bias") or fields.get("mlp_bias") or fields.get("hidden_act", "silu") != "silu":
+            raise ModelFileError(f"{path}: biases and activations other than silu are not supported")
+        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ModelFileError(f"{path}: the model scales its rotary positions, which is not supported: {rope}")
+        return ModelConfig(
+            vocab_size=fields["vocab_size"],
+            hidden_size=fields["hidden_size"],
+            intermediate_size=fields["intermediate_size"],
+            num_layers=fields["num_hidden_layers"],
+            num_heads=fields["num_attention_heads"],
+            num_kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
+            head_dim=fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
+            max_position=fields["max_position_embeddings"],
+            rope_theta=rope.get("rope_theta", fields.get("rope_theta", 10_000.0)),
+            rms_norm_eps=fields["rms_norm_eps"],
+            tie_embeddings=fields.get("tie_word_embeddings", False),
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ModelFileError(f"{path} is not a usable config.json: {error!r}") from error
+
+
+def tensors_from_safetensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of every *.safetensors file in the folder."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dictionary)
+        except SafetensorError as error:
+            raise ModelFileError(f"{path} ({path.stat().st_size:,} bytes) is damaged or cut short: {error}") from error
+    if not tensors:
+        raise ModelFileError(f"{folder} holds no *.safetensors file")
+    return tensors
+
+
+def build_transformer(config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype) -> Transformer:
+    """A Transformer over these weights. Raises ModelFileError naming the first tensor that is missing or misshapen."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+    def take(name: str, *shape: int) -> Tensor:
+        if name not in tensors:
+            raise ModelFileError(f"the model has no tensor {name}")
+        if tuple(tensors[name].shape) != shape:
+            got = list(tensors[name].shape)
+            raise ModelFileError(f"tensor {name} has shape {got}, the model's configuration asks for {list(shape)}")
+        return tensors[name].to(dtype)
+
+    state = {
+        "embed_tokens.weight": take("model.embed_tokens.weight", config.vocab_size, hidden),
+        "norm.weight": take("model.norm.weight", hidden),
+    }
+    tied = config.tie_embeddings
+    state["lm_head.weight"] = state["embed_tokens.weight"] if tied else take("lm_head.weight", config.vocab_size, hidden)
+    for i in range(config.num_layers):
+        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
+        stacks: dict[str, list[tuple[str, tuple[int, ...]]]] = {
+            "attention_norm": [("input_layernorm", (hidden,))],
+            "qkv_proj": [
+                ("self_attn.q_proj", (q_size, hidden)),
+                ("self_attn.k_proj", (kv_size, hidden)),
+                ("self_attn.v_proj", (kv_size, hidden)),
+            ],
+            "o_proj": [("self_attn.o_proj", (hidden, q_size))],
+            "mlp_norm": [("post_attention_layernorm", (hidden,))],
+            "gate_up_proj": [("mlp.gate_proj", (inner, hidden)), ("mlp.up_proj", (inner, hidden))],
+            "down_proj": [("mlp.down_proj", (hidden, inner))],
+        }
+        for target, parts in stacks.items():
+            rows = [take(f"{theirs}{name}.weight", *shape) for name, shape in parts]
+            state[f"{ours}{target}.weight"] = torch.cat(rows) if len(rows) > 1 else rows[0]
+    with torch.device("meta"):  # no storage and no random numbers for weights that are replaced in the next line
+        model = Transformer(config, dtype)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _hugging_face_name(name: str) -> str:
+    if name in _GGUF_NAMES:
+        return _GGUF_NAMES[name]
+    prefix, _, rest = name.partition(".")
+    layer, _, leaf = rest.partition(".")
+    if prefix == "blk" and leaf in _GGUF_LAYER_NAMES:
+        return f"model.layers.{layer}.{_GGUF_LAYER_NAMES[leaf]}"
+    raise ModelFileError(f"the GGUF file has a tensor that a Llama does not: {name}")
+
+
+def _halves_from_pairs(weight: Tensor, num_heads: int) -> Tensor:
+    """Undo llama.cpp's permutation of W^Q and W^K.
+
+    llama.cpp turns neighbouring pairs (0, 1), (2, 3), ...; `rotate` turns (0, d/2), (1, d/2 + 1), ... So the even rows
+    of a head become its first half and the odd rows its second.
+    """
+    rows, columns = weight.shape
+    pairs = weight.view(num_heads, rows // num_heads // 2, 2, columns)  # [heads, head_dim / 2, 2, hidden_size]
+    return pairs.transpose(1, 2).reshape(rows, columns)
+
+
+def _has_tensor(reader: gguf.GGUFReader, name: str) -> bool:
+    return any(tensor.name == name for tensor in reader.tensors)
+
+
