@@ -1,0 +1,41 @@
+"""What all tests share: how hard Hypothesis tries, and the real model where it has been fetched."""
+
+import os
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# quick: every run. thorough: before a release, and once for each figure in a note.
+_COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=50, **_COMMON)
+settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)
+settings.register_profile("thorough", max_examples=10_000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct in float32, loaded once."""
+    from minipaged.model import fetch
+    from minipaged.model.load import load_model
+
+    if not fetch.is_fetched():
+        pytest.skip("SmolLM2 is not here: run `minipaged fetch`")
+    return load_model("smollm2-135m")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_for_tiny_tensors(request):
+    """Threads that wait for one another cost more than a tiny model computes, above all beside other processes.
+
+    Tests of chapters that are plain Python need no torch, and do not wait for its import.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or request.node.get_closest_marker("smollm2") or request.node.get_closest_marker("oracle"):
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

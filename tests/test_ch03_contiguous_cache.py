@@ -1,0 +1,175 @@
+"""Chapters 3 and 7. Every cache keeps the contract: however the tokens come, attention is as if all had come at once.
+
+Random queries, keys and values stand for a model, so that a cache is tested with nothing around it. All its memory is
+NaN at first, and memory that ended sequences leave behind is used again by later ones.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import BLOCK_SIZES, generators, head_shapes
+
+from minipaged.kvcache import ContiguousCache, PagedCache, RecomputeCache
+from minipaged.memory.block_manager import BlockManager, NoMemory, SlabManager
+from minipaged.model.contract import Scheduled, Step, make_step
+from minipaged.model.transformer import ModelConfig
+from minipaged.reference import masked_attention
+
+pytestmark = [pytest.mark.ch03, pytest.mark.ch07]
+
+MAX_LEN = 24
+NUM_LAYERS = 2
+MAX_LIVE = 3  # sequences at once
+
+
+def config(num_heads, num_kv_heads, head_dim):
+    return ModelConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=NUM_LAYERS,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position=MAX_LEN,
+    )
+
+
+def poisoned(cache):
+    cache.key_cache.fill_(torch.nan)
+    cache.value_cache.fill_(torch.nan)
+    return cache
+
+
+def contiguous(shape, draw):
+    return SlabManager(MAX_LIVE, MAX_LEN), poisoned(ContiguousCache(config(*shape), MAX_LIVE, MAX_LEN, torch.float64))
+
+
+def paged(shape, draw):
+    block_size = draw(st.sampled_from(BLOCK_SIZES), label="block_size")
+    num_blocks = MAX_LIVE * -(-MAX_LEN // block_size)
+    return BlockManager(num_blocks, block_size), poisoned(
+        PagedCache(config(*shape), num_blocks, block_size, torch.float64)
+    )
+
+
+def recompute(shape, draw):
+    return NoMemory(), RecomputeCache()
+
+
+@dataclass
+class Live:
+    """A sequence with all the numbers that it will ever need: [NUM_LAYERS, MAX_LEN, heads, head_dim] each."""
+
+    name: str
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    done: int = 0
+
+
+@pytest.mark.parametrize("make", [recompute, contiguous, paged], ids=lambda make: make.__name__)
+@given(data=st.data())
+def test_tokens_in_any_portions_equal_all_at_once(make, data):
+    shape = data.draw(head_shapes(max_group=3), label="heads")
+    memory, cache = make(shape, data.draw)
+    rng = data.draw(generators())
+    live: list[Live] = []
+    for number in range(data.draw(st.integers(1, 6), label="steps")):
+        # Some sequences end; their memory goes to whoever comes next.
+        for seq in [s for s in live if s.done == MAX_LEN or data.draw(st.integers(0, 4), label="ends if 0") == 0]:
+            memory.free(seq.name)
+            live.remove(seq)
+        while len(live) < MAX_LIVE and (not live or data.draw(st.booleans(), label="one more sequence")):
+            num_heads, num_kv_heads, head_dim = shape
+            arrays = [rng.standard_normal((NUM_LAYERS, MAX_LEN, h, head_dim)) for h in (num_heads, *[num_kv_heads] * 2)]
+            live.append(Live(f"{number}.{len(live)}", *arrays))
+        counts = [min(data.draw(st.just(1) | st.integers(1, 9), label="new tokens"), MAX_LEN - s.done) for s in live]
+        batch = []
+        for seq, count in zip(live, counts, strict=True):
+            assert memory.append(seq.name, count) == []  # nothing is shared here, so nothing is copied
+            start = seq.done if memory.keeps_tokens else 0
+            batch.append(Scheduled([0] * (seq.done + count - start), start, memory.blocks(seq.name)))
+        step = make_step(batch, memory.block_size)
+
+        for layer in range(NUM_LAYERS):
+
+            def new(name, layer=layer, batch=batch):
+                parts = [
+                    getattr(s, name)[layer, b.start : b.start + len(b.token_ids)]
+                    for s, b in zip(live, batch, strict=True)
+                ]
+                return torch.from_numpy(np.concatenate(parts))
+
+            out = cache.attend(layer, new("query"), new("key"), new("value"), step)
+            for i, (seq, item) in enumerate(zip(live, batch, strict=True)):
+                rows = slice(*step.query_start_loc[i : i + 2].tolist())
+                length = item.start + len(item.token_ids)
+                expected = masked_attention(
+                    seq.query[layer, item.start : length], seq.key[layer, :length], seq.value[layer, :length]
+                )
+                np.testing.assert_allclose(out[rows].numpy(), expected, rtol=1e-9, atol=1e-10)
+        for seq, count in zip(live, counts, strict=True):
+            seq.done += count
+
+
+def test_recompute_refuses_a_sequence_that_does_not_come_whole():
+    step = make_step([Scheduled([1, 2], start=3)], 0)
+    with pytest.raises(ValueError, match="all 5 tokens must come; got 2"):
+        RecomputeCache().attend(0, torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), step)
+
+
+@given(
+    block_size=st.sampled_from(BLOCK_SIZES),
+    spans=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=5),
+    rng=generators(),
+)
+def test_a_step_translates_every_position_to_its_slot(block_size, spans, rng):
+    """make_step does it in bulk; here it is done one token at a time."""
+    tables = [list(rng.permutation(100)[: -(-(start + count) // block_size)]) for start, count in spans]
+    batch = [
+        Scheduled(list(range(start, start + count)), start, table)
+        for (start, count), table in zip(spans, tables, strict=True)
+    ]
+    step: Step = make_step(batch, block_size)
+    expected = [
+        (position, table[position // block_size] * block_size + position % block_size)
+        for (start, count), table in zip(spans, tables, strict=True)
+        for position in range(start, start + count)
+    ]
+    assert list(zip(step.positions.tolist(), step.slot_mapping.tolist(), strict=True)) == expected
+    assert step.token_ids.tolist() == step.positions.tolist()
+    assert step.seq_lens.tolist() == [start + count for start, count in spans]
+    assert step.query_start_loc.tolist() == [0, *np.cumsum([count for _, count in spans])]
+    for row, table in zip(step.block_tables.tolist(), tables, strict=True):
+        assert row == [*table, *[-1] * (len(row) - len(table))]
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4)])
+def test_a_cache_of_no_size_is_refused(sizes):
+    for kind in (ContiguousCache, PagedCache):
+        with pytest.raises(ValueError, match=f"got {sizes[0]} and {sizes[1]}"):
+            kind(config(1, 1, 2), *sizes)
+
+
+def test_a_pool_is_in_use_exactly_as_far_as_its_tables_say():
+    paged, slabs = BlockManager(8, 4), SlabManager(2, 16)
+    for memory in (paged, slabs):
+        memory.append("A", 5)
+        memory.append("B", 1)
+        assert memory.num_tokens == 6
+    assert (paged.num_slots, paged.num_slots_reserved) == (32, 12)  # two blocks and one
+    assert (slabs.num_slots, slabs.num_slots_reserved) == (32, 32)  # a slab each, however little they hold
+    assert not slabs.can_append("A", 12), "a slab has no second one to go on in"
+    assert not slabs.can_append("C", 1), "both slabs are taken"
+    assert paged.can_append("C", 20)
+    assert not paged.can_append("C", 21)
+    for memory in (paged, slabs):
+        memory.free("A")
+        memory.free("B")
+        memory.free("nobody")
+        assert memory.num_slots_reserved == memory.num_tokens == 0

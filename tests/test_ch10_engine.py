@@ -1,0 +1,299 @@
+"""Chapter 10, first form. One text, whatever the engine does: in any batch, any cache, any pool, preempted or not.
+
+The model is `tiny` in float64: random weights, and every greedy token depends on all tokens before it.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipaged import LLM, SamplingParams
+from minipaged.engine.sampling import probabilities
+from minipaged.engine.scheduler import Scheduler
+from minipaged.engine.sequence import CompletionOutput, Sequence
+from minipaged.memory.block_manager import BlockManager, NoMemory
+from minipaged.model.load import load_model
+
+pytestmark = pytest.mark.ch10
+
+CONTEXT = 48  # max_model_len of every engine here
+
+
+@cache
+def tiny():
+    return load_model("tiny", dtype="float64")
+
+
+def engine(**settings):
+    return LLM(tiny(), max_model_len=CONTEXT, **settings)
+
+
+@cache
+def alone(prompt: tuple[int, ...], max_tokens: int, ignore_eos: bool) -> list[int]:
+    """The tokens of one request by itself, with no cache: nothing can go wrong there but the model."""
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
+    return engine(cache="recompute").generate({"prompt_token_ids": list(prompt)}, params)[0].outputs[0].token_ids
+
+
+@st.composite
+def engines(draw):
+    """An engine that may run short of everything: a small pool, a small budget, few places."""
+    kind = draw(st.sampled_from(("paged", "paged", "contiguous", "recompute")), label="cache")
+    max_num_seqs = draw(st.integers(1, 6), label="max_num_seqs")
+    settings = {
+        "cache": kind,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": draw(st.integers(max_num_seqs, 60), label="token budget"),
+    }
+    if kind != "recompute":
+        block_size = draw(st.sampled_from((1, 2, 3, 16)), label="block_size")
+        fewest = -(-CONTEXT // block_size)  # the smallest pool that takes any single request
+        settings |= {"block_size": block_size, "num_blocks": draw(st.integers(fewest, 3 * fewest), label="num_blocks")}
+    llm = engine(**settings)
+    for name in ("key_cache", "value_cache"):
+        if hasattr(llm.cache, name):
+            getattr(llm.cache, name).fill_(torch.nan)
+    return llm
+
+
+prompts = st.lists(st.integers(0, 256), min_size=1, max_size=CONTEXT - 1).map(tuple)
+
+
+@given(llm=engines(), texts=st.lists(prompts, min_size=1, max_size=6), max_tokens=st.integers(1, 12), eos=st.booleans())
+def test_greedy_tokens_equal_those_of_the_request_alone(llm, texts, max_tokens, eos):
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=not eos)
+    outputs = llm.generate([{"prompt_token_ids": list(text)} for text in texts], params)
+    assert [tuple(output.prompt_token_ids) for output in outputs] == texts
+    for text, output in zip(texts, outputs, strict=True):
+        answer = output.outputs[0]
+        assert answer.token_ids == alone(text, max_tokens, not eos)
+        assert answer.finish_reason in ("stop", "length")
+        full = len(answer.token_ids) == max_tokens or len(text) + len(answer.token_ids) == CONTEXT
+        assert full or answer.finish_reason == "stop", "it ended before its time"
+    assert llm.memory.num_slots_reserved == 0, "finished requests hold memory"
+    assert not llm.scheduler.has_unfinished()
+
+
+@given(llm=engines(), texts=st.lists(prompts, min_size=1, max_size=5), seed=st.integers(0, 99), data=st.data())
+def test_a_seed_gives_the_same_text_in_any_batch(llm, texts, seed, data):
+    params = SamplingParams(n=2, max_tokens=5, temperature=1.5, top_p=0.9, top_k=40, seed=seed, ignore_eos=True)
+    together = llm.generate([{"prompt_token_ids": list(text)} for text in texts], params)
+    chosen = data.draw(st.integers(0, len(texts) - 1))
+    apart = engine(cache="recompute").generate({"prompt_token_ids": list(texts[chosen])}, params)[0]
+    assert [o.token_ids for o in together[chosen].outputs] == [o.token_ids for o in apart.outputs]
+
+
+@given(llm=engines(), texts=st.lists(prompts, min_size=1, max_size=5), after=st.integers(1, 12))
+def test_leaving_a_stream_early_gives_back_all_memory(llm, texts, after):
+    stream = llm.stream([{"prompt_token_ids": list(text)} for text in texts], SamplingParams(max_tokens=8))
+    for _, _ in zip(range(after), stream, strict=False):
+        pass
+    stream.close()
+    assert llm.memory.num_slots_reserved == 0
+    assert not llm.scheduler.has_unfinished()
+    # The engine is as good as new.
+    text = texts[0]
+    assert llm.generate({"prompt_token_ids": list(text)}, SamplingParams(max_tokens=4, ignore_eos=True))[0].outputs[
+        0
+    ].token_ids == alone(text, 4, True)
+
+
+@given(llm=engines(), fail_at=st.integers(0, 5), texts=st.lists(prompts, min_size=1, max_size=4))
+def test_a_model_that_fails_leaves_no_memory_behind(llm, fail_at, texts):
+    steps = 0
+    attend = llm.cache.attend
+
+    def failing(*arguments):
+        nonlocal steps
+        steps += 1
+        if steps > fail_at:
+            raise RuntimeError("injected")
+        return attend(*arguments)
+
+    llm.cache.attend = failing
+    with pytest.raises(RuntimeError, match="injected"):
+        llm.generate([{"prompt_token_ids": list(text)} for text in texts], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert llm.memory.num_slots_reserved == 0
+    assert not llm.scheduler.has_unfinished()
+
+
+def test_a_small_pool_preempts_and_changes_no_text():
+    """Not a property, but a check on the properties: preemption does happen in such engines."""
+    llm = engine(block_size=4, num_blocks=12, max_num_seqs=4)
+    texts = [(i, i + 1, i + 2) for i in range(4)]
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(t)} for t in texts], SamplingParams(max_tokens=20, ignore_eos=True)
+    )
+    assert llm.scheduler.num_preemptions > 0
+    assert [o.outputs[0].token_ids for o in outputs] == [alone(t, 20, True) for t in texts]
+
+
+@given(llm=engines(), texts=st.lists(prompts, min_size=1, max_size=4))
+def test_streamed_pieces_join_to_the_final_text(llm, texts):
+    pieces: dict[str, str] = {}
+    requests = [{"prompt_token_ids": list(text)} for text in texts]
+    for new in llm.stream(requests, SamplingParams(max_tokens=10, ignore_eos=True)):
+        pieces[new.request_id] = pieces.get(new.request_id, "") + new.text
+    outputs = llm.generate(requests, SamplingParams(max_tokens=10, ignore_eos=True))
+    for request_id, output in zip(sorted(pieces, key=int), outputs, strict=True):
+        assert pieces[request_id] == output.outputs[0].text
+
+
+@given(text=prompts.filter(lambda text: len(text) < 30), at=st.integers(0, 9), length=st.integers(1, 3))
+def test_a_stop_string_ends_the_text_before_it(text, at, length):
+    llm = engine()
+    request = {"prompt_token_ids": list(text)}
+    whole = llm.generate(request, SamplingParams(max_tokens=12, ignore_eos=True))[0].outputs[0].text
+    stop = whole[at : at + length]
+    if not stop:
+        return
+    answer = llm.generate(request, SamplingParams(max_tokens=12, ignore_eos=True, stop=stop))[0].outputs[0]
+    assert stop not in answer.text
+    assert whole.startswith(answer.text)
+    assert answer.finish_reason == "stop"
+
+
+# ---- what can never run -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt", "max_tokens", "numbers"),
+    [
+        ({}, [], 4, ["empty"]),
+        ({}, [1] * CONTEXT, 4, ["48 tokens", "holds 48", "47"]),
+        ({}, [1, 257], 4, ["257", "0 to 256"]),
+        ({}, [1, -1], 4, ["-1"]),
+        ({"num_blocks": 2, "block_size": 4}, [1] * 6, 4, ["9 stored", "6 of prompt", "8 slots"]),
+    ],
+)
+def test_what_can_never_run_is_refused_with_the_numbers(settings, prompt, max_tokens, numbers):
+    llm = engine(**settings)
+    fine = {"prompt_token_ids": [1, 2]}
+    with pytest.raises(ValueError) as error:
+        llm.generate([fine, {"prompt_token_ids": prompt}], SamplingParams(max_tokens=max_tokens))
+    assert all(number in str(error.value) for number in ["prompt 1", *numbers]), error.value
+    assert not llm.scheduler.has_unfinished(), "a refused call left something in the queue"
+
+
+def test_a_request_that_just_fits_the_pool_runs():
+    llm = engine(num_blocks=2, block_size=4)  # 8 slots; the last token of 9 is never stored
+    answer = llm.generate({"prompt_token_ids": [1] * 6}, SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0]
+    assert answer.token_ids == alone((1,) * 6, 3, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"cache": "disk"}, "recompute, contiguous, paged"),
+        ({"backend": "cuda"}, "'cuda'"),
+        ({"block_size": 0}, "got 0"),
+        ({"num_blocks": 0}, "got 0"),
+        ({"max_model_len": 513}, "2 to 512, got 513"),
+        ({"max_model_len": 1}, "got 1"),
+        ({"cache": "contiguous", "num_blocks": 2, "max_model_len": 64}, "2 * 16 = 32 slots"),
+        ({"max_num_seqs": 0}, "0"),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 7}, "8 and 7"),
+    ],
+)
+def test_engine_settings_that_do_not_fit_are_refused(settings, said):
+    with pytest.raises(ValueError) as error:
+        LLM(tiny(), **settings)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"n": 0}, "n must"),
+        ({"temperature": -0.1}, "-0.1"),
+        ({"temperature": float("nan")}, "nan"),
+        ({"top_p": 0.0}, "0.0"),
+        ({"top_p": 1.1}, "1.1"),
+        ({"top_k": 0}, "got 0"),
+        ({"max_tokens": 0}, "got 0"),
+        ({"n": 2}, "n = 2"),
+        ({"stop": ["a", ""]}, "empty"),
+    ],
+)
+def test_sampling_fields_out_of_range_are_refused(fields, said):
+    with pytest.raises(ValueError) as error:
+        SamplingParams(**fields)
+    assert said in str(error.value)
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    logits=st.lists(st.floats(-20, 20), min_size=1, max_size=12),
+    temperature=st.floats(0.1, 5.0),
+    top_p=st.floats(0.01, 1.0),
+    top_k=st.just(-1) | st.integers(1, 14),
+)
+def test_the_distribution_is_the_likeliest_part_of_softmax(logits, temperature, top_p, top_k):
+    scores = torch.tensor(logits, dtype=torch.float64)
+    kept = probabilities(scores, SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k))
+    full = (scores / temperature).softmax(-1)
+    support = kept > 0
+    assert float(kept.sum()) == pytest.approx(1.0)
+    assert full[support].max() == full.max(), "the likeliest token was dropped"
+    # What is kept keeps its proportions, and is at least as likely as what is dropped.
+    torch.testing.assert_close(kept[support], full[support] / full[support].sum(), rtol=1e-9, atol=1e-12)
+    if not support.all():
+        assert full[support].min() >= full[~support].max() - 1e-12
+    if top_k != -1:
+        assert int(support.sum()) <= top_k
+    elif top_p < 1.0:
+        # The least likely token that is kept is needed: without it, less than top_p would be kept.
+        assert float(full[support].sum() - full[support].min()) < top_p + 1e-9
+        assert float(full[support].sum()) >= top_p - 1e-9
+
+
+# ---- the scheduler by itself ------------------------------------------------------------------------------------
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=12),
+    max_num_seqs=st.integers(1, 5),
+    budget=st.integers(5, 40),
+    block_size=st.sampled_from((1, 2, 3, 16)),
+    extra_blocks=st.integers(0, 10),
+    keeps=st.booleans(),
+)
+def test_every_sequence_ends_and_never_outgrows_anything(lengths, max_num_seqs, budget, block_size, extra_blocks, keeps):
+    """No model at all: the scheduler with tokens of zeros. Every step moves, within budget, places and pool."""
+    fewest = -(-max(prompt + new for prompt, new in lengths) // block_size)
+    memory = BlockManager(fewest + extra_blocks, block_size) if keeps else NoMemory()
+    scheduler = Scheduler(memory, CONTEXT, max_num_seqs, budget)
+    seqs = [
+        Sequence(str(i), [0] * prompt, SamplingParams(max_tokens=new), CompletionOutput(0))
+        for i, (prompt, new) in enumerate(lengths)
+    ]
+    for seq in seqs:
+        scheduler.add(seq)
+    finished: list[Sequence] = []
+    for _ in range(5_000):
+        if not scheduler.has_unfinished():
+            break
+        work = scheduler.schedule()
+        assert work, "nothing was scheduled although something is unfinished"
+        assert len({id(item.seq) for item in work}) == len(work) <= max_num_seqs
+        assert all(item.count >= 1 for item in work), "a step spent a place on no token"
+        assert not keeps or sum(item.count for item in work) <= budget
+        assert all(not memory.blocks(seq.seq_id) for seq in scheduler.waiting), "a waiting sequence holds memory"
+        order = [int(seq.seq_id) for seq in scheduler.running]
+        assert order == sorted(order), "one that came later stands before one that came earlier"
+        scheduler.computed(work)
+        for item in work:
+            if item.reaches_end:
+                item.seq.output.token_ids.append(0)
+                if len(item.seq.output.token_ids) == item.seq.params.max_tokens:
+                    scheduler.finish(item.seq, "length")
+                    scheduler.finish(item.seq, "abort")  # a second time: nothing happens
+                    finished.append(item.seq)
+    assert len(finished) == len(seqs)
+    assert {seq.output.finish_reason for seq in seqs} == {"length"}
+    assert memory.num_slots_reserved == 0
