@@ -19,9 +19,9 @@ from minipaged.viz.snapshot import Snapshot
 from minipaged.viz.terminal import draw
 
 PROMPTS = (
-    "The capital of France is",
+    "Photosynthesis is the process by which",
     "Once upon a time, in a village by the sea,",
-    "Water boils at 100 degrees, ice melts at 0 degrees, and",
+    "Here is a list of the planets of the solar system:",
     "An operating system gives every process an address space of its own. It divides memory into pages of equal size, "
     "and a page table says where each page lies. The main advantage of paging is that",
 )
@@ -67,13 +67,15 @@ def run(
         return LLM(loaded, cache=cache, block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)  # type: ignore[arg-type]
 
     engines = {cache: engine(cache) for cache in CACHES}  # a mistake in the arguments shows before anything is drawn
-    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    console.print(f"[bold]{len(PROMPTS)} prompts, one ragged batch, {max_tokens} greedy tokens each, three caches[/bold]\n")
+    params = SamplingParams(max_tokens=max_tokens)
+    console.print(f"[bold]{len(PROMPTS)} prompts, one ragged batch, up to {max_tokens} greedy tokens each, three caches[/bold]\n")
     runs = [Run(cache, [""] * len(PROMPTS), [[] for _ in PROMPTS]) for cache in CACHES]
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         for this in runs:
             _run_one(engines[this.cache], this, params, lambda: live.update(_side_by_side(runs), refresh=True))
         live.update(_side_by_side(runs), refresh=True)
+    if not console.is_terminal:
+        console.print()  # in a pipe, the table above ends without a line break
 
     with console.status("each prompt once more, alone, through the paged cache"):
         alone = [engines["paged"].generate(prompt, params, progress=False)[0].outputs[0].token_ids for prompt in PROMPTS]
@@ -83,7 +85,10 @@ def run(
     console.print(_costs(runs, loaded, max_model_len, block_size))
     if runs[-1].snapshot:
         console.print()
-        console.print(f"[bold]The paged cache, with A and B on their way[/bold]  (A: {PROMPTS[0]!r}, B: {PROMPTS[1]!r})")
+        console.print(
+            "[bold]The paged cache, with all requests on their way.[/bold] Each sees its own tokens from logical block 0 on; "
+            "in the one pool, their blocks lie as they came."
+        )
         console.print(draw(runs[-1].snapshot, width=console.width))
     return equal
 
@@ -151,24 +156,24 @@ def _verdict(runs: list[Run], alone: list[list[int]], equal: bool) -> Text:
     for name, theirs in [*((this.cache, this.token_ids) for this in runs[1:]), ("alone", alone)]:
         for i, (ours, other) in enumerate(zip(runs[0].token_ids, theirs, strict=True)):
             if ours != other:
-                at = next(k for k, (a, b) in enumerate(zip(ours, other, strict=True)) if a != b)
-                lines.append(f"prompt {i}: {name} differs from recompute at new token {at}: {other[at]}, not {ours[at]}")
+                at = next((k for k, (a, b) in enumerate(zip(ours, other, strict=False)) if a != b), len(ours))
+                lines.append(f"prompt {i}: {name} differs from recompute at new token {at}: {other[at:]}, not {ours[at:]}")
     return Text("The tokens differ.\n" + "\n".join(lines), "bold red")
 
 
 def _costs(runs: list[Run], loaded: Model, max_model_len: int, block_size: int) -> Group:
     table = Table(title="What each cache cost", title_justify="left")
     table.add_column("cache")
-    for heading in ("first token, s", "tokens/s", "K/V reserved, MiB", "K/V used, MiB", "used / reserved"):
+    for heading in ("first token", "tokens/s", "K/V reserved", "K/V used", "used"):
         table.add_column(heading, justify="right")
     for this in runs:
         share = f"{this.used_bytes / this.reserved_bytes:.1%}" if this.reserved_bytes else "-"
         table.add_row(
             this.cache,
-            f"{this.first_token_seconds:.2f}",
+            f"{this.first_token_seconds:.2f} s",
             f"{this.tokens_per_second:.1f}",
-            f"{this.reserved_bytes / MEBIBYTE:.1f}",
-            f"{this.used_bytes / MEBIBYTE:.1f}",
+            f"{this.reserved_bytes / MEBIBYTE:.1f} MiB",
+            f"{this.used_bytes / MEBIBYTE:.1f} MiB",
             share,
         )
     per_token = loaded.transformer.config.kv_bytes_per_token(next(loaded.transformer.parameters()).dtype)
