@@ -164,6 +164,10 @@ def test_a_pool_is_in_use_exactly_as_far_as_its_tables_say():
         assert memory.num_tokens == 6
     assert (paged.num_slots, paged.num_slots_reserved) == (32, 12)  # two blocks and one
     assert (slabs.num_slots, slabs.num_slots_reserved) == (32, 32)  # a slab each, however little they hold
+    assert slabs.fits(16)
+    assert not slabs.fits(17), "a request lies in one slab"
+    assert paged.fits(32)
+    assert not paged.fits(33)
     assert not slabs.can_append("A", 12), "a slab has no second one to go on in"
     assert not slabs.can_append("C", 1), "both slabs are taken"
     assert paged.can_append("C", 20)

@@ -87,6 +87,14 @@ def test_other_sequences_do_not_matter(attend, batch, data):
     assert torch.equal(together, alone)
 
 
+@every_form
+@given(batch=paged_batches(), garbage=st.integers(-(2**31), 2**31 - 1))
+def test_a_table_is_never_read_past_the_end_of_its_sequence(attend, batch, garbage):
+    before = attend(*batch.arguments, scale=0.5)
+    batch.block_tables[batch.block_tables < 0] = garbage
+    assert torch.equal(attend(*batch.arguments, scale=0.5), before)
+
+
 @st.composite
 def writes(draw):
     """New tokens and where they go: any slots, no slot twice, some of them -1."""

@@ -16,6 +16,7 @@ from minipaged.engine.scheduler import Scheduler
 from minipaged.engine.sequence import CompletionOutput, Sequence
 from minipaged.memory.block_manager import BlockManager, NoMemory
 from minipaged.model.load import load_model
+from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer
 
 pytestmark = pytest.mark.ch10
 
@@ -59,7 +60,10 @@ def engines(draw):
     return llm
 
 
-prompts = st.lists(st.integers(0, 256), min_size=1, max_size=CONTEXT - 1).map(tuple)
+_tokens = st.integers(0, 256)
+prompts = (
+    st.lists(_tokens, min_size=1, max_size=CONTEXT - 1) | st.lists(_tokens, min_size=CONTEXT - 3, max_size=CONTEXT - 1)
+).map(tuple)
 
 
 @given(llm=engines(), texts=st.lists(prompts, min_size=1, max_size=6), max_tokens=st.integers(1, 12), eos=st.booleans())
@@ -71,6 +75,7 @@ def test_greedy_tokens_equal_those_of_the_request_alone(llm, texts, max_tokens, 
         answer = output.outputs[0]
         assert answer.token_ids == alone(text, max_tokens, not eos)
         assert answer.finish_reason in ("stop", "length")
+        assert len(text) + len(answer.token_ids) <= CONTEXT, "it outgrew the context"
         full = len(answer.token_ids) == max_tokens or len(text) + len(answer.token_ids) == CONTEXT
         assert full or answer.finish_reason == "stop", "it ended before its time"
     assert llm.memory.num_slots_reserved == 0, "finished requests hold memory"
@@ -140,6 +145,20 @@ def test_streamed_pieces_join_to_the_final_text(llm, texts):
     outputs = llm.generate(requests, SamplingParams(max_tokens=10, ignore_eos=True))
     for request_id, output in zip(sorted(pieces, key=int), outputs, strict=True):
         assert pieces[request_id] == output.outputs[0].text
+
+
+@given(text=prompts.filter(lambda text: len(text) < 30), at=st.integers(0, 7))
+def test_the_end_of_text_token_ends_it(text, at):
+    """`tiny` hardly ever ends a text by itself, so call one of the tokens that it does write the end."""
+    request = {"prompt_token_ids": list(text)}
+    whole = alone(text, 8, True)
+    llm = engine()
+    llm.tokenizer = TextTokenizer(byte_tokenizer()._tokenizer, eos_token_ids=[whole[at]])
+    answer = llm.generate(request, SamplingParams(max_tokens=8))[0].outputs[0]
+    assert answer.token_ids == whole[: whole.index(whole[at]) + 1]
+    assert answer.finish_reason == "stop"
+    ignoring = llm.generate(request, SamplingParams(max_tokens=8, ignore_eos=True))[0].outputs[0]
+    assert ignoring.token_ids == whole
 
 
 @given(text=prompts.filter(lambda text: len(text) < 30), at=st.integers(0, 9), length=st.integers(1, 3))
@@ -230,7 +249,7 @@ def test_sampling_fields_out_of_range_are_refused(fields, said):
 @given(
     logits=st.lists(st.floats(-20, 20), min_size=1, max_size=12),
     temperature=st.floats(0.1, 5.0),
-    top_p=st.floats(0.01, 1.0),
+    top_p=st.just(1.0) | st.floats(0.01, 1.0),
     top_k=st.just(-1) | st.integers(1, 14),
 )
 def test_the_distribution_is_the_likeliest_part_of_softmax(logits, temperature, top_p, top_k):
@@ -278,13 +297,17 @@ def test_every_sequence_ends_and_never_outgrows_anything(lengths, max_num_seqs, 
     for _ in range(5_000):
         if not scheduler.has_unfinished():
             break
+        running_before, preemptions_before = len(scheduler.running), scheduler.num_preemptions
         work = scheduler.schedule()
+        preempted = scheduler.num_preemptions - preemptions_before
+        assert not preempted or len(work) == running_before - preempted, "somebody was admitted while others gave way"
         assert work, "nothing was scheduled although something is unfinished"
         assert len({id(item.seq) for item in work}) == len(work) <= max_num_seqs
         assert all(item.count >= 1 for item in work), "a step spent a place on no token"
         assert not keeps or sum(item.count for item in work) <= budget
         assert all(not memory.blocks(seq.seq_id) for seq in scheduler.waiting), "a waiting sequence holds memory"
         order = [int(seq.seq_id) for seq in scheduler.running]
+        order += [int(seq.seq_id) for seq in scheduler.waiting]
         assert order == sorted(order), "one that came later stands before one that came earlier"
         scheduler.computed(work)
         for item in work:

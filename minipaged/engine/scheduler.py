@@ -90,13 +90,11 @@ class Scheduler:
         """Choose the tokens of the next step and make room for them. Empty only where nothing is unfinished."""
         work: list[Work] = []
         budget = self.max_num_batched_tokens
-        preempted = False
         candidates, self.running = deque(self.running), []
         while candidates:
             seq = candidates.popleft()
             needed = self._uncomputed(seq, budget)
             while not self.memory.can_append(seq.seq_id, needed):
-                preempted = True
                 victim = candidates.pop() if candidates else seq
                 self._preempt(victim)
                 if victim is seq:
@@ -104,8 +102,9 @@ class Scheduler:
             else:
                 work.append(self._take(seq, needed))
                 budget -= needed
-        # Whoever was preempted stands at the head of the queue. Admitting anybody now would undo what it gave way for.
-        while self.waiting and not preempted and budget > 0 and len(self.running) < self.max_num_seqs:
+        # Whoever was preempted above stands at the head of the queue, and holds up all behind it. It cannot come back
+        # in this step: without its blocks there was too little room for another, which has them now.
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             if not self.memory.can_append(seq.seq_id, len(seq)):  # room for all of its tokens, before its first chunk
                 break

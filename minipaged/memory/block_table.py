@@ -7,23 +7,38 @@
 This is the page table of an operating system with one level: a page is a block of tokens, a process is a sequence,
 and an address is a position. Logical blocks are filled in order, so only the last one may be partly empty: a
 sequence never wastes more than block_size - 1 slots. Source: the PagedAttention paper, sections 4.2 and 4.3.
+
+Chapter 9 comes back to the same class: a block that two tables name is shared, and it is never written.
+
+    A  [7, 1]      fork      A  [7, 1]      A appends      A  [7, 4]     copies [(1, 4)]: the caller copies the
+                  ----->     B  [7, 1]      --------->     B  [7, 1]     tensors of block 1 to block 4, then writes
 """
 
+from collections.abc import Sequence
+
 from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
+from minipaged.memory.trace import Trace
 
 
 class BlockTable:
     """The blocks of one sequence, drawn from a shared allocator.
 
     Invariant: len(blocks) == ceil(num_tokens / block_size), and this table holds one reference to each of its blocks.
+    Given a trace and the sequence's name, it records each change of ownership as an event.
     """
 
-    def __init__(self, allocator: BlockAllocator, block_size: int):
+    def __init__(
+        self, allocator: BlockAllocator, block_size: int, *, seq: str | None = None, trace: Trace | None = None
+    ):
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
+        if trace is not None and seq is None:
+            raise ValueError("a traced table needs the name of its sequence: seq is None")
         self.block_size = block_size
         self.num_tokens = 0
-        self._allocator = allocator
+        self.allocator = allocator  # the pool that the blocks are of: the device's, or the host's while swapped out
+        self.seq = seq
+        self.trace = trace
         self._blocks: list[int] = []
 
     @property
@@ -41,50 +56,106 @@ class BlockTable:
         """How many blocks append_tokens(num_new_tokens) would take: new ones, and one if it must copy the last."""
         if num_new_tokens < 0:
             raise ValueError(f"cannot append {num_new_tokens} tokens")
-        total = -(-(self.num_tokens + num_new_tokens) // self.block_size)
-        return total - len(self._blocks) + self._must_copy(num_new_tokens)
+        new = self._blocks_for(self.num_tokens + num_new_tokens) - len(self._blocks)
+        return new + self._must_copy(num_new_tokens)
 
     def append_tokens(self, num_new_tokens: int) -> list[tuple[int, int]]:
         """Make room for tokens at the end. Returns the copies (source, target) to make before anything is written.
 
-        A shared block is never written. If the new tokens begin inside a last block that another table names too,
-        this table takes a block of its own in its place (copy-on-write, the paper's section 4.4).
+        A shared block is never written. If the new tokens begin inside a last block that somebody else names too,
+        this table takes a block of its own in its place (copy-on-write, the paper's section 4.4). Copies of several
+        calls are made in the order of the calls: the source of one may be the target of a later one.
         Raises OutOfBlocks, changing nothing.
         """
         needed = self.blocks_needed(num_new_tokens)
-        if needed > self._allocator.num_free:
-            raise OutOfBlocks(f"{num_new_tokens} tokens need {needed} blocks, {self._allocator.num_free} are free")
+        if needed > self.allocator.num_free:
+            raise OutOfBlocks(f"{num_new_tokens} tokens need {needed} blocks, {self.allocator.num_free} are free")
         copies = []
         if self._must_copy(num_new_tokens):
-            shared, own = self._blocks[-1], self._allocator.allocate()
-            self._allocator.free(shared)
+            shared, own = self._blocks[-1], self.allocator.allocate()
+            self.allocator.free(shared)
             self._blocks[-1] = own
             copies.append((shared, own))
+            if self.trace is not None:
+                self.trace.record("copy", seq=self.seq, logical=len(self._blocks) - 1, source=shared, target=own)
         self.num_tokens += num_new_tokens
-        while len(self._blocks) * self.block_size < self.num_tokens:
-            self._blocks.append(self._allocator.allocate())
+        while len(self._blocks) < self._blocks_for(self.num_tokens):
+            self._blocks.append(self.allocator.allocate())
+            if self.trace is not None:
+                self.trace.record("allocate", seq=self.seq, logical=len(self._blocks) - 1, block=self._blocks[-1])
         return copies
 
-    def fork(self) -> "BlockTable":
-        """A second sequence with the same tokens. No block is taken: both tables name the same ones."""
-        child = BlockTable(self._allocator, self.block_size)
-        for block in self._blocks:
-            self._allocator.share(block)
-        child._blocks, child.num_tokens = list(self._blocks), self.num_tokens
-        return child
-
     def truncate(self, num_tokens: int) -> None:
-        """Keep the first num_tokens tokens; blocks with none of them are given back. Raises ValueError on a longer one."""
+        """Keep the first num_tokens tokens; blocks with none of them are given back. Raises ValueError on a longer one.
+
+        The last block goes first. A prefix cache evicts in the order in which blocks came back, so what hangs on a
+        prefix is given up before the prefix.
+        """
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"cannot keep {num_tokens} tokens of {self.num_tokens}")
-        while (len(self._blocks) - 1) * self.block_size >= num_tokens and self._blocks:
-            self._allocator.free(self._blocks.pop())
         self.num_tokens = num_tokens
+        while len(self._blocks) > self._blocks_for(num_tokens):
+            block = self._blocks.pop()
+            self.allocator.free(block)
+            if self.trace is not None:
+                self.trace.record("free", seq=self.seq, logical=len(self._blocks), block=block)
 
     def release(self) -> None:
         """Give back every block. The table is empty afterwards and may be used again."""
         self.truncate(0)
 
+    def fork(self, *, seq: str | None = None) -> "BlockTable":
+        """A second sequence with the same tokens. No block is taken: both tables name the same ones. (Chapter 9.)"""
+        child = BlockTable(self.allocator, self.block_size, seq=seq, trace=self.trace)
+        child._name(self._blocks)
+        child.num_tokens = self.num_tokens
+        return child
+
+    def append_shared(self, blocks: Sequence[int]) -> None:
+        """Append full blocks that somebody else wrote: what a prefix cache found. (Chapter 9.)
+
+        Raises ValueError, changing nothing, if the own last block is partly empty or one of the blocks is free.
+        """
+        if self.num_tokens % self.block_size:
+            raise ValueError(f"{self.num_tokens} tokens do not fill blocks of {self.block_size}: none can follow")
+        for block in blocks:
+            if self.allocator.ref_count(block) == 0:
+                raise ValueError(f"block {block} is free: it holds nobody's tokens")
+        self._name(blocks)
+        self.num_tokens += len(blocks) * self.block_size
+
+    def replace(self, logical: int, block: int) -> None:
+        """Name another block with the same tokens instead, and give the own one back. (Chapter 9.)"""
+        if not 0 <= logical < len(self._blocks):
+            raise ValueError(f"logical block {logical} is not in the table: it has {len(self._blocks)} blocks")
+        self.allocator.share(block)
+        own, self._blocks[logical] = self._blocks[logical], block
+        self.allocator.free(own)
+        if self.trace is not None:
+            self.trace.record("free", seq=self.seq, logical=logical, block=own)
+            self.trace.record("share", seq=self.seq, logical=logical, block=block)
+
+    def move(self, allocator: BlockAllocator, blocks: Sequence[int]) -> None:
+        """Name blocks of another pool instead, one for each, and give the own ones back. (Chapter 9: swap.)
+
+        The caller took one reference to each of `blocks` for this table; the table owns it from now on.
+        """
+        if len(blocks) != len(self._blocks):
+            raise ValueError(f"{len(blocks)} blocks cannot stand for the {len(self._blocks)} of the table")
+        for own in reversed(self._blocks):
+            self.allocator.free(own)
+        self.allocator, self._blocks = allocator, list(blocks)
+
+    def _name(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.allocator.share(block)
+            self._blocks.append(block)
+            if self.trace is not None:
+                self.trace.record("share", seq=self.seq, logical=len(self._blocks) - 1, block=block)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
     def _must_copy(self, num_new_tokens: int) -> bool:
         partly_full = self.num_tokens % self.block_size != 0
-        return num_new_tokens > 0 and partly_full and self._allocator.ref_count(self._blocks[-1]) > 1
+        return num_new_tokens > 0 and partly_full and self.allocator.ref_count(self._blocks[-1]) > 1

@@ -5,10 +5,16 @@ A trace is JSON Lines. The first line is the header, each further line one event
     {"schema": "minipaged.trace", "version": 1, "num_blocks": 8, "block_size": 4, "num_host_blocks": 0}
     {"event": "schedule", "step": 1, "seqs": {"A": 6}}                    this step computes 6 tokens of A
     {"event": "allocate", "step": 1, "seq": "A", "logical": 0, "block": 5}
-    {"event": "write", "step": 1, "seq": "A", "start": 0, "count": 4}
+    {"event": "allocate", "step": 1, "seq": "A", "logical": 1, "block": 2}
+    {"event": "write", "step": 1, "seq": "A", "start": 0, "count": 6}
 
-`block` is a physical block, `logical` its place in the table of `seq`. An event that the memory makes says what has
-already happened, in order: replaying the events from an empty pool gives the state after each of them.
+`block` is a physical block, `logical` its place in the table of `seq`. An event says what has already happened, in
+order: replaying the events from an empty pool gives the state after each of them. A table is a map from logical to
+physical: `allocate` and `share` set an entry, `copy` and the swaps change it, `free` removes it.
+
+Who records what: a BlockTable allocate, share, copy and free; a PrefixCache cache and evict; a Swap swap_out and
+swap_in. They know who owns a block, and nothing of its contents, so `write` is recorded by whoever stores K and V,
+after it did, like `schedule`, `preempt` and `finish`: the engine, or the script runner of `minipaged trace`.
 Where no trace is wanted, none is passed, and a caller pays one `is not None`.
 """
 
@@ -24,17 +30,20 @@ VERSION = 1
 EVENTS: dict[str, tuple[str, ...]] = {
     "allocate": ("seq", "logical", "block"),  # a free block becomes the logical block of seq
     "share": ("seq", "logical", "block"),  # seq names a block that is in use, or cached, too
-    "copy": ("seq", "logical", "source", "target"),  # copy-on-write: seq now names target, and source no more
-    "write": ("seq", "start", "count"),  # K and V of positions start .. start + count - 1 are stored
+    "copy": ("seq", "logical", "source", "target"),  # copy-on-write: a free block, target, stands for source in seq
+    "write": ("seq", "start", "count"),  # K and V of positions start .. start + count - 1 are stored; seq ends there
     "free": ("seq", "logical", "block"),  # seq names the block no more; with no owner left it is free, or cached
-    "cache": ("block",),  # the block is full and findable by its hash: kept with no owner until it is evicted
+    "cache": ("block",),  # the block is full and findable by its tokens, also with no owner, until it is evicted
     "evict": ("block",),  # a cached block with no owner is forgotten, and free
-    "swap_out": ("seq", "logical", "block", "host_block"),  # device block -> host block
-    "swap_in": ("seq", "logical", "block", "host_block"),  # host block -> device block
+    "swap_out": ("seq", "logical", "block", "host_block"),  # seq names the host block, and the device block no more
+    "swap_in": ("seq", "logical", "block", "host_block"),  # seq names the device block, and the host block no more
     "schedule": ("seqs",),  # seqs: sequence -> tokens of it in this step
     "preempt": ("seq", "mode"),  # mode: recompute or swap
     "finish": ("seq", "reason"),  # reason: stop, length or abort
 }
+# Two finer points for whoever replays. A `free` of a swapped-out sequence gives its host block. A `free` in the middle
+# of a table is followed at once by a `share` of the same logical block: two sequences computed the same tokens, and
+# the later one now names the earlier one's block.
 
 Event = dict[str, Any]
 
@@ -43,19 +52,31 @@ class Trace:
     """A list of events that is checked as it grows. Invariant: `step` never falls from one event to the next."""
 
     def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0):
+        for name, value, least in (
+            ("num_blocks", num_blocks, 1),
+            ("block_size", block_size, 1),
+            ("num_host_blocks", num_host_blocks, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_host_blocks = num_host_blocks
-        self.step = 0
+        self.step = 0  # the engine counts it up; script runners too
         self.events: list[Event] = []
 
-    def record(self, event: str, **fields: Any) -> None:
+    def record(self, event: str, /, **fields: Any) -> None:
         """Append one event, stamped with the current step. Raises ValueError where the schema is not met."""
         if event not in EVENTS:
             raise ValueError(f"unknown event {event!r}: the schema has {', '.join(EVENTS)}")
         missing = [name for name in EVENTS[event] if name not in fields]
         if missing:
             raise ValueError(f"event {event!r} needs {', '.join(missing)}")
+        if "event" in fields or "step" in fields:
+            raise ValueError(f"event {event!r}: the trace itself writes `event` and `step`")
+        last = self.events[-1]["step"] if self.events else 0
+        if not isinstance(self.step, int) or self.step < last:
+            raise ValueError(f"event {event!r} in step {self.step!r}, after one in step {last}: steps only rise")
         self.events.append({"event": event, "step": self.step, **fields})
 
     def header(self) -> dict[str, Any]:
@@ -68,6 +89,7 @@ class Trace:
         }
 
     def dumps(self) -> str:
+        """The trace as JSON Lines: the header, then one line an event."""
         return "".join(json.dumps(line) + "\n" for line in [self.header(), *self.events])
 
     def save(self, path: str | Path) -> None:
@@ -83,12 +105,16 @@ class Trace:
                 continue
             try:
                 fields = json.loads(line)
+                if not isinstance(fields, dict):
+                    raise ValueError(f"expected an object, got {line.strip()[:40]}")
                 if trace is None:
                     trace = cls._from_header(fields)
                 else:
                     trace.step = fields.pop("step")
                     trace.record(fields.pop("event"), **fields)
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except KeyError as error:
+                raise ValueError(f"line {number} of the trace: it has no {error}") from error
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"line {number} of the trace: {error}") from error
         if trace is None:
             raise ValueError("the trace is empty: not even a header")

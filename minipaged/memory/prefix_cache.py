@@ -1,0 +1,164 @@
+"""Chapter 9. The prefix cache: full blocks stay findable by their tokens, also after their sequence is gone.
+
+    tokens   [the cat sat on] [the mat and then] [it sl
+    key       k0 = H(root, the cat sat on)         a full block: findable
+                     k1 = H(k0, the mat and then)  a full block: findable, and only behind k0
+                                                   a partial block: never, since it would still be written
+
+The key of a block hashes the key of the block before it, so one key stands for the whole prefix. K and V of a token
+depend on every token before it: equal tokens behind different prefixes are different blocks, with different keys.
+
+To a block, the cache is one more owner. That one idea gives the rest. A findable block in use has its tables and the
+cache as owners, so copy-on-write keeps a table from writing into it. A findable block whose last table went away is
+still owned, so it is not handed out. When the free list is empty, the cache lets go of the one that has been without
+a table longest. An operating system's page cache holds its pages in the same way.
+
+A block becomes findable when its tokens are *written*, not when they are planned: a request that is aborted between
+the two leaves nothing behind. So two requests with one prefix that are admitted in the same step do not see each other
+and both compute it. When the first of them is inserted its blocks become findable; when the second is, it finds them
+under its own keys, names them instead of its own, and gives its own back. From the first written block on, they share.
+(A scheduler that wants to save the computing too lets the second wait: see `block_keys`.)
+
+H is SHA-256 over fields of fixed width: 32 bytes of parent, 8 bytes a token, and the extra key last. With a key of 64
+bits, as Python's own hash() makes, two prefixes that collide are taken for one, and one user is answered from another
+user's text. vLLM had that hole (CVE-2025-25183) and made SHA-256 its default in v0.10.2. Nobody has found two inputs
+with one SHA-256. The other safe way is to keep the tokens of each block and to compare them at every hit.
+Sources: vLLM's design page "Automatic Prefix Caching"; the PagedAttention paper, section 4.4 (shared prefix).
+"""
+
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+
+from minipaged.memory.block_allocator import BlockAllocator
+from minipaged.memory.block_table import BlockTable
+from minipaged.memory.trace import Trace
+
+ROOT = bytes(32)  # the parent of a first block
+
+
+def block_keys(
+    tokens: Sequence[int], block_size: int, extra: str | None = None, parent: bytes = ROOT
+) -> Iterator[bytes]:
+    """The key of each full block of tokens, behind the block with the key `parent`. 32 bytes each, made on demand.
+
+    `extra` keeps apart what tokens do not tell apart: a tenant's salt, an adapter, an image. Token ids fit in 64 bits.
+    A scheduler that keeps the keys which this step computes may hold back a request whose first key behind
+    its hits is among them: in the next step it will find that block.
+    """
+    suffix = b"" if extra is None else b"extra" + extra.encode()
+    for end in range(block_size, len(tokens) + 1, block_size):
+        try:
+            packed = struct.pack(f"<{block_size}q", *tokens[end - block_size : end])
+        except struct.error as error:
+            raise ValueError(f"tokens {end - block_size} to {end - 1} are not all integers of 64 bits") from error
+        parent = sha256(parent + packed + suffix).digest()
+        yield parent
+
+
+class PrefixCache(BlockAllocator):
+    """A BlockAllocator with a memory: the same verbs, so that a BlockTable draws from it and knows no difference.
+
+    Every block is free, in use by a table, or unused: findable, but named by no table. Unused blocks count as free
+    ones, since `allocate` evicts them on demand. `ref_count` counts the tables, and one more for a findable block.
+    Invariant: a block is findable by at most one key, a key finds at most one block, and a findable block holds
+    exactly the tokens of its key, whoever asks.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, trace: Trace | None = None):
+        super().__init__(num_blocks)
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        self.block_size = block_size
+        self.trace = trace
+        self._block_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        # Findable and without a table, the longest so first. (A plain dict would do, but its first entry is O(n) to
+        # find after n deletions at the front.)
+        self._unused: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        """How many blocks `allocate` can hand out: the free ones, and the unused ones that it would evict."""
+        return super().num_free + len(self._unused)
+
+    @property
+    def num_findable(self) -> int:
+        """How many blocks can be found by their tokens, in use or not."""
+        return len(self._block_of)
+
+    def match(self, tokens: Sequence[int], extra: str | None = None) -> list[int]:
+        """The longest run of findable blocks that holds the first tokens of a prompt. O(1) a block; changes nothing.
+
+        The caller names them with `BlockTable.append_shared` before it allocates anything, or they may be evicted.
+        Never the whole prompt: at least one token is left to compute, since its logits give the first new token.
+        """
+        blocks = []
+        for key in block_keys(tokens[:-1], self.block_size, extra):
+            if key not in self._block_of:
+                break
+            blocks.append(self._block_of[key])
+        return blocks
+
+    def insert(self, table: BlockTable, tokens: Sequence[int], extra: str | None = None) -> None:
+        """Make findable each full block of a table whose tokens are written: `tokens`, from position 0 on.
+
+        Where another block has the same key, the table names that one from now on, and its own goes back. Blocks
+        that are findable already cost nothing, so a decode step calls this with all its tokens. Raises ValueError,
+        changing nothing, on a table of another pool or shorter than its tokens.
+        """
+        if table.allocator is not self or table.block_size != self.block_size:
+            raise ValueError("the table draws from another pool, or its blocks are of another size")
+        if len(tokens) > table.num_tokens:
+            raise ValueError(f"{len(tokens)} tokens cannot be written in a table of {table.num_tokens}")
+        num_full = len(tokens) // self.block_size
+        first = num_full  # the first block to insert: what a table has findable is always a run from its start
+        while first > 0 and self._block_at(table, first - 1) not in self._key_of:
+            first -= 1
+        parent = self._key_of[self._block_at(table, first - 1)] if first else ROOT
+        keys = list(block_keys(tokens[first * self.block_size :], self.block_size, extra, parent))
+        for logical, key in enumerate(keys, start=first):
+            block = self._block_at(table, logical)
+            if key in self._block_of:
+                table.replace(logical, self._block_of[key])
+            else:
+                super().share(block)
+                self._block_of[key], self._key_of[block] = block, key
+                if self.trace is not None:
+                    self.trace.record("cache", block=block)
+
+    def allocate(self) -> int:
+        """Take a free block, or evict the block that has been unused longest. Raises OutOfBlocks, changing nothing."""
+        if super().num_free == 0 and self._unused:
+            self._evict()
+        return super().allocate()
+
+    def share(self, block: int) -> None:
+        """One more table names a block in use, or an unused one, which is in use from now on."""
+        super().share(block)
+        self._unused.pop(block, None)
+
+    def free(self, block: int) -> None:
+        """One table fewer names the block; with the last one it is free, or unused if it is findable."""
+        if block in self._unused:
+            raise ValueError(f"no table names block {block}, only the cache does: freed twice?")
+        super().free(block)
+        if block in self._key_of and super().ref_count(block) == 1:
+            self._unused[block] = None
+
+    def _evict(self) -> None:
+        """Forget the block that has been unused longest, and its key: whoever finds it later would read new tokens.
+
+        A leaf goes before its parent: whoever names a block names all blocks before it, and gives the last one back
+        first, so a parent is never unused for longer than its child.
+        """
+        block, _ = self._unused.popitem(last=False)
+        del self._block_of[self._key_of.pop(block)]
+        super().free(block)
+        if self.trace is not None:
+            self.trace.record("evict", block=block)
+
+    @staticmethod
+    def _block_at(table: BlockTable, logical: int) -> int:
+        return table.slot(logical * table.block_size) // table.block_size

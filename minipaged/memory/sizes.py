@@ -1,0 +1,112 @@
+"""Chapter 5. What a table for a KV pool costs, by the arithmetic of page tables: entries times bytes of an entry.
+
+    one token of OPT-13B        2 (K and V) * 40 layers * 5,120 wide * 2 bytes     = 800 KiB
+    one block of 16 tokens      16 * 800 KiB                                       = 12.5 MiB
+    its entry in a block table  one int32                                          = 4 bytes
+
+One level is enough, for three reasons. A sequence has few pages: 2,048 tokens are 128 blocks, where a process has
+2^36 pages. It has no holes: positions are filled from 0 on, so a table as long as the sequence has no empty entry
+that a page directory could leave out. And a block is big: 12.5 MiB for each entry of 4 bytes, where a page is 4 KiB
+for 8. All block tables together are smaller than one page, beside a pool of 12 GiB.
+
+Sources stand with the constants. GiB is 2^30 bytes, MiB is 2^20, KiB is 2^10.
+"""
+
+from typing import NamedTuple
+
+from minipaged.memory.page_table import AddressLayout
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+ENTRY_BYTES = 4  # block_tables are int32
+
+
+class KVShape(NamedTuple):
+    """What of a model decides the size of its KV cache."""
+
+    name: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_model_len: int  # tokens
+    element_bytes: int = 2  # fp16 or bf16
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of K (and as many of V) of one token in one layer."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token in all layers."""
+        return self.num_layers * layer_block_bytes(1, self.kv_width, self.element_bytes)
+
+    def block_bytes(self, block_size: int) -> int:
+        """One block of all layers: what one entry of a block table stands for."""
+        return self.num_layers * layer_block_bytes(block_size, self.kv_width, self.element_bytes)
+
+
+def layer_block_bytes(block_size: int, kv_width: int, element_bytes: int = 2) -> int:
+    """K and V of block_size tokens in one layer. 16 tokens, 4,096 wide, fp16: 256 KiB."""
+    for name, value in (("block_size", block_size), ("kv_width", kv_width), ("element_bytes", element_bytes)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    return 2 * block_size * kv_width * element_bytes
+
+
+# Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (arXiv 2205.01068), Table 1: 40 layers, 40 heads,
+# width 5,120. No grouped-query attention, so as many KV heads as heads.
+OPT_13B = KVShape("OPT-13B", num_layers=40, num_kv_heads=40, head_dim=128, max_model_len=2048)
+# "The Llama 3 Herd of Models" (arXiv 2407.21783), Table 3: 32 layers, width 4,096, 32 heads, 8 KV heads. Context: 8,192
+# in the release of April 2024.
+LLAMA_3_8B = KVShape("Llama-3-8B", num_layers=32, num_kv_heads=8, head_dim=128, max_model_len=8192)
+
+# The PagedAttention paper, Table 1: OPT-13B on one A100 of 40 GB leaves 12 GB for the KV cache, 15.7K slots. With
+# GB read as GiB the slots come out right: 12 GiB / 800 KiB = 15,728.
+OPT_13B_POOL_BYTES = 12 * GIB
+# 90 % of 80 GiB (vLLM's default gpu_memory_utilization = 0.9), less 8,030,261,248 parameters of 2 bytes. Activations
+# are not taken off: a real engine measures them, and has a little less.
+LLAMA_3_8B_POOL_BYTES = 80 * GIB * 9 // 10 - 2 * 8_030_261_248
+
+
+class BlockTableCost(NamedTuple):
+    """What the block tables of one pool cost. Bytes are those of int32 entries."""
+
+    num_slots: int  # tokens that the pool holds, before it is cut into blocks
+    num_blocks: int  # whole blocks of it
+    block_bytes: int  # of one block, all layers
+    seq_entries: int  # of the longest sequence that the model allows
+    seq_bytes: int
+    all_bytes: int  # every block of the pool named by one table each: all tables together, nothing shared
+
+    @property
+    def bytes_for_one(self) -> float:
+        """Bytes of the pool for each byte of table."""
+        return self.block_bytes / ENTRY_BYTES
+
+
+def block_table_cost(shape: KVShape, pool_bytes: int, block_size: int = 16) -> BlockTableCost:
+    """Entries and bytes of one-level block tables over a pool. Raises ValueError if it holds not even one block."""
+    block_bytes = shape.block_bytes(block_size)
+    if pool_bytes < block_bytes:
+        raise ValueError(f"pool_bytes ({pool_bytes}) is less than one block of {shape.name} ({block_bytes} bytes)")
+    num_blocks = pool_bytes // block_bytes
+    seq_entries = -(-shape.max_model_len // block_size)
+    return BlockTableCost(
+        num_slots=pool_bytes // shape.token_bytes,
+        num_blocks=num_blocks,
+        block_bytes=block_bytes,
+        seq_entries=seq_entries,
+        seq_bytes=seq_entries * ENTRY_BYTES,
+        all_bytes=num_blocks * ENTRY_BYTES,
+    )
+
+
+def block_table_layout(max_model_len: int, block_size: int) -> AddressLayout:
+    """A sequence as an address space of one level: position -> (logical block,), offset. Both powers of two."""
+    for name, value in (("max_model_len", max_model_len), ("block_size", block_size)):
+        if value < 1 or value & (value - 1):
+            raise ValueError(f"{name} must be a power of two to be split by bits, got {value}")
+    if max_model_len <= block_size:
+        raise ValueError(f"max_model_len ({max_model_len}) must exceed block_size ({block_size})")
+    index_bits = (max_model_len // block_size).bit_length() - 1
+    return AddressLayout((index_bits,), block_size.bit_length() - 1, ENTRY_BYTES)
