@@ -1,10 +1,10 @@
 """minipaged: PagedAttention from scratch, a course and a reference implementation.
 
-    from minipaged import LLM, SamplingParams
+from minipaged import LLM, SamplingParams
 
-    llm = LLM(model="smollm2-135m", cache="paged")
-    for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
-        print(output.outputs[0].text)
+llm = LLM(model="smollm2-135m", cache="paged")
+for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
+    print(output.outputs[0].text)
 """
 
 from typing import TYPE_CHECKING, Any

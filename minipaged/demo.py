@@ -68,7 +68,9 @@ def run(
 
     engines = {cache: engine(cache) for cache in CACHES}  # a mistake in the arguments shows before anything is drawn
     params = SamplingParams(max_tokens=max_tokens)
-    console.print(f"[bold]{len(PROMPTS)} prompts, one ragged batch, up to {max_tokens} greedy tokens each, three caches[/bold]\n")
+    console.print(
+        f"[bold]{len(PROMPTS)} prompts, one ragged batch, up to {max_tokens} greedy tokens each, three caches[/bold]\n"
+    )
     runs = [Run(cache, [""] * len(PROMPTS), [[] for _ in PROMPTS]) for cache in CACHES]
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         for this in runs:
@@ -78,7 +80,9 @@ def run(
         console.print()  # in a pipe, the table above ends without a line break
 
     with console.status("each prompt once more, alone, through the paged cache"):
-        alone = [engines["paged"].generate(prompt, params, progress=False)[0].outputs[0].token_ids for prompt in PROMPTS]
+        alone = [
+            engines["paged"].generate(prompt, params, progress=False)[0].outputs[0].token_ids for prompt in PROMPTS
+        ]
     first = runs[0].token_ids
     equal = all(this.token_ids == first for this in runs) and alone == first
     console.print(_verdict(runs, alone, equal))
@@ -86,8 +90,8 @@ def run(
     if runs[-1].snapshot:
         console.print()
         console.print(
-            "[bold]The paged cache, with all requests on their way.[/bold] Each sees its own tokens from logical block 0 on; "
-            "in the one pool, their blocks lie as they came."
+            "[bold]The paged cache, with all requests on their way.[/bold] Each sees its own tokens "
+            "from logical block 0 on; in the one pool, their blocks lie as they came."
         )
         console.print(draw(runs[-1].snapshot, width=console.width))
     return equal
@@ -150,14 +154,17 @@ def _verdict(runs: list[Run], alone: list[list[int]], equal: bool) -> Text:
     tokens = sum(map(len, runs[0].token_ids))
     if equal:
         return Text(
-            f"All {tokens} tokens are equal: across the {len(runs)} caches, and with every prompt run alone.", "bold green"
+            f"All {tokens} tokens are equal: across the {len(runs)} caches, and with every prompt run alone.",
+            "bold green",
         )
     lines = []
     for name, theirs in [*((this.cache, this.token_ids) for this in runs[1:]), ("alone", alone)]:
         for i, (ours, other) in enumerate(zip(runs[0].token_ids, theirs, strict=True)):
             if ours != other:
                 at = next((k for k, (a, b) in enumerate(zip(ours, other, strict=False)) if a != b), len(ours))
-                lines.append(f"prompt {i}: {name} differs from recompute at new token {at}: {other[at:]}, not {ours[at:]}")
+                lines.append(
+                    f"prompt {i}: {name} differs from recompute at new token {at}: {other[at:]}, not {ours[at:]}"
+                )
     return Text("The tokens differ.\n" + "\n".join(lines), "bold red")
 
 
@@ -178,9 +185,7 @@ def _costs(runs: list[Run], loaded: Model, max_model_len: int, block_size: int) 
         )
     per_token = loaded.transformer.config.kv_bytes_per_token(next(loaded.transformer.parameters()).dtype)
     note = (
-        f"One token holds {per_token:,} bytes of K and V. The contiguous cache reserves {max_model_len:,} slots a request, "
-        f"the paged one blocks of {block_size} as they are filled."
+        f"One token holds {per_token:,} bytes of K and V. The contiguous cache reserves {max_model_len:,} slots "
+        f"a request, the paged one blocks of {block_size} as they are filled."
     )
     return Group(Text(""), table, Text(note, "dim"))
-
-

@@ -8,9 +8,9 @@ Written for the eye, not for speed: each line is one line of the formula
 
 Nothing in this file knows what a cache is. That is the point: a cache must not change the answer.
 
-Sources: Vaswani et al., "Attention Is All You Need" (2017), section 3.2, for the formulas; Ainslie et al., "GQA" (2023),
-section 2.2, for key/value heads shared by a group of query heads; Beltagy et al., "Longformer" (2020), section 3.1,
-for the sliding window.
+Sources: Vaswani et al., "Attention Is All You Need" (2017), section 3.2, for the formulas; Ainslie et al., "GQA"
+(2023), section 2.2, for key/value heads shared by a group of query heads; Beltagy et al., "Longformer" (2020),
+section 3.1, for the sliding window.
 """
 
 import numpy as np
@@ -75,7 +75,9 @@ def masked_attention(
     if key.shape[:2] != value.shape[:2]:
         raise ValueError(f"key has shape {key.shape}, value {value.shape}: tokens and heads must be the same")
     weights = attention_weights(query, key, scale=scale, sliding_window=sliding_window)
-    value = np.repeat(value.astype(np.float64), query.shape[1] // key.shape[1], axis=1)  # [num_keys, num_heads, head_dim]
+    value = np.repeat(
+        value.astype(np.float64), query.shape[1] // key.shape[1], axis=1
+    )  # [num_keys, num_heads, head_dim]
     return np.einsum("hqk,khd->qhd", weights, value)  # [num_queries, num_heads, head_dim]
 
 

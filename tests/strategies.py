@@ -6,6 +6,7 @@ read of something that was never written cannot go unseen.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def paged_batches(draw, dtype: torch.dtype = torch.float64, decode_only: bool = 
     num_queries = [1 if decode_only else draw(st.integers(0, n) | st.just(1), label="num_queries") for n in seq_lens]
     shared = [0] + [
         draw(st.integers(0, min(a, b) // block_size), label="blocks shared with the sequence before")
-        for a, b in zip(seq_lens, seq_lens[1:], strict=False)
+        for a, b in pairwise(seq_lens)
     ]
     counts = [-(-n // block_size) for n in seq_lens]
     own = [c - s for c, s in zip(counts, shared, strict=True)]

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import generators, head_shapes
 
 from minipaged.reference import attention_weights, causal_mask, masked_attention, multi_head_attention
+from strategies import generators, head_shapes
 
 pytestmark = pytest.mark.ch01
 
@@ -174,9 +174,7 @@ def test_heads_are_concatenated_along_the_feature_axis(shape, num_tokens, rng):
         (lambda: attention_weights(np.ones((1, 2, 4)), np.ones((1, 2, 8))), ["4", "8"]),
         (lambda: masked_attention(np.ones((1, 2, 4)), np.ones((2, 2, 4)), np.ones((3, 2, 4))), ["2", "3"]),
         (
-            lambda: multi_head_attention(
-                np.ones((1, 6)), *(np.ones((2, 6, 4)) for _ in range(3)), np.ones((7, 6))
-            ),
+            lambda: multi_head_attention(np.ones((1, 6)), *(np.ones((2, 6, 4)) for _ in range(3)), np.ones((7, 6))),
             ["8, 6", "7, 6"],
         ),
     ],

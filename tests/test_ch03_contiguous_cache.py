@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BLOCK_SIZES, generators, head_shapes
 
 from minipaged.kvcache import ContiguousCache, PagedCache, RecomputeCache
 from minipaged.memory.block_manager import BlockManager, NoMemory, SlabManager
 from minipaged.model.contract import Scheduled, Step, make_step
 from minipaged.model.transformer import ModelConfig
 from minipaged.reference import masked_attention
+from strategies import BLOCK_SIZES, generators, head_shapes
 
 pytestmark = [pytest.mark.ch03, pytest.mark.ch07]
 

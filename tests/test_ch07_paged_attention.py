@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BLOCK_SIZES, generators, paged_batches
 
 from minipaged.attention import paged_attention, paged_attention_online, write_kv
+from strategies import BLOCK_SIZES, generators, paged_batches
 
 pytestmark = pytest.mark.ch07
 
@@ -58,9 +58,7 @@ def test_where_a_block_lies_does_not_matter(attend, batch, data):
     moved_keys, moved_values = torch.empty_like(batch.key_cache), torch.empty_like(batch.value_cache)
     moved_keys[place], moved_values[place] = batch.key_cache, batch.value_cache
     tables = torch.where(batch.block_tables >= 0, place[batch.block_tables], -1).to(torch.int32)
-    after = attend(
-        batch.query, moved_keys, moved_values, tables, batch.seq_lens, batch.query_start_loc, scale=0.5
-    )
+    after = attend(batch.query, moved_keys, moved_values, tables, batch.seq_lens, batch.query_start_loc, scale=0.5)
     assert torch.equal(before, after)
 
 

@@ -120,7 +120,9 @@ def test_a_model_that_fails_leaves_no_memory_behind(llm, fail_at, texts):
 
     llm.cache.attend = failing
     with pytest.raises(RuntimeError, match="injected"):
-        llm.generate([{"prompt_token_ids": list(text)} for text in texts], SamplingParams(max_tokens=4, ignore_eos=True))
+        llm.generate(
+            [{"prompt_token_ids": list(text)} for text in texts], SamplingParams(max_tokens=4, ignore_eos=True)
+        )
     assert llm.memory.num_slots_reserved == 0
     assert not llm.scheduler.has_unfinished()
 
@@ -282,7 +284,9 @@ def test_the_distribution_is_the_likeliest_part_of_softmax(logits, temperature, 
     extra_blocks=st.integers(0, 10),
     keeps=st.booleans(),
 )
-def test_every_sequence_ends_and_never_outgrows_anything(lengths, max_num_seqs, budget, block_size, extra_blocks, keeps):
+def test_every_sequence_ends_and_never_outgrows_anything(
+    lengths, max_num_seqs, budget, block_size, extra_blocks, keeps
+):
     """No model at all: the scheduler with tokens of zeros. Every step moves, within budget, places and pool."""
     fewest = -(-max(prompt + new for prompt, new in lengths) // block_size)
     memory = BlockManager(fewest + extra_blocks, block_size) if keeps else NoMemory()

@@ -1,8 +1,8 @@
 """Chapter 3. Causal attention of one sequence whose K and V lie in one piece. Everything paged is measured against it.
 
-    query  [num_queries, num_heads, head_dim]           the last num_queries positions of the context
-    key    [num_kv_heads, num_keys, head_dim]           head by head, as the caches hold them
-    value  [num_kv_heads, num_keys, head_dim]
+query  [num_queries, num_heads, head_dim]           the last num_queries positions of the context
+key    [num_kv_heads, num_keys, head_dim]           head by head, as the caches hold them
+value  [num_kv_heads, num_keys, head_dim]
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, sliding_window: int | None = None
 ) -> Tensor:
-    """softmax(Q K^T * scale + M) V, with M aligned at the end of the context. Returns [num_queries, num_heads, head_dim].
+    """softmax(Q K^T * scale + M) V, with M aligned at the end of the context. Returns the shape of query.
 
     The heads of a group share one key/value head: K and V are *viewed* once per query head and never copied.
     """

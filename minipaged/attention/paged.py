@@ -46,8 +46,9 @@ def paged_attention(
     """Causal attention of a ragged batch that reads K and V through each sequence's block table.
 
     query [num_tokens, num_heads, head_dim], the queries of sequence s in rows query_start_loc[s] to
-    query_start_loc[s + 1] - 1, its last query at position seq_lens[s] - 1; caches [num_blocks, num_kv_heads, block_size,
-    head_dim]; block_tables int32 [num_seqs, max_blocks]; seq_lens int32 [num_seqs]; query_start_loc int32 [num_seqs + 1].
+    query_start_loc[s + 1] - 1, its last query at position seq_lens[s] - 1;
+    key_cache, value_cache [num_blocks, num_kv_heads, block_size, head_dim];
+    block_tables int32 [num_seqs, max_blocks]; seq_lens int32 [num_seqs]; query_start_loc int32 [num_seqs + 1].
     Entries of a table past the sequence's end, and slots past it in its last block, are never read.
     Returns the shape of query. Raises ValueError for arguments that do not fit.
     """

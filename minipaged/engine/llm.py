@@ -1,16 +1,17 @@
 """Chapter 10. `LLM`: prompts in, texts out, over any of the three caches.
 
-    while anything is unfinished:
-        work   = scheduler.schedule()          who computes what (plain Python)
-        logits = model(step(work), cache)      one ragged batch, prompts and single tokens mixed
-        tokens = sample(logits)                for every sequence whose end was reached
+while anything is unfinished:
+    work   = scheduler.schedule()          who computes what (plain Python)
+    logits = model(step(work), cache)      one ragged batch, prompts and single tokens mixed
+    tokens = sample(logits)                for every sequence whose end was reached
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from rich.console import Console
@@ -36,7 +37,8 @@ class TokenPrompt(TypedDict):
 Prompt = str | TokenPrompt
 
 
-class StreamOutput(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class StreamOutput:
     """One new token of one sample: `text` is what it adds (empty while a character is unfinished)."""
 
     request_id: str
@@ -49,9 +51,10 @@ class StreamOutput(NamedTuple):
 class LLM:
     """A model, a cache and a scheduler. The arguments and methods carry vLLM's names.
 
-    model: "smollm2-135m", "tiny", a GGUF file, a folder with safetensors, or what `load_model` returned (so that several
-    engines share one copy of the weights). cache: "recompute", "contiguous" or "paged". num_blocks: size of the pool; by default what 1 GiB holds, for every cache the same bytes. max_model_len:
-    tokens of context at most, by default the model's own. backend: "torch", or "auto" to choose (torch, today).
+    model: "smollm2-135m", "tiny", a GGUF file, a folder with safetensors, or what `load_model` returned (so that
+    several engines share one copy of the weights). cache: "recompute", "contiguous" or "paged". num_blocks: size of the
+    pool; by default what 1 GiB holds, for every cache the same bytes. max_model_len: tokens of context at most, by
+    default the model's own. backend: "torch", or "auto" to choose (torch, today).
     Raises ValueError for an argument that does not fit, before any memory is taken.
     """
 
@@ -162,7 +165,9 @@ class LLM:
     def _forward(self, work: list[Work]) -> torch.Tensor:
         """Logits of the last token of every sequence whose end this step reaches: [those sequences, vocab_size]."""
         batch = [
-            Scheduled(item.seq.tokens(item.start, item.start + item.count), item.start, self.memory.blocks(item.seq.seq_id))
+            Scheduled(
+                item.seq.tokens(item.start, item.start + item.count), item.start, self.memory.blocks(item.seq.seq_id)
+            )
             for item in work
         ]
         step = make_step(batch, self.memory.block_size, self.device)
@@ -244,7 +249,9 @@ class LLM:
         token_ids = list(prompt["prompt_token_ids"])
         for token in token_ids:
             if not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
-                raise ValueError(f"token {token!r} does not exist: the vocabulary has 0 to {self.config.vocab_size - 1}")
+                raise ValueError(
+                    f"token {token!r} does not exist: the vocabulary has 0 to {self.config.vocab_size - 1}"
+                )
         return token_ids
 
     def _progress(self, wanted: bool | None, total: int):  # type: ignore[no-untyped-def]
@@ -258,7 +265,13 @@ class _TokenBar:
     """A bar of tokens; a sample that ends early lowers its end."""
 
     def __init__(self, console: Console, total: int):
-        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
+        columns = (
+            TextColumn("generating"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+            TimeElapsedColumn(),
+        )
         self._bar = Progress(*columns, console=console, transient=True)
         self._task = self._bar.add_task("", total=total)
 

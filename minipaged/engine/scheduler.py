@@ -10,7 +10,8 @@ paper, section 4.5). Plain Python, and no tensor: the simulator runs this very c
 """
 
 from collections import deque
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from minipaged.engine.sequence import FinishReason, Sequence
 
@@ -28,7 +29,8 @@ class Memory(Protocol):
     def free(self, seq_id: str) -> None: ...
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Work:
     """Compute `count` tokens of a sequence, from position `start`. Reaching its end, sample its next token."""
 
     seq: Sequence

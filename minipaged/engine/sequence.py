@@ -82,7 +82,7 @@ class RequestOutput:
 
 @dataclass(eq=False)  # a sequence is itself, whatever its tokens
 class Sequence:
-    """One sample on its way. Invariant: 0 <= num_computed < len(tokens), since the last token is always still to come."""
+    """One sample on its way. Invariant: 0 <= num_computed < len(self): the last token is always still to come."""
 
     seq_id: str
     prompt_token_ids: list[int]
