@@ -138,15 +138,42 @@ def test_a_small_pool_preempts_and_changes_no_text():
     assert [o.outputs[0].token_ids for o in outputs] == [alone(t, 20, True) for t in texts]
 
 
-@given(llm=engines(), texts=st.lists(prompts, min_size=1, max_size=4))
-def test_streamed_pieces_join_to_the_final_text(llm, texts):
-    pieces: dict[str, str] = {}
+@given(
+    llm=engines(),
+    texts=st.lists(prompts, min_size=1, max_size=4),
+    stop=st.none() | st.text("abc\ufffd\x00", min_size=1),
+)
+def test_streamed_pieces_join_to_the_final_text(llm, texts, stop):
+    params = SamplingParams(max_tokens=10, ignore_eos=True, stop=stop)
     requests = [{"prompt_token_ids": list(text)} for text in texts]
-    for new in llm.stream(requests, SamplingParams(max_tokens=10, ignore_eos=True)):
-        pieces[new.request_id] = pieces.get(new.request_id, "") + new.text
-    outputs = llm.generate(requests, SamplingParams(max_tokens=10, ignore_eos=True))
-    for request_id, output in zip(sorted(pieces, key=int), outputs, strict=True):
-        assert pieces[request_id] == output.outputs[0].text
+    pieces = [""] * len(texts)
+    for new in llm.stream(requests, params):
+        pieces[int(new.request_id)] += new.text
+    assert pieces == [output.outputs[0].text for output in llm.generate(requests, params)]
+
+
+@given(llm=engines(), texts=st.lists(prompts, min_size=2, max_size=4), turns=st.lists(st.booleans(), max_size=20))
+def test_two_streams_that_take_turns_lose_no_token(llm, texts, turns):
+    """Whoever steps computes for all; what is the other's is kept for it."""
+    half = len(texts) // 2
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    streams = [
+        llm.stream([{"prompt_token_ids": list(text)} for text in part], params) for part in (texts[:half], texts[half:])
+    ]
+    tokens: dict[str, list[int]] = {}
+    for first in turns:
+        if new := next(streams[0 if first else 1], None):
+            tokens.setdefault(new.request_id, []).append(new.token_id)
+    for new in (new for stream in streams for new in stream):
+        tokens.setdefault(new.request_id, []).append(new.token_id)
+    assert [tokens[str(i)] for i in range(len(texts))] == [alone(text, 6, True) for text in texts]
+    assert llm.memory.num_slots_reserved == 0
+
+
+def test_a_stream_that_nobody_reads_holds_nothing():
+    llm = engine()
+    llm.stream({"prompt_token_ids": [1, 2]})
+    assert not llm.scheduler.has_unfinished()
 
 
 @given(text=prompts.filter(lambda text: len(text) < 30), at=st.integers(0, 7))
@@ -171,7 +198,9 @@ def test_a_stop_string_ends_the_text_before_it(text, at, length):
     stop = whole[at : at + length]
     if not stop:
         return
-    answer = llm.generate(request, SamplingParams(max_tokens=12, ignore_eos=True, stop=stop))[0].outputs[0]
+    params = SamplingParams(max_tokens=12, ignore_eos=True, stop=stop)
+    answer = llm.generate(request, params)[0].outputs[0]
+    assert "".join(new.text for new in llm.stream(request, params)) == answer.text
     assert stop not in answer.text
     assert whole.startswith(answer.text)
     assert answer.finish_reason == "stop"

@@ -6,6 +6,7 @@ while anything is unfinished:
     tokens = sample(logits)                for every sequence whose end was reached
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ Prompt = str | TokenPrompt
 
 @dataclass(frozen=True, slots=True)
 class StreamOutput:
-    """One new token of one sample: `text` is what it adds (empty while a character is unfinished)."""
+    """One new token of one sample. `text` is what it adds: nothing, while a character or a stop string may follow."""
 
     request_id: str
     index: int
@@ -118,6 +119,7 @@ class LLM:
         self.scheduler = Scheduler(self.memory, max_model_len, max_num_seqs, max_num_batched_tokens)
         self._request_ids = count()
         self._streams: dict[str, TextStream] = {}
+        self._boxes: dict[str, deque[StreamOutput]] = {}  # request -> tokens that its caller has not taken yet
 
     # ---- what a user calls -------------------------------------------------------------------------------------
 
@@ -181,21 +183,25 @@ class LLM:
         output, params = seq.output, seq.params
         output.token_ids.append(token)
         ends_text = token in self.tokenizer.eos_token_ids and not params.ignore_eos
-        before = output.text
         output.text += self._streams[seq.seq_id].push(token)
-        stopped_at = min((at for s in params.stop_strings if (at := output.text.find(s)) >= 0), default=None)
         reason: FinishReason | None = None
-        if stopped_at is not None:
-            output.text = output.text[:stopped_at]
-            reason = "stop"
-        elif ends_text:
+        if ends_text:
             reason = "stop"
         elif len(output.token_ids) >= params.max_tokens or len(seq) >= self.scheduler.max_model_len:
             reason = "length"
+        if reason:  # no token follows: a character that is still unfinished is given out as it is
+            output.text += self._streams[seq.seq_id].finish()
+        stopped_at = min((at for s in params.stop_strings if (at := output.text.find(s)) >= 0), default=None)
+        if stopped_at is not None:
+            output.text = output.text[:stopped_at]
+            reason = "stop"
         if reason:
             self._finish(seq, reason)
-        request_id = seq.seq_id.rpartition(".")[0]
-        return StreamOutput(request_id, output.index, output.text[len(before) :], token, reason)
+        # The end of the text may be the beginning of a stop string, which is no part of the answer: hold it back.
+        held_back = 0 if reason else max((len(s) - 1 for s in params.stop_strings), default=0)
+        new_text = output.text[seq.num_streamed : max(seq.num_streamed, len(output.text) - held_back)]
+        seq.num_streamed += len(new_text)
+        return StreamOutput(seq.seq_id.rpartition(".")[0], output.index, new_text, token, reason)
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         self.scheduler.finish(seq, reason)
@@ -204,19 +210,33 @@ class LLM:
     # ---- requests ----------------------------------------------------------------------------------------------
 
     def _run(self, requests: list[tuple[RequestOutput, list[Sequence]]]) -> Iterator[StreamOutput]:
-        mine = {output.request_id for output, _ in requests}
+        """Queue the requests and step until they are finished. Several of these may be under way at once, taking turns:
+        whoever steps computes for all, and puts what is not its own into the others' boxes."""
+        mine = [output.request_id for output, _ in requests]
         try:
-            while not all(output.finished for output, _ in requests):
-                yield from (new for new in self.step() if new.request_id in mine)
+            for output, seqs in requests:
+                self._boxes[output.request_id] = deque()
+                for seq in seqs:
+                    self.scheduler.add(seq)
+                    self._streams[seq.seq_id] = self.tokenizer.stream()
+            while True:
+                for request_id in mine:
+                    while box := self._boxes[request_id]:
+                        yield box.popleft()
+                if all(output.finished for output, _ in requests):
+                    break
+                for new in self.step():
+                    self._boxes[new.request_id].append(new)
         finally:
-            for _, seqs in requests:
+            for output, seqs in requests:
+                self._boxes.pop(output.request_id, None)
                 for seq in seqs:
                     self._finish(seq, "abort")  # does nothing to one that has finished
 
     def _requests(
         self, prompts: Prompt | list[Prompt] | list[str], params: SamplingParams
     ) -> list[tuple[RequestOutput, list[Sequence]]]:
-        """Check all prompts, then queue them all: either every one is accepted or none."""
+        """Make sequences of the prompts. Nothing is queued yet: either all are accepted or none."""
         items: Iterable[Prompt] = [prompts] if isinstance(prompts, str | dict) else prompts
         requests = []
         for number, prompt in enumerate(items):
@@ -230,15 +250,17 @@ class LLM:
             seed = params.seed if params.seed is not None else self.seed + 7919 * (int(request_id) + 1)
             outputs = [CompletionOutput(i) for i in range(params.n)]
             seqs = [
-                Sequence(f"{request_id}.{output.index}", token_ids, params, output, 0, generator(seed, output.index))
+                Sequence(
+                    seq_id=f"{request_id}.{output.index}",
+                    prompt_token_ids=token_ids,
+                    params=params,
+                    output=output,
+                    generator=generator(seed, output.index),
+                )
                 for output in outputs
             ]
             text = prompt if isinstance(prompt, str) else None
             requests.append((RequestOutput(request_id, text, token_ids, outputs), seqs))
-        for _, seqs in requests:
-            for seq in seqs:
-                self.scheduler.add(seq)
-                self._streams[seq.seq_id] = self.tokenizer.stream()
         return requests
 
     def _encode(self, prompt: Prompt) -> list[int]:

@@ -89,6 +89,7 @@ class Sequence:
     params: SamplingParams
     output: CompletionOutput
     num_computed: int = 0
+    num_streamed: int = 0  # characters of the output's text that its caller has been given
     generator: Any = None  # the random numbers of this sample alone (sampling.py)
 
     def __len__(self) -> int:
