@@ -26,6 +26,7 @@ PROMPTS = (
     "and a page table says where each page lies. The main advantage of paging is that",
 )
 REFRESHES_PER_SECOND = 8
+TOKENS, INTERPRETED_TOKENS = 24, 4  # for each prompt, where the caller does not say
 MEBIBYTE = 1 << 20
 
 
@@ -34,6 +35,7 @@ class Run:
     """What one cache did with all the prompts."""
 
     cache: str
+    name: str  # the cache, and its backend where it was asked for
     texts: list[str]
     token_ids: list[list[int]]
     first_token_seconds: float = 0.0  # mean over the prompts
@@ -51,11 +53,15 @@ class Run:
 def run(
     console: Console,
     model: str = "smollm2-135m",
-    max_tokens: int = 24,
+    max_tokens: int | None = None,
     block_size: int = 16,
     max_model_len: int | None = None,
+    backend: str = "auto",
 ) -> bool:
-    """Run the demonstration. Returns whether all caches, and every prompt alone, gave the same tokens."""
+    """Run the demonstration; `backend` is that of the paged cache.
+
+    Returns whether all caches, and every prompt by itself, gave the same tokens.
+    """
     with console.status(f"loading {model}"):
         loaded = load_model(model)
     context = loaded.transformer.config.max_position
@@ -63,15 +69,28 @@ def run(
     # A contiguous cache has to reserve max_model_len slots a request, written or not: the pool holds as many.
     num_blocks = len(PROMPTS) * -(-max_model_len // block_size)
 
-    def engine(cache: str) -> LLM:
-        return LLM(loaded, cache=cache, block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len)  # type: ignore[arg-type]
-
-    engines = {cache: engine(cache) for cache in CACHES}  # a mistake in the arguments shows before anything is drawn
+    engines = {  # a mistake in the arguments shows here, before anything is drawn
+        cache: LLM(
+            loaded,
+            cache=cache,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            backend=backend if cache == "paged" else "auto",
+        )
+        for cache in CACHES
+    }
+    interpreted = backend == "triton" and engines["paged"].device == "cpu"
+    if max_tokens is None:
+        max_tokens = INTERPRETED_TOKENS if interpreted else TOKENS
     params = SamplingParams(max_tokens=max_tokens)
+    if interpreted:
+        console.print("Triton's interpreter runs the kernels on the CPU, program by program: this takes minutes.")
     console.print(
         f"[bold]{len(PROMPTS)} prompts, one ragged batch, up to {max_tokens} greedy tokens each, three caches[/bold]\n"
     )
-    runs = [Run(cache, [""] * len(PROMPTS), [[] for _ in PROMPTS]) for cache in CACHES]
+    names = {"paged": "paged, Triton"} if backend == "triton" else {}
+    runs = [Run(cache, names.get(cache, cache), [""] * len(PROMPTS), [[] for _ in PROMPTS]) for cache in CACHES]
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         for this in runs:
             _run_one(engines[this.cache], this, params, lambda: live.update(_side_by_side(runs), refresh=True))
@@ -129,7 +148,7 @@ def _snapshot(llm: LLM, first_id: int, this: Run) -> Snapshot | None:
             return None
         name = chr(ord("A") + i)
         tables[name] = blocks
-        num_tokens[name] = min(len(tokens) - 1, len(blocks) * llm.memory.block_size)
+        num_tokens[name] = llm.memory.length(f"{first_id + i}.0")
         texts[name] = llm.tokenizer.pieces(tokens[: num_tokens[name]])
     return Snapshot(
         num_blocks=llm.memory.num_slots // llm.memory.block_size,
@@ -143,7 +162,7 @@ def _snapshot(llm: LLM, first_id: int, this: Run) -> Snapshot | None:
 def _side_by_side(runs: list[Run]) -> Table:
     table = Table(expand=True, show_lines=True)
     for this in runs:
-        table.add_column(f"{this.cache} cache" if this.cache != "recompute" else "no cache (recompute)", ratio=1)
+        table.add_column("no cache (recompute)" if this.cache == "recompute" else f"{this.name} cache", ratio=1)
     for i, prompt in enumerate(PROMPTS):
         beginning = prompt if len(prompt) <= 60 else "... " + prompt[-56:].partition(" ")[2]
         table.add_row(*(Text.assemble((beginning, "dim"), (this.texts[i], "bold")) for this in runs))
@@ -176,7 +195,7 @@ def _costs(runs: list[Run], loaded: Model, max_model_len: int, block_size: int) 
     for this in runs:
         share = f"{this.used_bytes / this.reserved_bytes:.1%}" if this.reserved_bytes else "-"
         table.add_row(
-            this.cache,
+            this.name,
             f"{this.first_token_seconds:.2f} s",
             f"{this.tokens_per_second:.1f}",
             f"{this.reserved_bytes / MEBIBYTE:.1f} MiB",

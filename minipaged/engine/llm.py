@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import torch
 from rich.console import Console
@@ -29,6 +30,7 @@ from minipaged.model.tokenizer import TextStream
 
 DEFAULT_POOL_BYTES = 1 << 30  # K and V of all layers; the system commits a page of it when it is first written
 CACHES = ("recompute", "contiguous", "paged")
+BACKENDS = ("auto", "torch", "triton")
 
 
 class TokenPrompt(TypedDict):
@@ -55,7 +57,8 @@ class LLM:
     model: "smollm2-135m", "tiny", a GGUF file, a folder with safetensors, or what `load_model` returned (so that
     several engines share one copy of the weights). cache: "recompute", "contiguous" or "paged". num_blocks: size of the
     pool; by default what 1 GiB holds, for every cache the same bytes. max_model_len: tokens of context at most, by
-    default the model's own. backend: "torch", or "auto" to choose (torch, today).
+    default the model's own. backend of the paged cache: "torch", "triton" (on a CPU with Triton's interpreter, which is
+    slow), or "auto": Triton on a CUDA device, else torch.
     Raises ValueError for an argument that does not fit, before any memory is taken.
     """
 
@@ -63,10 +66,10 @@ class LLM:
         self,
         model: str | Path | Model = "smollm2-135m",
         *,
-        cache: Literal["recompute", "contiguous", "paged"] = "paged",
+        cache: str = "paged",
         block_size: int = 16,
         num_blocks: int | None = None,
-        backend: Literal["auto", "torch"] = "auto",
+        backend: str = "auto",
         dtype: str = "float32",
         device: str | None = None,
         max_model_len: int | None = None,
@@ -76,8 +79,10 @@ class LLM:
     ):
         if cache not in CACHES:
             raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
-        if backend not in ("auto", "torch"):
-            raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if backend == "triton" and cache != "paged":
+            raise ValueError(f"backend 'triton' is of the paged cache, and cache is {cache!r}")
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         if num_blocks is not None and num_blocks < 1:
@@ -103,7 +108,9 @@ class LLM:
         self.cache: KVCache
         if cache == "paged":
             self.memory = BlockManager(num_blocks, block_size)
-            self.cache = PagedCache(self.config, num_blocks, block_size, self.dtype, device)
+            if backend == "auto":
+                backend = "triton" if torch.device(device).type == "cuda" and find_spec("triton") else "torch"
+            self.cache = PagedCache(self.config, num_blocks, block_size, self.dtype, device, backend)
         elif cache == "contiguous":
             num_slabs = num_blocks * block_size // max_model_len
             if num_slabs < 1:

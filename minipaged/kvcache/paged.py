@@ -5,13 +5,16 @@
     A: [0, 2]     B: [1]
 
 The tensors know nothing of requests. Who owns which block is decided in memory/, in plain Python, and arrives as two
-arrays of the step: `slot_mapping` says where to write, `block_tables` says where to read.
+arrays of the step: `slot_mapping` says where to write, `block_tables` says where to read. Torch and Triton have the
+same two functions with the same signatures, so a backend is a choice of where to import them from.
 """
+
+import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from minipaged.attention.paged import paged_attention, write_kv
 from minipaged.model.contract import Step
 from minipaged.model.transformer import ModelConfig
 
@@ -29,6 +32,7 @@ class PagedCache:
         block_size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        backend: str = "torch",
     ):
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
@@ -36,12 +40,13 @@ class PagedCache:
         # Not zeroed: the system hands out pages of this memory when they are first written, and not before.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
+        self._write_kv, self._paged_attention = _functions(backend, self.key_cache.device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables."""
         key_cache, value_cache = self.key_cache[layer], self.value_cache[layer]
-        write_kv(key, value, key_cache, value_cache, step.slot_mapping)
-        return paged_attention(
+        self._write_kv(key, value, key_cache, value_cache, step.slot_mapping)
+        return self._paged_attention(
             query,
             key_cache,
             value_cache,
@@ -57,3 +62,20 @@ class PagedCache:
             source, target = torch.tensor(copies, device=self.key_cache.device).T
             self.key_cache[:, target] = self.key_cache[:, source]
             self.value_cache[:, target] = self.value_cache[:, source]
+
+
+def _functions(backend: str, device: torch.device) -> tuple[Callable[..., None], Callable[..., Tensor]]:
+    """write_kv and paged_attention of a backend, imported when it is chosen: torch's users need no Triton."""
+    if backend == "torch":
+        from minipaged import attention
+
+        return attention.write_kv, attention.paged_attention
+    if backend != "triton":
+        raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
+    if (
+        device.type == "cpu"
+    ):  # Triton has no code for a CPU, but an interpreter, which it must be told of before the import
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    from minipaged.kernels import paged_attention, write_kv
+
+    return write_kv, paged_attention

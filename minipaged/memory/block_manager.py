@@ -61,6 +61,10 @@ class BlockManager:
         """The block table of a sequence: physical block of each logical block. Empty where it holds nothing."""
         return self._table(seq_id).blocks
 
+    def length(self, seq_id: str) -> int:
+        """Tokens that the sequence has room for in its blocks, all of them written once the step has run."""
+        return self._table(seq_id).num_tokens
+
     def free(self, seq_id: str) -> None:
         """Give back all that the sequence holds. One that holds nothing may be freed too."""
         if table := self._tables.pop(seq_id, None):
@@ -102,6 +106,9 @@ class NoMemory:
 
     def blocks(self, seq_id: str) -> list[int]:
         return []
+
+    def length(self, seq_id: str) -> int:
+        return 0
 
     def free(self, seq_id: str) -> None:
         pass
