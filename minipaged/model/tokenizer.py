@@ -4,17 +4,16 @@ The package `tokenizers` does the work. This module knows where each format keep
 special tokens and the chat template.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import gguf
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
-from minipaged.model.weights import ModelFileError, gguf_field
+from minipaged.model.gguf_file import GGUFFile
+from minipaged.model.weights import ModelFileError, gguf_field, read_json
 
 Message = dict[str, str]
 
@@ -36,12 +35,28 @@ class TextTokenizer:
         self.chat_template = chat_template
         self.bos_token_id = bos_token_id  # put before every text, where the model was trained so
 
+    @property
+    def largest_token_id(self) -> int:
+        """The largest id that `encode` may give."""
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        return max([*ids, -1 if self.bos_token_id is None else self.bos_token_id])
+
     def encode(self, text: str) -> list[int]:
+        """The tokens of a text. Raises ValueError where it is not Unicode text (half of a surrogate pair).
+
+        Special tokens that stand in the text as words (<|im_end|>) are read as such: a chat template writes them so. A
+        byte that the vocabulary lacks is left out, as elsewhere: SmolLM2's lacks a few, of control characters and of
+        planes of Unicode that are hardly in use.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is not valid Unicode: {error.reason}, at character {error.start}") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids if self.bos_token_id is None else [self.bos_token_id, *ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of the tokens, without special tokens. Bytes that are not yet a whole character read as U+FFFD."""
+        """The text of the tokens, without special tokens. Bytes that are not a whole character read as U+FFFD."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
@@ -49,7 +64,7 @@ class TextTokenizer:
         return [self._tokenizer.decode([token], skip_special_tokens=False) for token in token_ids]
 
     def stream(self) -> "TextStream":
-        return TextStream(self._tokenizer)
+        return TextStream(self)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> str:
         """The prompt that asks the model for the next turn of a conversation: [{"role": ..., "content": ...}, ...].
@@ -59,44 +74,77 @@ class TextTokenizer:
         """
         if self.chat_template is None:
             raise ValueError("the model has no chat template: give a plain prompt")
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        sandbox.globals["raise_exception"] = _refuse  # what templates call to refuse
         try:
-            template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.chat_template)
-            return template.render(messages=list(messages), add_generation_prompt=True, bos_token="", eos_token="")
-        except jinja2.TemplateError as error:
+            return sandbox.from_string(self.chat_template).render(
+                messages=list(messages), add_generation_prompt=True, bos_token="", eos_token=""
+            )
+        except Exception as error:  # the template is a program: any exception may be its own
             raise ValueError(f"the model's chat template does not take these messages: {error}") from error
 
 
 class TextStream:
-    """Text as its tokens come: a character is given out when its last byte has arrived."""
+    """Text as its tokens come: a character is given out when its last byte has arrived.
 
-    def __init__(self, tokenizer: Tokenizer):
+    Invariant: what was given out is a beginning of `decode` of all tokens so far; with `finish`, it is the whole.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer):
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
+        self._token_ids: list[int] = []
+        self._given = 0  # characters
 
     def push(self, token_id: int) -> str:
         """The new text that this token completes; empty while a character is unfinished."""
-        return self._decoder.step(self._tokenizer, token_id) or ""
+        self._token_ids.append(token_id)
+        text: str = self._decoder.step(self._tokenizer._tokenizer, token_id) or ""
+        self._given += len(text)
+        return text
+
+    def finish(self) -> str:
+        """No token follows: what is left of the text. A character that was never finished reads as U+FFFD."""
+        rest = self._tokenizer.decode(self._token_ids)[self._given :]
+        self._given += len(rest)
+        return rest
 
 
-def tokenizer_from_gguf(reader: gguf.GGUFReader) -> TextTokenizer:
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def tokenizer_from_gguf(file: GGUFFile) -> TextTokenizer:
     """Rebuild the tokenizer from GGUF metadata. Raises ModelFileError for kinds that are not byte-level BPE."""
-    kind = gguf_field(reader, "tokenizer.ggml.model")
-    splitter = gguf_field(reader, "tokenizer.ggml.pre", "gpt-2")
+    kind = gguf_field(file, "tokenizer.ggml.model")
+    splitter = gguf_field(file, "tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or splitter not in ("smollm", "gpt-2", "default"):
         raise ModelFileError(f"tokenizer {kind!r} with pre-tokenizer {splitter!r} is not supported")
-    tokens = gguf_field(reader, "tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in gguf_field(reader, "tokenizer.ggml.merges")]
-    tokenizer = _byte_level_bpe({token: i for i, token in enumerate(tokens)}, merges, digits=splitter == "smollm")
-    types = gguf_field(reader, "tokenizer.ggml.token_type")
-    special = [AddedToken(tokens[i], special=True, normalized=False) for i, t in enumerate(types) if t == _CONTROL_TOKEN]
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken(tokens[i], normalized=False) for i, t in enumerate(types) if t == _USER_TOKEN])
-    add_bos = reader.get_field("tokenizer.ggml.add_bos_token")
+    tokens, merges = gguf_field(file, "tokenizer.ggml.tokens"), gguf_field(file, "tokenizer.ggml.merges")
+    types = gguf_field(file, "tokenizer.ggml.token_type")
+    try:
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+        tokenizer = _byte_level_bpe(vocabulary, pairs, digits=splitter == "smollm")
+        control = [tokens[i] for i, kind in enumerate(types) if kind == _CONTROL_TOKEN]
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+        user = [tokens[i] for i, kind in enumerate(types) if kind == _USER_TOKEN]
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user])
+    except Exception as error:  # the package raises a bare Exception
+        raise ModelFileError(f"no tokenizer can be built from the GGUF file's tokens and merges: {error}") from error
+
+    def token_id(name: str) -> int:
+        value = gguf_field(file, f"tokenizer.ggml.{name}")
+        if not isinstance(value, int) or not 0 <= value < len(tokens):
+            raise ModelFileError(f"{name} must be a token, 0 to {len(tokens) - 1}, got {value!r}")
+        return value
+
+    template = gguf_field(file, "tokenizer.chat_template", "")
     return TextTokenizer(
         tokenizer,
-        eos_token_ids=[gguf_field(reader, "tokenizer.ggml.eos_token_id")],
-        chat_template=None if reader.get_field("tokenizer.chat_template") is None else gguf_field(reader, "tokenizer.chat_template"),
-        bos_token_id=gguf_field(reader, "tokenizer.ggml.bos_token_id") if add_bos and add_bos.contents() else None,
+        eos_token_ids=[token_id("eos_token_id")],
+        chat_template=template if isinstance(template, str) and template else None,
+        bos_token_id=token_id("bos_token_id") if gguf_field(file, "tokenizer.ggml.add_bos_token", False) else None,
     )
 
 
@@ -112,7 +160,7 @@ def tokenizer_from_folder(folder: Path) -> TextTokenizer:
     settings: dict[str, object] = {}
     for name in ("tokenizer_config.json", "config.json", "generation_config.json"):  # the last word counts
         if (folder / name).exists():
-            settings.update(json.loads((folder / name).read_text(encoding="utf-8")))
+            settings.update(read_json(folder / name))
     eos = settings.get("eos_token_id")
     template = settings.get("chat_template")
     if (folder / "chat_template.jinja").exists():

@@ -1,6 +1,6 @@
 """Chapter 2. A decoder-only transformer in the Llama shape: configuration, rotary positions, layers, in one file.
 
-    token ids -> embedding -> [ RMSNorm -> attention -> +  ->  RMSNorm -> SwiGLU -> + ] x num_layers -> RMSNorm -> linear
+    token ids -> embedding -> [RMSNorm -> attention -> +  ->  RMSNorm -> SwiGLU -> +] x num_layers -> RMSNorm -> linear
 
 Every operation but attention treats each token by itself. So the tokens of many sequences are laid end to end, and
 only `cache.attend` needs to know where one sequence ends. There is no batch dimension and no padding.
@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipaged.model.contract import KVCache, Step
+
+MAX_POSITION = 1 << 20  # tokens; the rotary table of a context as long as this is the largest that is built
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,23 @@ class ModelConfig:
     tie_embeddings: bool = True  # the output layer is the embedding, transposed
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        # A damaged file can hold any number here: each is refused before it becomes a shape, a table or a loop.
+        for name in (*_SIZES, "max_position"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        if self.head_dim < 2 or self.head_dim % 2:
+        if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
+        if self.max_position > MAX_POSITION:
+            raise ValueError(f"max_position must be at most {MAX_POSITION:,}, got {self.max_position:,}")
+        for name, low, high in (("rope_theta", 1.0, 1e12), ("rms_norm_eps", 0.0, 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ValueError(f"tie_embeddings must be True or False, got {self.tie_embeddings!r}")
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of K and V that one token adds over all layers: 2 * num_layers * num_kv_heads * head_dim * itemsize."""
@@ -56,9 +70,10 @@ def rotary_table(config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle. x [num_tokens, heads, head_dim]; cos, sin [num_tokens, 1, -].
+    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle.
 
-    After it, a query at position m and a key at position n meet with an angle that depends on m - n alone.
+    x [num_tokens, heads, head_dim]; cos, sin [num_tokens, 1, head_dim / 2]. Returns the shape of x. After it, a query
+    at position m and a key at position n meet with an angle that depends on m - n alone.
     """
     first, second = x.chunk(2, dim=-1)  # [num_tokens, heads, head_dim / 2] each
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -85,7 +100,7 @@ class Layer(nn.Module):
 
     def attention(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, step: Step) -> Tensor:
         heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        qkv = self.qkv_proj(hidden).view(-1, heads + 2 * kv_heads, head_dim)  # [num_tokens, heads + 2 kv_heads, head_dim]
+        qkv = self.qkv_proj(hidden).view(-1, heads + 2 * kv_heads, head_dim)  # [num_tokens, all heads, head_dim]
         query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)  # [num_tokens, (kv_)heads, head_dim]
         # Positions enter here, and K is kept with its position already in it: a cached key is never turned again.
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
@@ -106,7 +121,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not filled: whoever builds a model brings its weights, and torch needs a second to draw some on device "meta".
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -1,0 +1,75 @@
+"""Chapter 2. What lies in a GGUF file, through the package `gguf`: named values, and named tensors.
+
+    GGUF | version | number of tensors | number of fields | fields ... | tensor infos ... | padding | numbers ...
+
+The package maps the file into memory and reads its header when it is opened; the numbers of a tensor are dequantised
+when they are asked for. One thing is added: whatever the header says should follow is held against what is left of
+the file, at every step. So a file that was cut or damaged is refused at once, and nobody looks for 2^60 numbers in it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+_FIELD_BYTES, _TENSOR_INFO_BYTES = 13, 24  # what each takes at the least: one with an empty name, that is
+
+
+class GGUFFile:
+    """`tensors`: name -> the package's record of it. Raises ValueError where the file is not what its header says."""
+
+    def __init__(self, path: Path):
+        try:
+            self._reader = _CheckedReader(path)
+        except (KeyError, IndexError, OverflowError, MemoryError, RecursionError) as error:  # a name comes twice, say
+            raise ValueError(str(error)) from error
+        self.tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+
+    def field(self, name: str, default: Any = None) -> Any:
+        """The value of a field: a number, a string, or a list of them."""
+        field = self._reader.get_field(name)
+        return default if field is None else field.contents()
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """The numbers of a tensor, dequantised. Raises ValueError for a type that the package does not read."""
+        entry = self.tensors[name]
+        try:
+            numbers = gguf.dequantize(entry.data, entry.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise ValueError(f"tensor {name} cannot be read as {entry.tensor_type.name}: {error}") from error
+        # float32 ones are views of the file, which is mapped to be read only.
+        return numbers if numbers.flags.writeable else numbers.copy()
+
+
+class _CheckedReader(gguf.GGUFReader):
+    """The package reads past the end of the file without a word (a NumPy slice is then shorter), and would count on."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> NDArray[Any]:
+        # A plain view of the map: slices of a memmap are several times as slow, and there are 300,000 of them.
+        self.data = np.asarray(self.data)  # type: ignore[assignment]
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise ValueError(f"bytes {int(offset):,} to {end:,} should follow, and the file has {len(self.data):,}")
+        values: NDArray[Any] = super()._get(offset, dtype, count, override_order)
+        return values
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        """The package takes an array item by item, as many as it says there are. Numbers are taken in one piece here."""
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            dtype = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))
+            values = self._get(orig_offs + 12, dtype or np.uint64, length[0])  # a string takes 8 bytes, at the least
+            if dtype is not None:
+                types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
+                return 12 + values.nbytes, [kind, length, values], [2], types
+        return super()._get_field_parts(orig_offs, raw_type)
+
+    def _build_fields(self, offs: int, count: int) -> int:
+        self._get(offs, np.uint8, _FIELD_BYTES * int(count))
+        return super()._build_fields(offs, count)
+
+    def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[gguf.ReaderField]]:
+        self._get(offs, np.uint8, _TENSOR_INFO_BYTES * int(count))
+        return super()._build_tensor_info(offs, count)

@@ -1,0 +1,206 @@
+"""Small models on disk, written as others write them: llama.cpp's converter (GGUF) and Hugging Face (safetensors).
+
+    weights = random_weights(config, seed)          Hugging Face's names and shapes, NumPy float32
+    write_gguf(path, config, weights)               one file
+    write_folder(folder, config, weights)           config.json, *.safetensors, tokenizer.json
+
+The tokenizer knows small letters, a full stop, a space, "hi", and a token that ends a text. It is small because the
+package gguf reads a file word by word.
+"""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from minipaged.model.transformer import ModelConfig, Transformer
+
+TOKENS = [*"abcdefghijklmnopqrstuvwxyz.Ġ", "hi", "<|endoftext|>"]  # U+0120 stands for the space
+MERGES = [("h", "i")]
+EOS = len(TOKENS) - 1
+
+SMALL = ModelConfig(
+    vocab_size=len(TOKENS),
+    hidden_size=8,
+    intermediate_size=6,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_position=64,
+    rms_norm_eps=2.0**-16,  # a float32, as GGUF keeps it, and a float64 alike
+    tie_embeddings=False,
+)
+
+# Hugging Face's name of a tensor, and GGUF's.
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def shapes(config):
+    """Hugging Face's name of every tensor of a Llama -> its shape."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    found = {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
+    if not config.tie_embeddings:
+        found["lm_head.weight"] = (config.vocab_size, hidden)
+    for i in range(config.num_layers):
+        for name, shape in {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (q_size, hidden),
+            "self_attn.k_proj": (kv_size, hidden),
+            "self_attn.v_proj": (kv_size, hidden),
+            "self_attn.o_proj": (hidden, q_size),
+            "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }.items():
+            found[f"model.layers.{i}.{name}.weight"] = shape
+    return found
+
+
+def random_weights(config, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes(config).items()}
+
+
+def transformer_of(config, weights):
+    """The source model: the weights put where `Transformer` keeps them, by hand."""
+    take = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
+    model = Transformer(config)
+    model.embed_tokens.weight.data = take["model.embed_tokens.weight"]
+    model.norm.weight.data = take["model.norm.weight"]
+    model.lm_head.weight.data = take["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
+    for i, layer in enumerate(model.layers):
+        of = f"model.layers.{i}."
+        layer.attention_norm.weight.data = take[of + "input_layernorm.weight"]
+        layer.qkv_proj.weight.data = torch.cat([take[f"{of}self_attn.{c}_proj.weight"] for c in "qkv"])
+        layer.o_proj.weight.data = take[of + "self_attn.o_proj.weight"]
+        layer.mlp_norm.weight.data = take[of + "post_attention_layernorm.weight"]
+        layer.gate_up_proj.weight.data = torch.cat([take[f"{of}mlp.{c}_proj.weight"] for c in ("gate", "up")])
+        layer.down_proj.weight.data = take[of + "mlp.down_proj.weight"]
+    return model.requires_grad_(False)
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def gguf_name(name):
+    layer, rest = "", name.removesuffix(".weight")
+    if rest.startswith("model.layers."):
+        number, _, rest = rest.removeprefix("model.layers.").partition(".")
+        layer = f"blk.{number}."
+    return f"{layer}{GGUF_NAMES.get(rest, rest)}.weight"
+
+
+def permute(weights, num_heads):
+    """What llama.cpp's convert_hf_to_gguf.py does to the rows of q_proj and k_proj, in its own words."""
+    return (
+        weights.reshape(num_heads, 2, weights.shape[0] // num_heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
+
+
+def gguf_fields(config):
+    """name -> (method of GGUFWriter, value)"""
+    return {
+        "llama.block_count": ("add_uint32", config.num_layers),
+        "llama.context_length": ("add_uint32", config.max_position),
+        "llama.embedding_length": ("add_uint32", config.hidden_size),
+        "llama.feed_forward_length": ("add_uint32", config.intermediate_size),
+        "llama.attention.head_count": ("add_uint32", config.num_heads),
+        "llama.attention.head_count_kv": ("add_uint32", config.num_kv_heads),
+        "llama.attention.key_length": ("add_uint32", config.head_dim),
+        "llama.rope.dimension_count": ("add_uint32", config.head_dim),
+        "llama.rope.freq_base": ("add_float32", config.rope_theta),
+        "llama.attention.layer_norm_rms_epsilon": ("add_float32", config.rms_norm_eps),
+        "tokenizer.ggml.model": ("add_string", "gpt2"),
+        "tokenizer.ggml.pre": ("add_string", "smollm"),
+        "tokenizer.ggml.tokens": ("add_array", TOKENS),
+        "tokenizer.ggml.token_type": ("add_array", [3 if token == TOKENS[EOS] else 1 for token in TOKENS]),
+        "tokenizer.ggml.merges": ("add_array", [" ".join(pair) for pair in MERGES]),
+        "tokenizer.ggml.eos_token_id": ("add_uint32", EOS),
+        "tokenizer.ggml.add_bos_token": ("add_bool", False),
+        "tokenizer.chat_template": ("add_string", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"),
+    }
+
+
+def write_gguf(path, config, weights, kind=gguf.GGMLQuantizationType.F32, architecture="llama", **changed):
+    """`changed`: other fields, by name (with _ for . if one likes); a value of None leaves the field out."""
+    fields = gguf_fields(config)
+    for name, value in changed.items():
+        fields[next((field for field in fields if field.replace(".", "_") == name), name)] = value
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, field in fields.items():
+        if field is not None:
+            method, value = field
+            getattr(writer, method)(name, value)
+    for name, array in weights.items():
+        if name.endswith("q_proj.weight") and array.ndim == 2 and not len(array) % (2 * config.num_heads):
+            array = permute(array, config.num_heads)
+        elif name.endswith("k_proj.weight") and array.ndim == 2 and not len(array) % (2 * config.num_kv_heads):
+            array = permute(array, config.num_kv_heads)
+        of = kind if array.ndim > 1 else gguf.GGMLQuantizationType.F32  # norms are not quantised
+        writer.add_tensor(gguf_name(name), gguf.quantize(array, of), raw_dtype=of)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# ---- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def json_fields(config):
+    return {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def tokenizer():
+    made = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(TOKENS[:EOS])}, merges=MERGES))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(TOKENS[EOS], special=True)])
+    return made
+
+
+def write_folder(folder, config, weights, dtype=torch.float32, num_shards=1):
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**json_fields(config), "eos_token_id": EOS}))
+    names = sorted(weights)
+    for shard in range(num_shards):
+        part = {name: torch.from_numpy(np.array(weights[name])).to(dtype) for name in names[shard::num_shards]}
+        if part:
+            save_file(part, folder / f"model-{shard + 1:05}-of-{num_shards:05}.safetensors")
+    tokenizer().save(str(folder / "tokenizer.json"))

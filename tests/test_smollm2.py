@@ -1,0 +1,58 @@
+"""The real model writes the same tokens with no cache, a contiguous cache and a paged cache, alone and in a batch."""
+
+import pytest
+
+from minipaged import LLM, SamplingParams
+
+pytestmark = pytest.mark.smollm2
+
+PROMPTS = (
+    "The",
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "In 2026, 17 + 25 =",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Liberté, égalité, fraternité: c'est la devise de la République",
+    "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
+    "An operating system divides memory into pages of equal size, and a page table says where each page lies. "
+    "The main advantage of paging is that",
+)
+STEPS = 32
+ENGINE = {"max_model_len": 64, "num_blocks": 4 * len(PROMPTS)}  # 8 slabs of 64 tokens, or 32 blocks of 16
+ODD = {"block_size": 7, "num_blocks": 30, "max_num_batched_tokens": 11, "max_num_seqs": 8}  # 210 slots for all
+
+
+def tokens(llm, *prompts):
+    outputs = llm.generate(list(prompts), SamplingParams(max_tokens=STEPS, ignore_eos=True), progress=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2):
+    """Without a cache there is nothing that could be kept wrongly: each prompt's tokens, in one ragged batch."""
+    found = tokens(LLM(smollm2, cache="recompute", **ENGINE), *PROMPTS)
+    assert [len(token_ids) for token_ids in found] == [STEPS] * len(PROMPTS)
+    return found
+
+
+@pytest.mark.parametrize("cache", ["contiguous", "paged"])
+def test_a_ragged_batch_writes_the_same_tokens(smollm2, expected, cache):
+    assert tokens(LLM(smollm2, cache=cache, **ENGINE), *PROMPTS) == expected
+
+
+def test_odd_blocks_chunks_of_prompts_and_preemption_change_nothing(smollm2, expected):
+    llm = LLM(smollm2, cache="paged", **{**ENGINE, **ODD})
+    assert tokens(llm, *PROMPTS) == expected
+    assert llm.scheduler.num_preemptions > 0, "the pool was not too small: this test shows less than it says"
+
+
+# Alone, a prompt costs as many passes through all weights as the whole batch does: fewer of them where they are slow.
+@pytest.mark.parametrize(("cache", "every"), [("recompute", 4), ("contiguous", 3), ("paged", 1)])
+def test_a_prompt_alone_writes_the_same_tokens(smollm2, expected, cache, every):
+    llm = LLM(smollm2, cache=cache, **ENGINE)
+    assert [tokens(llm, prompt)[0] for prompt in PROMPTS[::every]] == expected[::every]
+
+
+def test_the_text_is_what_a_trained_model_writes(smollm2, expected):
+    """Equal tokens could be equal nonsense."""
+    assert "Paris" in smollm2.tokenizer.decode(expected[PROMPTS.index("The capital of France is")])
