@@ -21,6 +21,10 @@ class GGUFFile:
     """`tensors`: name -> the package's record of it. Raises ValueError where the file is not what its header says."""
 
     def __init__(self, path: Path):
+        with path.open("rb") as file:
+            version = int.from_bytes(file.read(8)[4:], "little")
+        if version not in (2, 3):  # the package would try the other order of bytes, and dequantise in this one
+            raise ValueError(f"GGUF version {version} is not supported: 2 and 3 are")
         try:
             self._reader = _CheckedReader(path)
         except (KeyError, IndexError, OverflowError, MemoryError, RecursionError) as error:  # a name comes twice, say
@@ -56,7 +60,7 @@ class _CheckedReader(gguf.GGUFReader):
         return values
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        """The package takes an array item by item, as many as it says there are. Numbers are taken in one piece here."""
+        """The package takes an array item by item, as many as it says it has. Here numbers are taken in one piece."""
         if raw_type == gguf.GGUFValueType.ARRAY:
             kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
             dtype = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))
