@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from minipaged.reference import masked_attention
 
 BLOCK_SIZES = (1, 2, 3, 4, 7, 16)
+HEAD_DIMS = (2, 4, 8, 16)
 
 
 @st.composite
-def head_shapes(draw, max_group: int = 8):
+def head_shapes(draw, max_group: int = 8, head_dims: tuple[int, ...] = HEAD_DIMS, max_kv_heads: int = 3):
     """(num_heads, num_kv_heads, head_dim): grouped-query shapes, multi-head and multi-query among them."""
-    num_kv_heads = draw(st.integers(1, 3), label="num_kv_heads")
+    num_kv_heads = draw(st.integers(1, max_kv_heads), label="num_kv_heads")
     group = draw(st.integers(1, max_group), label="query heads in a group")
-    head_dim = draw(st.sampled_from((2, 4, 8, 16)), label="head_dim")
+    head_dim = draw(st.sampled_from(head_dims), label="head_dim")
     return num_kv_heads * group, num_kv_heads, head_dim
 
 
@@ -67,12 +68,24 @@ class PagedBatch:
 
 
 @st.composite
-def paged_batches(draw, dtype: torch.dtype = torch.float64, decode_only: bool = False, max_seqs: int = 4):
+def paged_batches(
+    draw,
+    dtype: torch.dtype = torch.float64,
+    decode_only: bool = False,
+    max_seqs: int = 4,
+    head_dims: tuple[int, ...] = HEAD_DIMS,
+    max_kv_heads: int = 3,
+    max_queries: int = 64,  # of one sequence
+):
     """Sequences of drawn lengths whose blocks lie anywhere in the pool; some share the full blocks of a prefix."""
-    num_heads, num_kv_heads, head_dim = draw(head_shapes(), label="heads")
+    heads = draw(head_shapes(head_dims=head_dims, max_kv_heads=max_kv_heads), label="heads")
+    num_heads, num_kv_heads, head_dim = heads
     block_size = draw(st.sampled_from(BLOCK_SIZES), label="block_size")
     seq_lens = draw(st.lists(lengths(block_size), min_size=1, max_size=max_seqs), label="seq_lens")
-    num_queries = [1 if decode_only else draw(st.integers(0, n) | st.just(1), label="num_queries") for n in seq_lens]
+    num_queries = [
+        1 if decode_only else draw(st.integers(0, min(n, max_queries)) | st.just(1), label="num_queries")
+        for n in seq_lens
+    ]
     shared = [0] + [
         draw(st.integers(0, min(a, b) // block_size), label="blocks shared with the sequence before")
         for a, b in pairwise(seq_lens)

@@ -112,12 +112,12 @@ class BlockTable:
         return child
 
     def append_shared(self, blocks: Sequence[int]) -> None:
-        """Append full blocks that somebody else wrote: what a prefix cache found. (Chapter 9.)
+        """Begin with full blocks that somebody else wrote: what a prefix cache found. (Chapter 9.)
 
-        Raises ValueError, changing nothing, if the own last block is partly empty or one of the blocks is free.
+        Raises ValueError, changing nothing, if the table is not empty or one of the blocks is free.
         """
-        if self.num_tokens % self.block_size:
-            raise ValueError(f"{self.num_tokens} tokens do not fill blocks of {self.block_size}: none can follow")
+        if self.num_tokens:
+            raise ValueError(f"what is shared comes first, and the table holds {self.num_tokens} tokens already")
         for block in blocks:
             if self.allocator.ref_count(block) == 0:
                 raise ValueError(f"block {block} is free: it holds nobody's tokens")

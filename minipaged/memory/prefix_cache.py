@@ -19,6 +19,8 @@ and both compute it. When the first of them is inserted its blocks become findab
 under its own keys, names them instead of its own, and gives its own back. From the first written block on, they share.
 (A scheduler that wants to save the computing too lets the second wait: see `block_keys`.)
 
+Through all of this, tables that name one block name the same blocks before it. A prefix is shared as a whole or not.
+
 H is SHA-256 over fields of fixed width: 32 bytes of parent, 8 bytes a token, and the extra key last. With a key of 64
 bits, as Python's own hash() makes, two prefixes that collide are taken for one, and one user is answered from another
 user's text. vLLM had that hole (CVE-2025-25183) and made SHA-256 its default in v0.10.2. Nobody has found two inputs
@@ -104,9 +106,11 @@ class PrefixCache(BlockAllocator):
     def insert(self, table: BlockTable, tokens: Sequence[int], extra: str | None = None) -> None:
         """Make findable each full block of a table whose tokens are written: `tokens`, from position 0 on.
 
-        Where another block has the same key, the table names that one from now on, and its own goes back. Blocks
-        that are findable already cost nothing, so a decode step calls this with all its tokens. Raises ValueError,
-        changing nothing, on a table of another pool or shorter than its tokens.
+        Where two blocks have the same key, one block in use remains: the table names the findable block instead of
+        its own, or the findable one, if it is unused, is forgotten for the table's own. (If a fork names the own one
+        too, and the other is in use, both stay, and nothing behind them is inserted: insert a prompt, then fork it.)
+        Blocks that are findable already cost nothing, so a decode step calls this with all its tokens.
+        Raises ValueError, changing nothing, on a table of another pool or shorter than its tokens.
         """
         if table.allocator is not self or table.block_size != self.block_size:
             raise ValueError("the table draws from another pool, or its blocks are of another size")
@@ -120,18 +124,25 @@ class PrefixCache(BlockAllocator):
         keys = list(block_keys(tokens[first * self.block_size :], self.block_size, extra, parent))
         for logical, key in enumerate(keys, start=first):
             block = self._block_at(table, logical)
-            if key in self._block_of:
-                table.replace(logical, self._block_of[key])
+            found = self._block_of.get(key)
+            if found is None:
+                self._keep(block, key)
+            elif found in self._unused:
+                self._evict(found)
+                self._keep(block, key)
+            elif super().ref_count(block) == 1:
+                table.replace(logical, found)
             else:
-                super().share(block)
-                self._block_of[key], self._key_of[block] = block, key
-                if self.trace is not None:
-                    self.trace.record("cache", block=block)
+                break  # or a fork would name findable blocks behind this one, which is not
 
     def allocate(self) -> int:
-        """Take a free block, or evict the block that has been unused longest. Raises OutOfBlocks, changing nothing."""
+        """Take a free block, or evict the block that has been unused longest. Raises OutOfBlocks, changing nothing.
+
+        A leaf goes before its parent: whoever names a block names all blocks before it, and gives the last one back
+        first, so a parent is never unused for longer than its child.
+        """
         if super().num_free == 0 and self._unused:
-            self._evict()
+            self._evict(next(iter(self._unused)))
         return super().allocate()
 
     def share(self, block: int) -> None:
@@ -147,13 +158,15 @@ class PrefixCache(BlockAllocator):
         if block in self._key_of and super().ref_count(block) == 1:
             self._unused[block] = None
 
-    def _evict(self) -> None:
-        """Forget the block that has been unused longest, and its key: whoever finds it later would read new tokens.
+    def _keep(self, block: int, key: bytes) -> None:
+        super().share(block)
+        self._block_of[key], self._key_of[block] = block, key
+        if self.trace is not None:
+            self.trace.record("cache", block=block)
 
-        A leaf goes before its parent: whoever names a block names all blocks before it, and gives the last one back
-        first, so a parent is never unused for longer than its child.
-        """
-        block, _ = self._unused.popitem(last=False)
+    def _evict(self, block: int) -> None:
+        """Forget an unused block, and its key: whoever found it by that later would read the next owner's tokens."""
+        del self._unused[block]
         del self._block_of[self._key_of.pop(block)]
         super().free(block)
         if self.trace is not None:

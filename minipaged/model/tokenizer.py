@@ -85,7 +85,7 @@ class TextTokenizer:
 
 
 class TextStream:
-    """Text as its tokens come: a character is given out when its last byte has arrived.
+    """Text as its tokens come: it is given out as soon as a token ends with a whole character.
 
     Invariant: what was given out is a beginning of `decode` of all tokens so far; with `finish`, it is the whole.
     """
