@@ -1,0 +1,97 @@
+"""Chapter 8. The one signature, over three kernels.
+
+    one query in every sequence?
+        no   paged_prefill          prefill, chunked prefill, and any mix
+        yes  do the programs (sequence, KV head) fill the GPU?
+                 yes  paged_decode
+                 no   paged_decode_split
+
+Neither question has to wait for the device, if the caller says what a scheduler knows: `max_query_len`.
+"""
+
+from torch import Tensor
+
+from minipaged.kernels.checks import check_prefill
+from minipaged.kernels.paged_decode import paged_decode
+from minipaged.kernels.paged_decode_split import choose_num_splits, count_multiprocessors, paged_decode_split
+from minipaged.kernels.paged_prefill import paged_prefill
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    out: Tensor | None = None,
+    check: bool = False,
+) -> Tensor:
+    """Causal attention of a ragged batch that reads K and V through each sequence's block table.
+
+    The arguments and the answer of `minipaged.attention.paged_attention`, and further:
+
+    logits_soft_cap   scores become cap * tanh(score / cap), as in Gemma 2
+    max_query_len     the most queries of one sequence; None: looked up on the device where it matters
+    max_seq_len       an upper bound of seq_lens, from which the number of splits is chosen; None: the table's width
+    out               where to write the answer; None: a new tensor
+    check             also look at the numbers *in* the tensors (block numbers, lengths), which waits for the device
+
+    A query that sees no token (seq_lens 0: the padding of a batch) gives 0. Raises ValueError for arguments that do not
+    fit, before anything is launched.
+    """
+    check_prefill(
+        query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, sliding_window, logits_soft_cap, out,
+        None, None, check,
+    )  # fmt: skip
+    num_seqs, max_blocks = block_tables.shape
+    if max_query_len is None and len(query) == num_seqs:
+        max_query_len = int(query_start_loc.diff().max()) if num_seqs else 0
+    # As many tokens as sequences, and none with two: then each has exactly one.
+    if len(query) != num_seqs or max_query_len != 1:
+        return paged_prefill(
+            query,
+            key_cache,
+            value_cache,
+            block_tables,
+            seq_lens,
+            query_start_loc,
+            scale=scale,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            max_query_len=max_query_len,
+            out=out,
+        )
+    _, num_kv_heads, block_size, _ = key_cache.shape
+    longest = min(max_seq_len or max_blocks * block_size, sliding_window or max_blocks * block_size)
+    num_splits = choose_num_splits(num_seqs, num_kv_heads, longest, count_multiprocessors(query.device))
+    if num_splits == 1:
+        return paged_decode(
+            query,
+            key_cache,
+            value_cache,
+            block_tables,
+            seq_lens,
+            scale=scale,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            out=out,
+        )
+    return paged_decode_split(
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        seq_lens,
+        scale=scale,
+        num_splits=num_splits,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        out=out,
+    )

@@ -1,0 +1,316 @@
+"""Chapter 9. The prefix cache: what was written once is found again, for the same tokens and for nothing else.
+
+Any implementation that keeps the contract passes: no block id is pinned, no key, and no order among equals.
+"""
+
+from itertools import takewhile
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from memory_model import BLOCK_SIZES, state
+from minipaged.memory.block_allocator import OutOfBlocks
+from minipaged.memory.block_table import BlockTable
+from minipaged.memory.prefix_cache import PrefixCache, block_keys
+from sharing_model import PrefixMachine
+
+pytestmark = pytest.mark.ch09
+
+TestPrefixCache = PrefixMachine.TestCase
+
+END = 0  # one more token behind a prompt, so that all of the prompt may be found
+
+
+def written(cache, tokens, extra=None):
+    """A sequence that computed its whole prompt, found or not, and made it findable."""
+    table = BlockTable(cache, cache.block_size)
+    table.append_shared(cache.match(tokens, extra))
+    table.append_tokens(len(tokens) - table.num_tokens)
+    cache.insert(table, tokens, extra)
+    return table
+
+
+def num_found(cache, tokens, extra=None):
+    return len(cache.match([*tokens, END], extra))
+
+
+TOKENS = st.lists(st.integers(0, 3) | st.integers(-(2**63), 2**63 - 1), max_size=8)
+EXTRAS = st.sampled_from([None, "a"]) | st.text(max_size=4)
+
+
+@given(same=TOKENS, tokens=TOKENS, other=TOKENS, extra=EXTRAS, other_extra=EXTRAS, block_size=BLOCK_SIZES)
+def test_a_prompt_finds_the_common_prefix_in_whole_blocks(same, tokens, other, extra, other_extra, block_size):
+    cache = PrefixCache(20, block_size)
+    table = written(cache, same + tokens, extra)
+    pairs = zip(same + tokens, same + other, strict=False)
+    num_common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    expected = min(num_common, max(0, len(same + other) - 1)) // block_size if extra == other_extra else 0
+    assert cache.match(same + other, other_extra) == table.blocks[:expected]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "other"),
+    [
+        ([1, 23], [12, 3]),
+        ([1, 256], [256, 1]),
+        ([0, 0], [0, 2**32]),
+        ([-1, 5], [-2, 5]),  # Python's hash() takes these two for one,
+        ([0, 5], [2**61 - 1, 5]),  # and these
+    ],
+)
+def test_different_tokens_have_different_keys(tokens, other):
+    cache = PrefixCache(4, 2)
+    written(cache, tokens)
+    assert (num_found(cache, tokens), num_found(cache, other)) == (1, 0)
+
+
+def test_equal_tokens_behind_another_prefix_are_another_block():
+    """K and V of a token depend on all tokens before it, so [3, 4] behind [1, 2] is not [3, 4] behind [9, 9]."""
+    cache = PrefixCache(8, 2)
+    written(cache, [1, 2, 3, 4])
+    assert num_found(cache, [9, 9, 3, 4]) == 0
+    assert num_found(cache, [3, 4]) == 0
+    written(cache, [9, 9])
+    assert num_found(cache, [9, 9, 3, 4]) == 1
+
+
+@pytest.mark.parametrize(("extra", "other"), [(None, ""), ("a", "b"), (None, "None"), ("", "a"), ("a", "aa")])
+def test_tenants_do_not_find_each_other(extra, other):
+    """The same prompt under two salts: not even the fact that somebody else sent it may show."""
+    cache = PrefixCache(8, 2)
+    written(cache, [1, 2, 3, 4], extra)
+    assert (num_found(cache, [1, 2, 3, 4], extra), num_found(cache, [1, 2, 3, 4], other)) == (2, 0)
+    assert not set(written(cache, [1, 2, 3, 4], other).blocks) & set(cache.match([1, 2, 3, 4, END], extra))
+
+
+@given(num_tokens=st.integers(0, 20), block_size=st.integers(1, 5))
+def test_a_hit_leaves_a_token_to_compute(num_tokens, block_size):
+    """A prompt found whole would leave nothing to run the model on, and so no logits for the first new token."""
+    cache = PrefixCache(20, block_size)
+    prompt = list(range(num_tokens))
+    written(cache, prompt).release()
+    hits = cache.match(prompt)
+    assert len(hits) * block_size < max(num_tokens, 1)
+    assert len(hits) == max(0, num_tokens - 1) // block_size, "and not one token more than a block is computed anew"
+
+
+def test_what_is_planned_is_not_found():
+    cache = PrefixCache(8, 2)
+    table = BlockTable(cache, 2)
+    table.append_tokens(4)
+    assert num_found(cache, [1, 2, 3, 4]) == 0, "there is room for these tokens, and nothing in it"
+    cache.insert(table, [1, 2, 3])
+    assert num_found(cache, [1, 2, 3, 4]) == 1, "a block that is not full would still be written"
+    cache.insert(table, [1, 2, 3, 4])
+    assert num_found(cache, [1, 2, 3, 4]) == 2
+
+
+@given(num_same=st.integers(0, 12), num_requests=st.integers(2, 4), chunk=st.integers(1, 6), block_size=BLOCK_SIZES)
+def test_requests_of_one_step_share_from_the_first_block_written(num_same, num_requests, chunk, block_size):
+    """Admitted together, none finds the others. After each step that writes, they share all that is full."""
+    cache = PrefixCache(100, block_size)
+    prompts = [list(range(num_same)) + [100 + request] * 5 for request in range(num_requests)]
+    tables = [BlockTable(cache, block_size) for _ in prompts]
+    for start in range(0, num_same + 5, chunk):
+        for table, prompt in zip(tables, prompts, strict=True):
+            assert start > 0 or cache.match(prompt) == []
+            table.append_tokens(len(prompt[start : start + chunk]))
+        for table, prompt in zip(tables, prompts, strict=True):
+            cache.insert(table, prompt[: start + chunk])
+        num_shared = min(start + chunk, num_same) // block_size
+        assert all(table.blocks[:num_shared] == tables[0].blocks[:num_shared] for table in tables)
+        assert cache.num_blocks - cache.num_free == len({block for table in tables for block in table.blocks})
+    own = len(tables[0].blocks) - num_same // block_size
+    assert cache.num_blocks - cache.num_free == num_same // block_size + num_requests * own
+
+
+def test_forks_are_not_torn_apart():
+    """A request forks before it is inserted, and another one wrote its first block. Two tables that name one block
+    name the same blocks before it: a findable block behind a block that is not would be kept, and found by nobody."""
+    cache = PrefixCache(8, 2)
+    other = written(cache, [1, 2, 9, 9])
+    table = BlockTable(cache, 2)
+    table.append_tokens(4)
+    fork = table.fork()
+    for inserted in (table, fork, table):
+        cache.insert(inserted, [1, 2, 3, 4])
+        assert table.blocks == fork.blocks, "inserting one of them must not leave the other behind another prefix"
+        assert cache.match([1, 2, 9, 9, END]) == other.blocks
+    fork.release()
+    cache.insert(table, [1, 2, 3, 4])
+    assert table.blocks[0] == other.blocks[0], "alone, it names the block that was there first"
+    assert cache.match([1, 2, 3, 4, END]) == table.blocks
+
+
+def test_the_keys_of_a_step_say_who_may_wait():
+    """A scheduler that keeps the first key which each request of a step computes sees that a second one would too."""
+    cache = PrefixCache(8, 2)
+    written(cache, [1, 2])
+    prompts = [1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7, 8], [1, 2, 9, 9]
+    first = [list(block_keys(prompt, 2))[len(cache.match(prompt))] for prompt in prompts]
+    assert first[0] == first[1] != first[2]
+    assert len(list(block_keys([1, 2, 3], 2))) == 1, "a partial block has no key"
+
+
+def test_released_blocks_are_found_and_count_as_free():
+    cache = PrefixCache(4, 2)
+    table = written(cache, [1, 2, 3, 4, 5])
+    blocks = table.blocks
+    assert cache.num_free == 1
+    table.release()
+    assert cache.num_free == 4
+    again = BlockTable(cache, 2)
+    again.append_shared(cache.match([1, 2, 3, 4, 5]))
+    assert again.blocks == blocks[:2]
+    assert cache.num_free == 2, "in use again"
+    with pytest.raises(OutOfBlocks):
+        BlockTable(cache, 2).append_tokens(6)
+    assert num_found(cache, [1, 2, 3, 4]) == 2, "a refusal evicts nothing"
+
+
+def test_nothing_is_evicted_while_a_block_is_free():
+    cache = PrefixCache(4, 2)
+    written(cache, [1, 2, 3, 4]).release()
+    BlockTable(cache, 2).append_tokens(4)
+    assert num_found(cache, [1, 2, 3, 4]) == 2
+
+
+def test_the_leaf_goes_before_its_parent():
+    cache = PrefixCache(4, 1)
+    written(cache, [1, 2, 3, 4]).release()
+    for left in (3, 2, 1, 0):
+        BlockTable(cache, 1).append_tokens(1)
+        assert num_found(cache, [1, 2, 3, 4]) == left, "without its parent a block cannot be found: it goes first"
+
+
+def test_the_least_recently_used_goes_first():
+    cache = PrefixCache(6, 1)
+    for prompt in ([1, 10], [2, 20], [3, 30]):
+        written(cache, prompt).release()
+    written(cache, [1, 10]).release()  # the first prompt comes again
+    BlockTable(cache, 1).append_tokens(2)
+    assert [num_found(cache, prompt) for prompt in ([1, 10], [2, 20], [3, 30])] == [2, 0, 2]
+    BlockTable(cache, 1).append_tokens(3)
+    assert [num_found(cache, prompt) for prompt in ([1, 10], [2, 20], [3, 30])] == [1, 0, 0]
+
+
+def test_a_shared_prefix_outlives_the_leaves():
+    """Two requests behind one system prompt: it is used as recently as the later of the two."""
+    cache = PrefixCache(4, 1)
+    first, second = written(cache, [1, 2, 3]), written(cache, [1, 2, 4])
+    second.release()
+    first.release()
+    found = []
+    for _ in range(4):
+        BlockTable(cache, 1).append_tokens(1)
+        found.append((num_found(cache, [1, 2, 3]), num_found(cache, [1, 2, 4])))
+    assert found == [(3, 2), (2, 2), (1, 1), (0, 0)]
+
+
+def test_a_block_in_use_is_never_evicted():
+    cache = PrefixCache(3, 1)
+    owner = written(cache, [1, 2, 3])
+    with pytest.raises(OutOfBlocks):
+        BlockTable(cache, 1).append_tokens(1)
+    assert num_found(cache, [1, 2, 3]) == 3
+    owner.truncate(2)
+    other = BlockTable(cache, 1)
+    other.append_tokens(1)
+    assert num_found(cache, [1, 2, 3]) == 2
+    with pytest.raises(OutOfBlocks):
+        other.append_tokens(1)
+
+
+@given(tokens=st.lists(st.integers(0, 1), min_size=4, max_size=4))
+def test_a_reused_block_is_found_no_more_by_what_it_held(tokens):
+    """The stale hash: a block goes to a new owner and keeps its old key. (nano-vllm, issue 163.)"""
+    assume(tokens != [0, 0, 1, 1])
+    cache = PrefixCache(2, 2)
+    written(cache, [0, 0, 1, 1]).release()
+    new = BlockTable(cache, 2)
+    new.append_tokens(4)  # takes both blocks; nothing is written yet
+    assert num_found(cache, [0, 0, 1, 1]) == 0
+    cache.insert(new, tokens)
+    assert num_found(cache, [0, 0, 1, 1]) == (1 if tokens[:2] == [0, 0] else 0)
+    assert num_found(cache, tokens) == 2
+
+
+def test_a_findable_block_is_not_written_by_its_last_owner():
+    """A sequence is cut back into a full block, and goes on differently: whoever finds the block must not see that."""
+    cache = PrefixCache(4, 2)
+    table = written(cache, [1, 2, 3, 4])
+    old = table.blocks[1]
+    table.truncate(3)
+    assert table.append_tokens(1) == [(old, table.blocks[1])]
+    assert table.blocks[1] != old
+    assert cache.match([1, 2, 3, 4, END]) == [table.blocks[0], old]
+    cache.insert(table, [1, 2, 3, 5])
+    assert cache.match([1, 2, 3, 5, END]) == table.blocks
+
+
+def test_inserting_twice_is_inserting_once():
+    cache = PrefixCache(4, 2)
+    table = written(cache, [1, 2, 3, 4])
+    other = table.fork()
+    before = state(cache, table, other)
+    cache.insert(table, [1, 2, 3, 4])
+    cache.insert(table, [1, 2])
+    cache.insert(other, [1, 2, 3, 4])
+    assert state(cache, table, other) == before
+    assert num_found(cache, [1, 2, 3, 4]) == 2
+
+
+def test_a_block_freed_twice():
+    """A shared block: two tables, two frees. The third would take it from under whoever finds it."""
+    cache = PrefixCache(4, 2)
+    table = written(cache, [1, 2])
+    (block,) = table.blocks
+    other = table.fork()
+    other.release()
+    table.release()
+    before = state(cache)
+    with pytest.raises(ValueError):
+        cache.free(block)
+    assert state(cache) == before
+    assert num_found(cache, [1, 2]) == 1
+
+
+def test_a_free_block_is_neither_freed_nor_shared():
+    cache = PrefixCache(4, 2)
+    table = BlockTable(cache, 2)
+    table.append_tokens(2)
+    (block,) = table.blocks
+    table.release()
+    before = state(cache)
+    for bad in (block, -1, 4):
+        for verb in (cache.free, cache.share):
+            with pytest.raises(ValueError):
+                verb(bad)
+            assert state(cache) == before
+
+
+def test_what_cannot_be_inserted():
+    cache = PrefixCache(6, 2)
+    table = BlockTable(cache, 2)
+    table.append_tokens(5)
+    foreign, wider = BlockTable(PrefixCache(6, 2), 2), BlockTable(cache, 4)
+    foreign.append_tokens(2)
+    wider.append_tokens(4)
+    before = state(cache, table, wider)
+    for bad, tokens in (
+        (table, [1, 2, 3, 4, 5, 6]),  # longer than its table
+        (table, [1, 2, 3, 2**63]),  # no token id; and the block before it must not be findable after
+        (foreign, [1, 2]),
+        (wider, [1, 2]),
+    ):
+        with pytest.raises(ValueError):
+            cache.insert(bad, tokens)
+        assert state(cache, table, wider) == before
+        assert num_found(cache, [1, 2]) == 0
+
+
+@pytest.mark.parametrize("sizes", [(0, 2), (-1, 2), (2, 0)])
+def test_a_cache_has_blocks_and_they_have_slots(sizes):
+    with pytest.raises(ValueError):
+        PrefixCache(*sizes)

@@ -1,0 +1,228 @@
+"""Chapter 9. Swap: a group leaves the device whole and comes back whole, and shares as it shared before.
+
+Any implementation that keeps the contract passes: no block id is pinned, and no order within a plan.
+"""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memory_model import BLOCK_SIZES, Pool, state
+from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
+from minipaged.memory.block_table import BlockTable
+from minipaged.memory.prefix_cache import PrefixCache
+from minipaged.memory.swap import Swap
+from sharing_model import SwapMachine
+
+pytestmark = pytest.mark.ch09
+
+TestSwap = SwapMachine.TestCase
+
+
+class Memory:
+    """A device and a host, with contents."""
+
+    def __init__(self, num_blocks=8, num_host_blocks=8, block_size=4):
+        self.device, self.host = BlockAllocator(num_blocks), BlockAllocator(num_host_blocks)
+        self.pool, self.host_pool = Pool(num_blocks, block_size), Pool(num_host_blocks, block_size)
+        self.swap = Swap(self.device, self.host)
+        self.block_size = block_size
+
+    def sequence(self, tokens):
+        table = BlockTable(self.device, self.block_size)
+        table.append_tokens(len(tokens))
+        self.pool.write(table, 0, tokens)
+        return table
+
+    def out(self, *tables):
+        plan = self.swap.swap_out(tables)
+        self.pool.copy(plan, self.host_pool)
+        self.pool.poison(source for source, _ in plan if self.device.ref_count(source) == 0)
+        return plan
+
+    def back(self, *tables):
+        plan = self.swap.swap_in(tables)
+        self.host_pool.copy(plan, self.pool)
+        self.host_pool.poison(source for source, _ in plan if self.host.ref_count(source) == 0)
+        return plan
+
+    def state(self, *tables):
+        return state(self.device, *tables), state(self.host)
+
+
+@given(tokens=st.lists(st.integers(0, 9), max_size=20), block_size=BLOCK_SIZES)
+def test_there_and_back(tokens, block_size):
+    """Also the last block, however few tokens it holds."""
+    memory = Memory(20, 20, block_size)
+    table = memory.sequence(tokens)
+    num_blocks = len(table.blocks)
+    assert memory.swap.blocks_needed([table]) == num_blocks
+    assert len(memory.out(table)) == num_blocks
+    assert (memory.device.num_free, memory.host.num_free) == (20, 20 - num_blocks)
+    memory.sequence("x" * 20 * block_size).release()  # somebody else uses the device meanwhile
+    assert memory.host_pool.read(table) == tokens
+    assert len(memory.back(table)) == num_blocks
+    assert (memory.device.num_free, memory.host.num_free) == (20 - num_blocks, 20)
+    assert memory.pool.read(table) == tokens
+
+
+def test_a_shared_block_moves_once_and_is_shared_after():
+    memory = Memory()
+    first = memory.sequence("abcdef")
+    second = first.fork()
+    memory.pool.copy(second.append_tokens(1))
+    memory.pool.write(second, 6, "X")
+    assert memory.swap.blocks_needed([first, second]) == 3
+    assert len(memory.out(first, second)) == 3
+    assert (memory.device.num_free, memory.host.num_free) == (8, 5)
+    assert first.blocks[0] == second.blocks[0] and memory.host.ref_count(first.blocks[0]) == 2
+    assert len(memory.back(first, second)) == 3
+    assert first.blocks[0] == second.blocks[0] and memory.device.ref_count(first.blocks[0]) == 2
+    assert ("".join(memory.pool.read(first)), "".join(memory.pool.read(second))) == ("abcdef", "abcdefX")
+
+
+def test_the_sequence_goes_on_where_it_stopped():
+    memory = Memory()
+    table = memory.sequence("abcde")
+    memory.out(table)
+    memory.back(table)
+    assert table.append_tokens(3) == [], "the last block is its own, and has room"
+    memory.pool.write(table, 5, "fgh")
+    assert "".join(memory.pool.read(table)) == "abcdefgh"
+
+
+def test_samples_that_come_back_still_copy_on_write():
+    memory = Memory()
+    first = memory.sequence("abcde")
+    second = first.fork()
+    memory.out(first, second)
+    memory.back(first, second)
+    memory.pool.copy(second.append_tokens(1))
+    memory.pool.write(second, 5, "X")
+    memory.pool.copy(first.append_tokens(1))
+    memory.pool.write(first, 5, "Y")
+    assert ("".join(memory.pool.read(first)), "".join(memory.pool.read(second))) == ("abcdeY", "abcdeX")
+
+
+def test_a_block_that_another_group_names_too_stays_for_it():
+    memory = Memory()
+    inside = memory.sequence("abcdef")
+    outside = inside.fork()
+    blocks = outside.blocks
+    assert len(memory.out(inside)) == 2, "the group leaves with all of its tokens"
+    assert outside.blocks == blocks and memory.device.num_free == 6
+    assert [memory.device.ref_count(block) for block in blocks] == [1, 1]
+    assert outside.append_tokens(1) == [], "alone with its last block now"
+    memory.pool.write(outside, 6, "X")
+    memory.back(inside)
+    assert ("".join(memory.pool.read(inside)), "".join(memory.pool.read(outside))) == ("abcdef", "abcdefX")
+
+
+def test_a_swapped_out_sequence_may_be_released():
+    memory = Memory()
+    table = memory.sequence("abcde")
+    memory.out(table)
+    table.release()
+    assert (memory.device.num_free, memory.host.num_free, table.num_tokens) == (8, 8, 0)
+
+
+def test_plans_are_carried_out_in_their_order():
+    """One step may plan several moves before any copy is made: what the first gives back, the next one takes."""
+    memory = Memory(num_blocks=4, num_host_blocks=2, block_size=1)
+    first, second = memory.sequence("ab"), memory.sequence("cd")
+    memory.out(first)
+    plan_in = memory.swap.swap_in([first])
+    plan_out = memory.swap.swap_out([second])
+    third = BlockTable(memory.device, 1)
+    third.append_tokens(2)
+    assert (memory.device.num_free, memory.host.num_free) == (0, 0)
+    memory.host_pool.copy(plan_in, memory.pool)
+    memory.pool.copy(plan_out, memory.host_pool)
+    memory.pool.write(third, 0, "ef")
+    read = memory.pool.read(first), memory.host_pool.read(second), memory.pool.read(third)
+    assert read == (list("ab"), list("cd"), list("ef"))
+
+
+@pytest.mark.parametrize("num_host_blocks", [1, 2])
+def test_a_host_without_room_changes_nothing(num_host_blocks):
+    memory = Memory(num_host_blocks=num_host_blocks)
+    first = memory.sequence("abcdef")
+    second = first.fork()
+    memory.pool.copy(second.append_tokens(1))
+    before = memory.state(first, second)
+    with pytest.raises(OutOfBlocks):
+        memory.swap.swap_out([first, second])
+    assert memory.state(first, second) == before
+
+
+def test_a_device_without_room_changes_nothing():
+    memory = Memory(num_blocks=3)
+    table = memory.sequence("abcdef")
+    memory.out(table)
+    other = memory.sequence("ghijkl")
+    before = memory.state(table, other)
+    with pytest.raises(OutOfBlocks):
+        memory.swap.swap_in([table])
+    assert memory.state(table, other) == before
+    other.release()
+    memory.back(table)
+    assert "".join(memory.pool.read(table)) == "abcdef"
+
+
+def test_what_cannot_move():
+    memory = Memory()
+    here, there = memory.sequence("abcde"), memory.sequence("fgh")
+    foreign = BlockTable(BlockAllocator(4), 4)
+    foreign.append_tokens(4)
+    memory.out(there)
+    before = memory.state(here, there, foreign)
+    for refused in (
+        lambda: memory.swap.swap_out([here, there]),  # one is on the host already
+        lambda: memory.swap.swap_out([here, here]),
+        lambda: memory.swap.swap_out([here, foreign]),
+        lambda: memory.swap.swap_in([there, here]),
+        lambda: memory.swap.swap_in([there, there]),
+    ):
+        with pytest.raises(ValueError):
+            refused()
+        assert memory.state(here, there, foreign) == before
+    with pytest.raises(ValueError):
+        Swap(memory.device, memory.device)
+
+
+def test_nothing_to_move():
+    memory = Memory()
+    empty = BlockTable(memory.device, 4)
+    assert memory.swap.swap_out([]) == []
+    assert memory.swap.swap_out([empty]) == []
+    assert memory.swap.swap_in([empty]) == []
+    empty.append_tokens(1)
+    assert memory.device.num_free == 7
+
+
+def test_a_prefix_stays_findable_on_the_device():
+    """Swapped out, a sequence leaves its full blocks to be found; swapped in, it takes those back."""
+    cache = PrefixCache(8, 2)
+    swap = Swap(cache, BlockAllocator(8))
+    table = BlockTable(cache, 2)
+    table.append_tokens(5)
+    cache.insert(table, [1, 2, 3, 4, 5])
+    swap.swap_out([table])
+    assert cache.num_free == 8
+    assert len(cache.match([1, 2, 3, 4, 5])) == 2
+    swap.swap_in([table])
+    assert cache.num_free == 5
+    cache.insert(table, [1, 2, 3, 4, 5])
+    assert table.blocks[:2] == cache.match([1, 2, 3, 4, 5])
+    assert cache.num_free == 5
+
+
+def test_a_swapped_out_prefix_goes_leaf_first():
+    cache = PrefixCache(4, 1)
+    table = BlockTable(cache, 1)
+    table.append_tokens(4)
+    cache.insert(table, [1, 2, 3, 4])
+    Swap(cache, BlockAllocator(4)).swap_out([table])
+    for left in (3, 2, 1, 0):
+        BlockTable(cache, 1).append_tokens(1)
+        assert len(cache.match([1, 2, 3, 4, 5])) == left
