@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-oracle lint format fetch bench-memory site serve clean
+.PHONY: help demo test test-oracle lint format fetch bench-memory kernels-compile bench-kernels site serve clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -38,6 +38,12 @@ fetch: $(READY) ## bring SmolLM2 to this machine
 
 bench-memory: $(READY) ## cost of the allocator's operations from 10^3 to 10^6 blocks
 	@$(BIN)/python -m minipaged.memory.bench
+
+kernels-compile: $(READY) ## compile every Triton kernel for four GPUs, with none in the machine: registers, spills, loads
+	@$(BIN)/python -m minipaged.kernels.compile --targets sm_80,sm_90,sm_100,gfx942
+
+bench-kernels: $(READY) ## check the kernels and, where there is a GPU, time them beside their peers
+	@$(BIN)/python -m minipaged.kernels.bench
 
 site: $(VENV)/.docs ## build the site into site/
 	@$(BIN)/mkdocs build --strict --quiet

@@ -106,7 +106,7 @@ def minipaged(problem: Problem, seed: int) -> Call:
     arguments = query, key_cache, value_cache, tables, seq_lens, starts
     known = {"scale": problem.scale, "max_query_len": problem.num_queries, "max_seq_len": problem.context}
     out = torch.empty_like(query)
-    return lambda: paged_attention(*arguments, out=out, **known)  # type: ignore[arg-type]
+    return lambda: paged_attention(*arguments, out=out, **known)
 
 
 def torch_sdpa(problem: Problem, seed: int) -> Call:

@@ -2,9 +2,14 @@
 
 import os
 import sys
+from glob import glob
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+
+# Where there is no GPU, Triton's kernels run in its interpreter, which must be chosen before triton is first imported.
+if not glob("/dev/nvidia[0-9]*"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # quick: every run. thorough: before a release, and once for each figure in a note.
 # One counterexample, as small as can be, and at once: explaining it line by line would take longer than finding it.

@@ -4,8 +4,8 @@
     write_gguf(path, config, weights)               one file
     write_folder(folder, config, weights)           config.json, *.safetensors, tokenizer.json
 
-The tokenizer knows small letters, a full stop, a space, "hi", and a token that ends a text. It is small because the
-package gguf reads a file word by word.
+The tokenizer knows small letters, a full stop, a space, 1, 2, "12", "hi", and a token that ends a text. It is small
+because the package gguf reads a file word by word.
 """
 
 import json
@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from minipaged.model.transformer import ModelConfig, Transformer
 
-TOKENS = [*"abcdefghijklmnopqrstuvwxyz.Ġ", "hi", "<|endoftext|>"]  # U+0120 stands for the space
-MERGES = [("h", "i")]
+TOKENS = [*"abcdefghijklmnopqrstuvwxyz.Ġ12", "12", "hi", "<|endoftext|>"]  # U+0120 stands for the space
+MERGES = [("h", "i"), ("1", "2")]
 EOS = len(TOKENS) - 1
 
 SMALL = ModelConfig(

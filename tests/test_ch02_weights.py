@@ -10,6 +10,7 @@ import pickle
 import resource
 import struct
 import time
+import warnings
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -135,7 +136,8 @@ def as_stored(weights, dtype):
 @given(config=small_configs(), seed=st.integers(0, 99), kind=st.sampled_from(("F32", "F16", "BF16")))
 def test_a_gguf_file_loads_to_the_model_that_was_written(config, seed, kind):
     weights = random_weights(config, seed)
-    with gguf_with(config, weights, kind=gguf.GGMLQuantizationType[kind]) as path:
+    with gguf_with(config, weights, kind=gguf.GGMLQuantizationType[kind]) as path, warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of weights that lie in memory which cannot be written to
         loaded = load_model(path)
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
     stored = {name: a if a.ndim == 1 else as_stored({name: a}, dtype)[name] for name, a in weights.items()}
@@ -275,6 +277,66 @@ def test_a_length_in_a_gguf_header_is_never_believed(data):
         if data.draw(st.booleans(), label="much follows"):  # 256 MiB of zeros: a sparse file, which holds none of them
             os.truncate(path, 1 << 28)
         refused_or_loaded(path)
+
+
+def header(*fields, tensors=0, num_fields=None):
+    """A GGUF header of hand-made fields."""
+    counts = struct.pack("<QQ", tensors, len(fields) if num_fields is None else num_fields)
+    return b"GGUF" + struct.pack("<I", 3) + counts + b"".join(fields)
+
+
+def field(kind, value, name=b"name"):
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+
+STRING, ARRAY, UINT8, FLOAT64 = 8, 9, 0, 12
+HUGE = (2**27, 2**31, 2**40, 2**60, 2**64 - 1)
+
+
+@pytest.mark.parametrize("size", HUGE)
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda size: header(tensors=size),
+        lambda size: header(num_fields=size),
+        lambda size: header(field(STRING, struct.pack("<Q", size))),
+        lambda size: header(struct.pack("<Q", size)),
+        lambda size: header(field(ARRAY, struct.pack("<IQ", UINT8, size))),
+        lambda size: header(field(ARRAY, struct.pack("<IQ", FLOAT64, size))),
+        lambda size: header(field(ARRAY, struct.pack("<IQ", STRING, size))),
+        lambda size: header(field(ARRAY, struct.pack("<IQ", ARRAY, size))),
+        lambda size: header(struct.pack("<QI", 0, size % 2**32), tensors=1),
+        lambda size: header(struct.pack("<QIQ", 0, 1, size), tensors=1),
+    ],
+    ids=["tensors", "fields", "text", "name", "bytes", "numbers", "texts", "arrays", "dimensions", "dimension"],
+)
+def test_a_huge_length_before_much_data_is_never_believed(made, size):
+    with file_of(made(size)) as path:
+        os.truncate(path, 1 << 28)  # 256 MiB of zeros, for whoever walks through them: a sparse file, which is small
+        assert str(path) in refused(path)
+
+
+def test_arrays_of_arrays_of_arrays_are_refused():
+    with file_of(header(field(ARRAY, struct.pack("<IQ", ARRAY, 1) * 100_000))) as path:
+        assert str(path) in refused(path)
+
+
+def test_a_name_that_comes_twice_is_refused():
+    twice = field(UINT8, b"\x01", b"a name") * 2
+    with file_of(header(twice, num_fields=2) + bytes(64)) as path:
+        assert "a name" in refused(path)
+
+
+@given(name=st.sampled_from(sorted(shapes(SMALL))), kind=st.integers(0, 50) | st.integers(0, 2**32 - 1))
+def test_a_tensor_of_another_type_is_refused_or_loads(name, kind):
+    whole, _, _ = gguf_bytes()
+    encoded = gguf_name(name).encode()
+    at = whole.index(struct.pack("<Q", len(encoded)) + encoded) + 8 + len(encoded) + 4 + 8 * len(shapes(SMALL)[name])
+    damaged = bytearray(whole)
+    assert struct.unpack_from("<I", damaged, at)[0] == gguf.GGMLQuantizationType.F32
+    struct.pack_into("<I", damaged, at, kind)
+    with file_of(damaged) as path:
+        assert (refused_or_loaded(path) is not None) == (kind == gguf.GGMLQuantizationType.F32)
 
 
 @given(data=st.binary(max_size=200), magic=st.booleans())

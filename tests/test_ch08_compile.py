@@ -32,7 +32,9 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("code")
     command = [sys.executable, "-m", "minipaged.kernels.compile", "--targets", ",".join(TARGETS)]
     command += ["--head-dim", ",".join(map(str, HEAD_DIMS)), "--json", str(folder / "rows.json"), "--keep", str(folder)]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert "going on without it" in done.stderr, "the report says that it does not use the interpreter"
     rows = json.loads((folder / "rows.json").read_text())
