@@ -26,7 +26,11 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the kernels need Triton, which runs on Linux")
 import triton
 
-if os.environ.get("TRITON_INTERPRET") and triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+if (
+    os.environ.get("TRITON_INTERPRET")
+    and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+):
     pytest.skip("triton 3.6's interpreter needs NumPy below 2.4 (triton issue 9171)", allow_module_level=True)
 
 import minipaged.kernels
