@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-oracle lint format fetch bench-memory kernels-compile bench-kernels site serve clean
+.PHONY: help demo test test-oracle lint format fetch bench-memory kernels-compile bench-kernels pictures site serve clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,6 +44,9 @@ kernels-compile: $(READY) ## compile every Triton kernel for four GPUs, with non
 
 bench-kernels: $(READY) ## check the kernels and, where there is a GPU, time them beside their peers
 	@$(BIN)/python -m minipaged.kernels.bench
+
+pictures: $(READY) ## draw the pictures of the README and the site again
+	@$(BIN)/minipaged trace tutorials/traces/two_requests.json --step 8 --svg docs/two_requests.svg > /dev/null
 
 site: $(VENV)/.docs ## build the site into site/
 	@$(BIN)/mkdocs build --strict --quiet

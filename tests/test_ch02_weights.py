@@ -46,7 +46,7 @@ from model_files import (
 pytestmark = pytest.mark.ch02
 
 WEIGHTS = random_weights(SMALL)
-SECONDS = 5.0  # a load of these small files takes milliseconds
+SECONDS = 2.0  # of this process, whoever else computes here; a load of these small files takes milliseconds
 BYTES = 1 << 30
 
 
@@ -57,12 +57,12 @@ def little_memory_and_time():
     before = resource.getrlimit(resource.RLIMIT_AS)
     if pages is not None:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES, before[1]))
-    start = time.monotonic()
+    start = time.process_time()
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    assert time.monotonic() - start < SECONDS, "it took too long: a length in the file was believed"
+    assert time.process_time() - start < SECONDS, "it took too long: a length in the file was believed"
 
 
 @contextmanager
@@ -546,12 +546,16 @@ def test_whatever_stands_in_config_json_it_is_refused_or_loads(name, value):
 @given(
     name=st.sampled_from(sorted(set(json_fields(SMALL)) - {"model_type", "rope_theta", "tie_word_embeddings"})),
     value=st.integers(max_value=0) | st.integers(MAX_POSITION + 1) | st.floats() | st.text() | st.lists(st.integers()),
+    by_default=st.booleans(),
 )
-def test_an_absurd_number_in_config_json_is_refused(name, value):
+def test_an_absurd_number_in_config_json_is_refused(name, value, by_default):
     if name == "rms_norm_eps" and isinstance(value, float | int) and 0 <= value <= 1:
         return
     with folder_with() as folder:
-        (folder / "config.json").write_text(json.dumps({**json_fields(SMALL), name: value}))
+        fields = {**json_fields(SMALL), name: value}
+        if by_default and name != "head_dim":
+            del fields["head_dim"]  # it is computed from two of the others, then
+        (folder / "config.json").write_text(json.dumps(fields))
         message = refused(folder)
     assert str(folder) in message
 

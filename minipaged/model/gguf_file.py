@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-_FIELD_BYTES, _TENSOR_INFO_BYTES = 13, 24  # what each takes at the least: one with an empty name, that is
+_TENSOR_INFO_BYTES = 24  # what the header says of a tensor takes as much, at the least
 
 
 class GGUFFile:
@@ -69,10 +69,6 @@ class _CheckedReader(gguf.GGUFReader):
                 types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
                 return 12 + values.nbytes, [kind, length, values], [2], types
         return super()._get_field_parts(orig_offs, raw_type)
-
-    def _build_fields(self, offs: int, count: int) -> int:
-        self._get(offs, np.uint8, _FIELD_BYTES * int(count))
-        return super()._build_fields(offs, count)
 
     def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[gguf.ReaderField]]:
         self._get(offs, np.uint8, _TENSOR_INFO_BYTES * int(count))
