@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 
 from minipaged import __version__
+from minipaged.memory.block_allocator import OutOfBlocks
+from minipaged.model.fetch import FetchError
 
 app = typer.Typer(
     add_completion=False,
@@ -86,7 +88,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="draw the same text again")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be given more than once")] = None,
     block_size: BlockSizeOption = 16,
-    num_blocks: Annotated[int | None, typer.Option(help="blocks in the pool (default: what 1 GiB holds)")] = None,
+    num_blocks: Annotated[
+        int | None, typer.Option(help="blocks in the pool (default: at most 1 GiB of them)")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="longest request, in tokens (default: the model's)")] = None,
     backend: Annotated[Backend, typer.Option(help="of the paged cache; Triton on a CPU is interpreted, and slow")] = (
         Backend.auto
@@ -187,6 +191,8 @@ def trace(
 def main() -> None:
     """Entry point. A mistake of the caller ends with one line and exit code 2 (its traceback: MINIPAGED_DEBUG=1)."""
     arguments = sys.argv[1:]
+    # Threads that wait in a loop take the processor from those that work, where another program is busy beside us.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, which is later
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal of few letters shows a question mark for the others
     try:
@@ -205,7 +211,7 @@ def main() -> None:
 
 
 # What a caller can cause. Anything else is a mistake of ours, and its traceback helps to report it.
-_MISTAKES = (ValueError, RuntimeError, OSError, MemoryError)
+_MISTAKES = (ValueError, FetchError, OutOfBlocks, OSError, MemoryError)
 
 
 def _usage(error: Any) -> str:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from minipaged.engine.llm import CACHES, LLM
 from minipaged.engine.sequence import SamplingParams
-from minipaged.model.load import Model, load_model
+from minipaged.model.load import Model, default_device, load_model
 from minipaged.viz.snapshot import Snapshot
 from minipaged.viz.terminal import draw
 
@@ -63,13 +63,13 @@ def run(
     Returns whether all caches, and every prompt by itself, gave the same tokens.
     """
     with console.status(f"loading {model}"):
-        loaded = load_model(model)
+        loaded = load_model(model, device=default_device())
     context = loaded.transformer.config.max_position
     max_model_len = max_model_len or min(2048, context)
     # A contiguous cache has to reserve max_model_len slots a request, written or not: the pool holds as many.
     num_blocks = len(PROMPTS) * -(-max_model_len // block_size)
 
-    engines = {  # a mistake in the arguments shows here, before anything is drawn
+    engines = {
         cache: LLM(
             loaded,
             cache=cache,
@@ -80,7 +80,10 @@ def run(
         )
         for cache in CACHES
     }
-    interpreted = backend == "triton" and engines["paged"].device == "cpu"
+    interpreted = backend == "triton" and engines["paged"].device.type == "cpu"
+    for llm in engines.values():  # what can never run is refused before anything is drawn
+        for prompt in PROMPTS:
+            llm.scheduler.check(len(llm.tokenizer.encode(prompt)), max_tokens or TOKENS)
     if max_tokens is None:
         max_tokens = INTERPRETED_TOKENS if interpreted else TOKENS
     params = SamplingParams(max_tokens=max_tokens)

@@ -177,3 +177,23 @@ def test_a_pool_is_in_use_exactly_as_far_as_its_tables_say():
         memory.free("B")
         memory.free("nobody")
         assert memory.num_slots_reserved == memory.num_tokens == 0
+
+
+@given(
+    data=st.data(),
+    copies=st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 4)).filter(lambda pair: pair[0] != pair[1]), max_size=6
+    ),
+)
+def test_copies_are_made_in_order_and_in_every_layer(data, copies):
+    """The source of one copy may be the target of one before it, as copy-on-write asks for."""
+    cache = PagedCache(config(2, 1, 4), num_blocks=5, block_size=3, dtype=torch.float64)
+    for part in (cache.key_cache, cache.value_cache):
+        part.copy_(torch.from_numpy(data.draw(generators()).standard_normal(tuple(part.shape))))
+    before = cache.key_cache.clone(), cache.value_cache.clone()
+    holds = list(range(5))  # block -> the block whose content it holds
+    for source, target in copies:
+        holds[target] = holds[source]
+    cache.copy_blocks(copies)
+    assert torch.equal(cache.key_cache, before[0][:, holds])
+    assert torch.equal(cache.value_cache, before[1][:, holds])

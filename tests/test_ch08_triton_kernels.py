@@ -24,14 +24,6 @@ from test_ch07_paged_attention import _arguments as fitting_arguments
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
 pytest.importorskip("triton", reason="the kernels need Triton, which runs on Linux")
-import triton
-
-if (
-    os.environ.get("TRITON_INTERPRET")
-    and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-    and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-):
-    pytest.skip("triton 3.6's interpreter needs NumPy below 2.4 (triton issue 9171)", allow_module_level=True)
 
 import minipaged.kernels
 from minipaged.kernels import attention, copy_blocks, paged_attention, write_kv

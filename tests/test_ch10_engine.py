@@ -5,6 +5,7 @@ The model is `tiny` in float64: random weights, and every greedy token depends o
 
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -219,6 +220,8 @@ def test_a_stop_string_ends_the_text_before_it(text, at, length):
         ({}, [1] * CONTEXT, 4, ["48 tokens", "holds 48", "47"]),
         ({}, [1, 257], 4, ["257", "0 to 256"]),
         ({}, [1, -1], 4, ["-1"]),
+        ({}, [1, 2.5], 4, ["whole numbers"]),
+        ({}, None, 4, ["whole numbers"]),
         ({"num_blocks": 2, "block_size": 4}, [1] * 6, 4, ["9 stored", "6 of prompt", "8 slots"]),
     ],
 )
@@ -231,6 +234,18 @@ def test_what_can_never_run_is_refused_with_the_numbers(settings, prompt, max_to
     assert not llm.scheduler.has_unfinished(), "a refused call left something in the queue"
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used"):
+        LLM("tiny", device=device)
+
+
+def test_token_ids_may_be_numpy_integers():
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    answer = engine().generate({"prompt_token_ids": np.array([3, 1, 4])}, params)[0].outputs[0]
+    assert answer.token_ids == alone((3, 1, 4), 2, True)
+
+
 def test_a_request_that_just_fits_the_pool_runs():
     llm = engine(num_blocks=2, block_size=4)  # 8 slots; the last token of 9 is never stored
     answer = llm.generate({"prompt_token_ids": [1] * 6}, SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0]
@@ -241,6 +256,8 @@ def test_a_request_that_just_fits_the_pool_runs():
     ("settings", "said"),
     [
         ({"cache": "disk"}, "recompute, contiguous, paged"),
+        ({"dtype": "float32"}, "dtype 'float32' was asked for, and the loaded model has 'float64'"),
+        ({"device": "meta"}, "device 'meta' was asked for, and the loaded model has 'cpu'"),
         ({"backend": "cuda"}, "'cuda'"),
         ({"block_size": 0}, "got 0"),
         ({"num_blocks": 0}, "got 0"),
@@ -282,14 +299,14 @@ def test_sampling_fields_out_of_range_are_refused(fields, said):
 
 @given(
     logits=st.lists(st.floats(-20, 20), min_size=1, max_size=12),
-    temperature=st.floats(0.1, 5.0),
+    temperature=st.sampled_from((1e-308, 1e-6)) | st.floats(0.1, 5.0),
     top_p=st.just(1.0) | st.floats(0.01, 1.0),
     top_k=st.just(-1) | st.integers(1, 14),
 )
 def test_the_distribution_is_the_likeliest_part_of_softmax(logits, temperature, top_p, top_k):
     scores = torch.tensor(logits, dtype=torch.float64)
     kept = probabilities(scores, SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k))
-    full = (scores / temperature).softmax(-1)
+    full = ((scores - scores.max()) / temperature).softmax(-1)
     support = kept > 0
     assert float(kept.sum()) == pytest.approx(1.0)
     assert full[support].max() == full.max(), "the likeliest token was dropped"

@@ -29,6 +29,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIPAGED_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.delenv("MINIPAGED_DEBUG", raising=False)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is printed may wait, as it does by default
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -336,7 +337,7 @@ def test_a_traceback_can_be_asked_for(monkeypatch):
 LONG = generate("Once upon a time", "--max-tokens", 450, "--cache", "recompute", "--dtype", "float64")
 
 
-@pytest.mark.parametrize("arguments", [LONG, ("--help",)], ids=["in the middle", "at once"])
+@pytest.mark.parametrize("arguments", [LONG, ("--help",), ("--version",)], ids=["in the middle", "help", "one line"])
 def test_a_reader_who_has_gone_ends_it_quietly(arguments):
     process = program(*arguments)
     if arguments is LONG:

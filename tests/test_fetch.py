@@ -297,21 +297,22 @@ def test_an_interruption_while_unpacking_leaves_nothing_and_can_be_started_over(
 
 
 @pytest.mark.parametrize("countdown", [1, 2, 5])
-def test_an_interruption_while_downloading_ends_pip_and_leaves_nothing(home, pip, monkeypatch, countdown):
-    make_wheel(pip / WHEEL_NAME)
+def test_an_interruption_while_downloading_ends_pip_and_leaves_nothing(home, monkeypatch, countdown):
     started = []
     popen = subprocess.Popen
 
-    def recorded(*arguments, **how):
-        started.append(popen(*arguments, **how))
+    def slow(command, **how):
+        started.append(popen([command[0], "-c", "import time; time.sleep(60)"], **how))
         return started[-1]
 
+    before = time.monotonic()
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "Popen", recorded)
+        patch.setattr(subprocess, "Popen", slow)
         patch.setattr(fetching, "_progress", lambda console: Interrupting(countdown))
         with pytest.raises(KeyboardInterrupt):
             fetch()
     assert all(process.returncode is not None for process in started), "pip was left running"
+    assert time.monotonic() - before < 30, "pip was waited for"
     assert contents(home) == []
 
 

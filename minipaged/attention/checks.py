@@ -1,4 +1,7 @@
-"""What every paged attention refuses before it reads or writes: each message names the argument and the numbers."""
+"""What paged attention in torch refuses before it reads or writes: each message names the argument and the numbers.
+
+(The kernels refuse more, strides among it, and look at no number on the device unless asked: kernels/checks.py.)
+"""
 
 import torch
 from torch import Tensor
@@ -12,8 +15,8 @@ def check_write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: T
         _check(tensor.dim() == 3, f"{name} must be [num_tokens, num_kv_heads, head_dim], got {list(tensor.shape)}")
         expected = (key.shape[0], num_kv_heads, head_dim)
         _check(tensor.shape == expected, f"{name} must be {list(expected)}, got {list(tensor.shape)}")
-        _check(tensor.dtype == key_cache.dtype, f"{name} is {tensor.dtype}, key_cache {key_cache.dtype}")
-    _check_integers("slot_mapping", slot_mapping, (key.shape[0],))
+        _check_like_cache(name, tensor, key_cache)
+    _check_integers("slot_mapping", slot_mapping, (key.shape[0],), key_cache)
     _check_range("slot_mapping", slot_mapping, -1, num_blocks * block_size - 1)
 
 
@@ -38,14 +41,14 @@ def check_paged_attention(
         num_heads > 0 and num_heads % num_kv_heads == 0,
         f"query has {num_heads} heads, which is not a multiple of the cache's {num_kv_heads} KV heads",
     )
-    _check(query.dtype == key_cache.dtype, f"query is {query.dtype}, key_cache {key_cache.dtype}")
+    _check_like_cache("query", query, key_cache)
     _check(sliding_window is None or sliding_window >= 1, f"sliding_window must be at least 1, got {sliding_window}")
 
     _check(block_tables.dim() == 2, f"block_tables must be [num_seqs, max_blocks], got {list(block_tables.shape)}")
     num_seqs, max_blocks = block_tables.shape
-    _check_integers("block_tables", block_tables, (num_seqs, max_blocks))
-    _check_integers("seq_lens", seq_lens, (num_seqs,))
-    _check_integers("query_start_loc", query_start_loc, (num_seqs + 1,))
+    _check_integers("block_tables", block_tables, (num_seqs, max_blocks), key_cache)
+    _check_integers("seq_lens", seq_lens, (num_seqs,), key_cache)
+    _check_integers("query_start_loc", query_start_loc, (num_seqs + 1,), key_cache)
     _check_range("seq_lens", seq_lens, 0, max_blocks * block_size)
 
     counts = query_start_loc.diff()
@@ -71,11 +74,18 @@ def _check_caches(key_cache: Tensor, value_cache: Tensor) -> None:
         f"value_cache must be as key_cache ({list(key_cache.shape)}, {key_cache.dtype}), "
         f"got {list(value_cache.shape)}, {value_cache.dtype}",
     )
+    _check_like_cache("value_cache", value_cache, key_cache)
 
 
-def _check_integers(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_like_cache(name: str, tensor: Tensor, key_cache: Tensor) -> None:
+    _check(tensor.dtype == key_cache.dtype, f"{name} is {tensor.dtype}, key_cache {key_cache.dtype}")
+    _check(tensor.device == key_cache.device, f"{name} is on {tensor.device}, key_cache on {key_cache.device}")
+
+
+def _check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], key_cache: Tensor) -> None:
     _check(tensor.dtype in (torch.int32, torch.int64), f"{name} must hold int32 or int64, got {tensor.dtype}")
     _check(tuple(tensor.shape) == shape, f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    _check(tensor.device == key_cache.device, f"{name} is on {tensor.device}, key_cache on {key_cache.device}")
 
 
 def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:

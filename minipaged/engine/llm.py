@@ -6,9 +6,10 @@ while anything is unfinished:
     tokens = sample(logits)                for every sequence whose end was reached
 """
 
+import operator
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import count
@@ -25,7 +26,7 @@ from minipaged.engine.sequence import CompletionOutput, FinishReason, RequestOut
 from minipaged.kvcache import ContiguousCache, PagedCache, RecomputeCache
 from minipaged.memory.block_manager import BlockManager, NoMemory, SlabManager
 from minipaged.model.contract import KVCache, Scheduled, make_step
-from minipaged.model.load import Model, load_model
+from minipaged.model.load import Model, default_device, load_model
 from minipaged.model.tokenizer import TextStream
 
 DEFAULT_POOL_BYTES = 1 << 30  # K and V of all layers; the system commits a page of it when it is first written
@@ -56,10 +57,10 @@ class LLM:
 
     model: "smollm2-135m", "tiny", a GGUF file, a folder with safetensors, or what `load_model` returned (so that
     several engines share one copy of the weights). cache: "recompute", "contiguous" or "paged". num_blocks: size of the
-    pool; by default what 1 GiB holds, for every cache the same bytes. max_model_len: tokens of context at most, by
+    pool; by default at most what 1 GiB holds, the same for every cache. max_model_len: tokens of context at most, by
     default the model's own. backend of the paged cache: "torch", "triton" (on a CPU with Triton's interpreter, which is
     slow), or "auto": Triton on a CUDA device, else torch.
-    Raises ValueError for an argument that does not fit, before any memory is taken.
+    Raises ValueError for an argument that does not fit.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class LLM:
         block_size: int = 16,
         num_blocks: int | None = None,
         backend: str = "auto",
-        dtype: str = "float32",
+        dtype: str | None = None,
         device: str | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
@@ -87,13 +88,15 @@ class LLM:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         if num_blocks is not None and num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = model if isinstance(model, Model) else load_model(model, dtype, seed)
-        transformer, self.tokenizer = loaded
-        self.transformer = transformer.to(device)
-        self.config, self.device, self.seed = transformer.config, device, seed
-        self.dtype = next(transformer.parameters()).dtype
+        if not isinstance(model, Model):
+            model = load_model(model, dtype or "float32", seed, device or default_device())
+        self.transformer, self.tokenizer = model
+        self.config, self.seed = self.transformer.config, seed
+        weights = self.transformer.embed_tokens.weight
+        self.device, self.dtype = weights.device, weights.dtype
+        for name, wanted, has in (("dtype", dtype, str(self.dtype)[6:]), ("device", device, str(self.device))):
+            if wanted is not None and wanted not in (has, has.partition(":")[0]):
+                raise ValueError(f"{name} {wanted!r} was asked for, and the loaded model has {has!r}")
 
         if max_model_len is None:
             max_model_len = self.config.max_position
@@ -109,8 +112,8 @@ class LLM:
         if cache == "paged":
             self.memory = BlockManager(num_blocks, block_size)
             if backend == "auto":
-                backend = "triton" if torch.device(device).type == "cuda" and find_spec("triton") else "torch"
-            self.cache = PagedCache(self.config, num_blocks, block_size, self.dtype, device, backend)
+                backend = "triton" if self.device.type == "cuda" and find_spec("triton") else "torch"
+            self.cache = PagedCache(self.config, num_blocks, block_size, self.dtype, self.device, backend)
         elif cache == "contiguous":
             num_slabs = num_blocks * block_size // max_model_len
             if num_slabs < 1:
@@ -119,7 +122,7 @@ class LLM:
                     f"max_model_len = {max_model_len}: give it more blocks, or a smaller max_model_len"
                 )
             self.memory = SlabManager(num_slabs, max_model_len)
-            self.cache = ContiguousCache(self.config, num_slabs, max_model_len, self.dtype, device)
+            self.cache = ContiguousCache(self.config, num_slabs, max_model_len, self.dtype, self.device)
         else:
             self.memory = NoMemory()
             self.cache = RecomputeCache()
@@ -145,10 +148,9 @@ class LLM:
         requests = self._requests(prompts, sampling_params or SamplingParams())
         outputs = [output for output, _ in requests]
         total = sum(seq.params.max_tokens for _, seqs in requests for seq in seqs)
-        with self._progress(progress, total) as update:
-            for new in self._run(requests):
-                if update:
-                    update(new)
+        with closing(self._run(requests)) as run, _progress(progress, total) as one_more:
+            for _ in run:
+                one_more()
         return outputs
 
     def stream(
@@ -158,7 +160,7 @@ class LLM:
         token. Request ids count up in the order of the prompts. Leaving the loop early gives back all memory."""
         return self._run(self._requests(prompts, sampling_params or SamplingParams()))
 
-    def step(self) -> list[StreamOutput]:
+    def _step(self) -> list[StreamOutput]:
         """One iteration: schedule, run the model once, sample. Empty where nothing is unfinished."""
         work = self.scheduler.schedule()
         if not work:
@@ -180,7 +182,9 @@ class LLM:
             for item in work
         ]
         step = make_step(batch, self.memory.block_size, self.device)
-        hidden = self.transformer(step, self.cache)  # [num_tokens, hidden_size]
+        # Triton launches on the current device, which need not be ours.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            hidden = self.transformer(step, self.cache)  # [num_tokens, hidden_size]
         ends = [i for i, item in enumerate(work) if item.reaches_end]
         last = step.query_start_loc[1:][ends].long() - 1
         return self.transformer.logits(hidden[last])
@@ -216,7 +220,7 @@ class LLM:
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
-    def _run(self, requests: list[tuple[RequestOutput, list[Sequence]]]) -> Iterator[StreamOutput]:
+    def _run(self, requests: list[tuple[RequestOutput, list[Sequence]]]) -> Generator[StreamOutput]:
         """Queue the requests and step until they are finished. Several of these may be under way at once, taking turns:
         whoever steps computes for all, and puts what is not its own into the others' boxes."""
         mine = [output.request_id for output, _ in requests]
@@ -232,7 +236,7 @@ class LLM:
                         yield box.popleft()
                 if all(output.finished for output, _ in requests):
                     break
-                for new in self.step():
+                for new in self._step():
                     self._boxes[new.request_id].append(new)
         finally:
             for output, seqs in requests:
@@ -275,38 +279,26 @@ class LLM:
             return self.tokenizer.encode(prompt)
         if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
             raise ValueError(f"a prompt is a string or {{'prompt_token_ids': [...]}}, got {prompt!r}")
-        token_ids = list(prompt["prompt_token_ids"])
+        try:
+            token_ids = [operator.index(token) for token in prompt["prompt_token_ids"]]
+        except TypeError as error:
+            raise ValueError(f"prompt_token_ids must be whole numbers: {error}") from error
         for token in token_ids:
-            if not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
+            if not 0 <= token < self.config.vocab_size:
                 raise ValueError(
                     f"token {token!r} does not exist: the vocabulary has 0 to {self.config.vocab_size - 1}"
                 )
         return token_ids
 
-    def _progress(self, wanted: bool | None, total: int):  # type: ignore[no-untyped-def]
-        console = Console(stderr=True)
-        if not (console.is_terminal if wanted is None else wanted):
-            return nullcontext()
-        return _TokenBar(console, total)
 
-
-class _TokenBar:
-    """A bar of tokens; a sample that ends early lowers its end."""
-
-    def __init__(self, console: Console, total: int):
-        columns = (
-            TextColumn("generating"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens"),
-            TimeElapsedColumn(),
-        )
-        self._bar = Progress(*columns, console=console, transient=True)
-        self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self):  # type: ignore[no-untyped-def]
-        self._bar.start()
-        return lambda new: self._bar.advance(self._task)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+@contextmanager
+def _progress(wanted: bool | None, total: int) -> Iterator[Callable[[], None]]:
+    """A bar of tokens on the terminal, where there is one or it is wanted; yields what to call at each token."""
+    console = Console(stderr=True)
+    if not (console.is_terminal if wanted is None else wanted):
+        yield lambda: None
+        return
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)

@@ -29,7 +29,8 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
     Invariant: they sum to 1, and the likeliest token is always kept.
     """
-    scaled = logits.double().cpu() / params.temperature
+    logits = logits.double().cpu()
+    scaled = (logits - logits.max()) / params.temperature  # the likeliest is 0: no temperature makes it infinite
     ordered, order = scaled.sort(descending=True, stable=True)
     weights = ordered.softmax(-1)
     keep = torch.ones_like(weights, dtype=torch.bool)

@@ -6,7 +6,7 @@
 Every step takes the tokens that are not computed yet, of every running sequence, within a budget of tokens. A finished
 sequence leaves at once and a waiting one takes its place (iteration-level scheduling: Yu et al., "Orca", OSDI 2022,
 section 3). A preempted sequence gives back its blocks and computes them again later (recompute: the PagedAttention
-paper, section 4.5). Plain Python, and no tensor: the simulator runs this very class.
+paper, section 4.5). Plain Python, and no tensor: a simulator can run this very class.
 """
 
 from collections import deque
@@ -137,7 +137,8 @@ class Scheduler:
         return min(remaining, budget) if self.memory.keeps_tokens else remaining
 
     def _take(self, seq: Sequence, count: int) -> Work:
-        self.memory.append(seq.seq_id, count)
+        copies = self.memory.append(seq.seq_id, count)
+        assert not copies, "no two sequences share a block yet, so none is copied"
         self.running.append(seq)
         return Work(seq, seq.num_computed, count)
 

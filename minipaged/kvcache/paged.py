@@ -6,10 +6,11 @@
 
 The tensors know nothing of requests. Who owns which block is decided in memory/, in plain Python, and arrives as two
 arrays of the step: `slot_mapping` says where to write, `block_tables` says where to read. Torch and Triton have the
-same two functions with the same signatures, so a backend is a choice of where to import them from.
+same two functions under the same names, so a backend is a choice of where to import them from.
 """
 
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -37,10 +38,11 @@ class PagedCache:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
         shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        self._write_kv, self._paged_attention = _functions(backend, torch.device(device))
+        self._is_triton = backend == "triton"
         # Not zeroed: the system hands out pages of this memory when they are first written, and not before.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
-        self._write_kv, self._paged_attention = _functions(backend, self.key_cache.device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables."""
@@ -54,12 +56,13 @@ class PagedCache:
             step.seq_lens,
             step.query_start_loc,
             scale=query.shape[-1] ** -0.5,
+            # What the host knows, a launcher need not ask the GPU for, and wait.
+            **({"max_query_len": step.max_query_len} if self._is_triton else {}),
         )
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Copy whole blocks (source, target) in every layer: what `BlockTable.append_tokens` asks for (chapter 9)."""
-        if copies:
-            source, target = torch.tensor(copies, device=self.key_cache.device).T
+        """Copy whole blocks (source, target) in every layer, in this order (chapter 9: copy-on-write)."""
+        for source, target in copies:  # one by one: the source of one may be the target of one before it
             self.key_cache[:, target] = self.key_cache[:, source]
             self.value_cache[:, target] = self.value_cache[:, source]
 
@@ -72,10 +75,17 @@ def _functions(backend: str, device: torch.device) -> tuple[Callable[..., None],
         return attention.write_kv, attention.paged_attention
     if backend != "triton":
         raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
-    if (
-        device.type == "cpu"
-    ):  # Triton has no code for a CPU, but an interpreter, which it must be told of before the import
+    # Triton has no code for a CPU, but an interpreter. A process has the one or the other, from triton's import on.
+    if device.type == "cpu" and "triton" not in sys.modules:
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    from minipaged.kernels import paged_attention, write_kv
-
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if interpreted != (device.type == "cpu"):
+        raise ValueError(
+            f"backend 'triton' on device '{device.type}' needs TRITON_INTERPRET={int(device.type == 'cpu')} "
+            f"from before triton is first imported; it is {os.environ.get('TRITON_INTERPRET', 'not set')}"
+        )
+    try:
+        from minipaged.kernels import paged_attention, write_kv
+    except ImportError as error:
+        raise ValueError(f"backend 'triton' cannot be used: {error}") from error
     return write_kv, paged_attention

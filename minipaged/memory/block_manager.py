@@ -3,7 +3,7 @@
     "A" -> [ 0 1 4 ]        apart in their logical view: A's block 0 and B's block 0 have nothing in common
     "B" -> [ 2 3 ]          together in the physical one: both come from the same free list
 
-The scheduler speaks to memory through this class alone. A contiguous cache is the same with one block as large as the
+The scheduler speaks to memory through these verbs alone. A contiguous cache is the same with one block as large as the
 longest sequence may be (a *slab*): a request then holds one block from its first token on, however few it writes.
 That is all there is between the two, and the whole of the memory that paging saves.
 """

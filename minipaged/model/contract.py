@@ -35,6 +35,7 @@ class Step:
     seq_lens: Tensor  # int32 [num_seqs]
     block_tables: Tensor  # int32 [num_seqs, max_blocks], -1 past the end of a table
     slot_mapping: Tensor  # int64 [num_tokens], -1 where nothing is kept
+    max_query_len: int  # the most tokens that one sequence brings, known here without asking the device
 
 
 class KVCache(Protocol):
@@ -86,4 +87,5 @@ def make_step(batch: Sequence[Scheduled], block_size: int, device: str | torch.d
         seq_lens=tensor(starts + counts, torch.int32),
         block_tables=tensor(block_tables, torch.int32),
         slot_mapping=tensor(slot_mapping, torch.int64),
+        max_query_len=int(counts.max(initial=0)),
     )

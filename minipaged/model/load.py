@@ -43,7 +43,12 @@ class Model(NamedTuple):
     tokenizer: TextTokenizer
 
 
-def load_model(name: str | Path, dtype: str = "float32", seed: int = 0) -> Model:
+def default_device() -> str:
+    """ "cuda" where there is such a device, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(name: str | Path, dtype: str = "float32", seed: int = 0, device: str = "cpu") -> Model:
     """`name`: "smollm2-135m", "tiny", a GGUF file, or a folder with config.json, *.safetensors and tokenizer.json.
 
     `seed` draws the weights of "tiny". Raises ValueError (ModelFileError, where a file is to blame) with what is wrong,
@@ -51,10 +56,19 @@ def load_model(name: str | Path, dtype: str = "float32", seed: int = 0) -> Model
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not in this machine
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    transformer, tokenizer = _load(name, DTYPES[dtype], seed)
+    return Model(transformer.to(device), tokenizer)
+
+
+def _load(name: str | Path, dtype: torch.dtype, seed: int) -> Model:
     if name == "tiny":
-        return Model(tiny_transformer(DTYPES[dtype], seed), byte_tokenizer())
+        return Model(tiny_transformer(dtype, seed), byte_tokenizer())
     if name == "smollm2-135m":
-        return _load_gguf(fetch.fetch(), DTYPES[dtype])
+        return _load_gguf(fetch.fetch(), dtype)
     path = Path(name)
     try:
         path = path.expanduser()
@@ -62,9 +76,9 @@ def load_model(name: str | Path, dtype: str = "float32", seed: int = 0) -> Model
     except (OSError, RuntimeError):  # a name longer than a file's may be, or ~nobody: no file, then
         is_folder = is_file = False
     if is_folder:
-        return _load_folder(path, DTYPES[dtype])
+        return _load_folder(path, dtype)
     if is_file:
-        return _load_gguf(path, DTYPES[dtype])
+        return _load_gguf(path, dtype)
     raise ValueError(
         f"unknown model {str(name)!r}: take 'smollm2-135m', 'tiny', a GGUF file, or a folder with safetensors"
     )

@@ -218,6 +218,8 @@ def build_transformer(config: ModelConfig, tensors: dict[str, Tensor], dtype: to
     with torch.device("meta"):  # no storage and no random numbers for weights that are replaced in the next line
         model = Transformer(config, dtype)
     model.load_state_dict(state, assign=True)
+    if config.tie_embeddings:  # one parameter again, and not two that share their numbers until one is moved
+        model.lm_head.weight = model.embed_tokens.weight
     return model.requires_grad_(False).eval()
 
 
