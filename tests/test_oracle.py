@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, pre_tokenizers
 
 from minipaged import LLM, SamplingParams
 from minipaged.kvcache import RecomputeCache
@@ -138,12 +139,32 @@ def test_greedy_tokens_agree(smollm2, theirs, prompts):
         assert found == expected
 
 
-any_text = st.text(max_size=40) | st.text("0123456789 +-.,'st\n\t", max_size=40)
+any_text = st.text(max_size=40) | st.text("0123456789 +-.,'st\n\t", max_size=40) | st.sampled_from((PROSE, CODE, CHAT))
 
 
-@given(text=any_text | st.sampled_from((PROSE, CODE, CHAT)))
-def test_token_ids_agree(smollm2, theirs, text):
+@given(text=any_text)
+def test_token_ids_agree_where_no_number_stands(smollm2, theirs, text):
+    text = "".join(letter for letter in text if not letter.isnumeric())
     assert smollm2.tokenizer.encode(text) == theirs[1](text, add_special_tokens=False).input_ids
+
+
+@pytest.fixture(scope="module")
+def their_splitting_tokenizer(theirs):
+    """The file's splitter is "smollm", which sets digits apart before all else; transformers 5.24 reads over that.
+
+    It shows in white space before a number alone: "a  1" is a, two spaces and 1 for llama.cpp and for us, and for
+    transformers a, one space, one space and 1.
+    """
+    tokenizer = Tokenizer.from_str(theirs[1].backend_tokenizer.to_str())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), tokenizer.pre_tokenizer]
+    )
+    return tokenizer
+
+
+@given(text=any_text)
+def test_token_ids_agree_with_the_splitter_that_the_file_names(smollm2, their_splitting_tokenizer, text):
+    assert smollm2.tokenizer.encode(text) == their_splitting_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_the_chat_template_gives_the_same_prompt(smollm2, theirs):

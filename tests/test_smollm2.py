@@ -46,11 +46,10 @@ def test_odd_blocks_chunks_of_prompts_and_preemption_change_nothing(smollm2, exp
     assert llm.scheduler.num_preemptions > 0, "the pool was not too small: this test shows less than it says"
 
 
-# Alone, a prompt costs as many passes through all weights as the whole batch does: fewer of them where they are slow.
-@pytest.mark.parametrize(("cache", "every"), [("recompute", 4), ("contiguous", 3), ("paged", 1)])
-def test_a_prompt_alone_writes_the_same_tokens(smollm2, expected, cache, every):
+@pytest.mark.parametrize("cache", ["recompute", "contiguous", "paged"])
+def test_a_prompt_alone_writes_the_same_tokens(smollm2, expected, cache):
     llm = LLM(smollm2, cache=cache, **ENGINE)
-    assert [tokens(llm, prompt)[0] for prompt in PROMPTS[::every]] == expected[::every]
+    assert [tokens(llm, prompt)[0] for prompt in PROMPTS] == expected
 
 
 def test_the_text_is_what_a_trained_model_writes(smollm2, expected):
