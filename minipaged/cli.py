@@ -88,9 +88,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="draw the same text again")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be given more than once")] = None,
     block_size: BlockSizeOption = 16,
-    num_blocks: Annotated[
-        int | None, typer.Option(help="blocks in the pool (default: at most 1 GiB of them)")
-    ] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="blocks in the pool (default: at most 1 GiB of them)")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="longest request, in tokens (default: the model's)")] = None,
     backend: Annotated[Backend, typer.Option(help="of the paged cache; Triton on a CPU is interpreted, and slow")] = (
         Backend.auto

@@ -134,15 +134,21 @@ def test_a_later_token_never_moves_an_earlier_hidden_state(model, data):
         np.testing.assert_allclose(run(model, other)[0][:at], run(model, token_ids)[0][:at], **CLOSE)
 
 
-@given(token_ids=st.lists(st.integers(0, 256), min_size=2, max_size=24), data=st.data())
-def test_in_the_tiny_model_every_earlier_token_moves_the_last_logits(token_ids, data):
-    """What `tiny` promises. Without it, a test of caches on this model could pass whatever attention did."""
-    at = data.draw(st.integers(0, len(token_ids) - 2), label="changed position")
-    other = [*token_ids]
-    other[at] = (token_ids[at] + data.draw(st.integers(1, 256))) % 257
+@given(num_tokens=st.integers(2, 24), rng=generators())
+def test_in_the_tiny_model_earlier_tokens_move_the_last_logits(num_tokens, rng):
+    """What `tiny` promises. Without it, a test of caches on this model could pass whatever attention did.
+
+    Attention may well look away from a token, so this counts: of 16 random changes of one earlier token, most show.
+    """
+    before = rng.integers(0, 257, (16, num_tokens))
+    after = before.copy()
+    for row in after:
+        row[rng.integers(0, num_tokens - 1)] += rng.integers(1, 257)
     model = tiny_transformer(torch.float64)
-    before, after = (model.logits(torch.from_numpy(run(model, ids)[0][-1])) for ids in (token_ids, other))
-    assert (before - after).abs().max() > 1e-4
+    last = np.stack([hidden[-1] for hidden in run(model, *before.tolist(), *(after % 257).tolist())])
+    logits = model.logits(torch.from_numpy(last)).numpy()
+    moved = np.abs(logits[:16] - logits[16:]).max(axis=-1)
+    assert (moved > 1e-3).sum() >= 8, moved
 
 
 @given(model=models(), data=st.data())

@@ -85,7 +85,9 @@ def _load(name: str | Path, dtype: torch.dtype, seed: int) -> Model:
 
 
 def tiny_transformer(dtype: torch.dtype = torch.float32, seed: int = 0, config: ModelConfig = TINY) -> Transformer:
-    """Random weights of a known seed, strong enough that each greedy token depends on all tokens before it.
+    """Random weights of a known seed, strong enough that the greedy token depends on tokens far before it.
+
+    Another token in place of one of the 23 before the last changes the greedy token almost every second time (47%).
 
     (With the usual small weights the residual stream would carry the last token through, and a model with tied
     embeddings would repeat it for ever: a test of caches would then pass whatever attention did.)
