@@ -135,20 +135,19 @@ def test_a_later_token_never_moves_an_earlier_hidden_state(model, data):
 
 
 @given(num_tokens=st.integers(2, 24), rng=generators())
-def test_in_the_tiny_model_earlier_tokens_move_the_last_logits(num_tokens, rng):
+def test_in_the_tiny_model_earlier_tokens_change_the_greedy_token(num_tokens, rng):
     """What `tiny` promises. Without it, a test of caches on this model could pass whatever attention did.
 
-    Attention may well look away from a token, so this counts: of 16 random changes of one earlier token, most show.
+    Attention may well look away from a token, so this counts: of 32 random changes of one earlier token, some show.
     """
-    before = rng.integers(0, 257, (16, num_tokens))
+    before = rng.integers(0, 257, (32, num_tokens))
     after = before.copy()
     for row in after:
         row[rng.integers(0, num_tokens - 1)] += rng.integers(1, 257)
     model = tiny_transformer(torch.float64)
     last = np.stack([hidden[-1] for hidden in run(model, *before.tolist(), *(after % 257).tolist())])
-    logits = model.logits(torch.from_numpy(last)).numpy()
-    moved = np.abs(logits[:16] - logits[16:]).max(axis=-1)
-    assert (moved > 1e-3).sum() >= 8, moved
+    greedy = model.logits(torch.from_numpy(last)).argmax(-1)
+    assert (greedy[:32] != greedy[32:]).sum() >= 3
 
 
 @given(model=models(), data=st.data())

@@ -260,6 +260,8 @@ def test_a_request_that_just_fits_the_pool_runs():
         ({"device": "meta"}, "device 'meta' was asked for, and the loaded model has 'cpu'"),
         ({"backend": "cuda"}, "'cuda'"),
         ({"block_size": 0}, "got 0"),
+        ({"num_blocks": 10**12}, "give it fewer blocks"),
+        ({"num_blocks": 10**12, "cache": "contiguous"}, "give it fewer blocks"),
         ({"num_blocks": 0}, "got 0"),
         ({"max_model_len": 513}, "2 to 512, got 513"),
         ({"max_model_len": 1}, "got 1"),

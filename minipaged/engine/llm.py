@@ -109,11 +109,13 @@ class LLM:
 
         self.memory: BlockManager | NoMemory
         self.cache: KVCache
+        # The tensors first: a pool that no memory holds is refused before anybody counts its blocks.
         if cache == "paged":
-            self.memory = BlockManager(num_blocks, block_size)
             if backend == "auto":
                 backend = "triton" if self.device.type == "cuda" and find_spec("triton") else "torch"
-            self.cache = PagedCache(self.config, num_blocks, block_size, self.dtype, self.device, backend)
+            with self._refusing(num_blocks * block_size):
+                self.cache = PagedCache(self.config, num_blocks, block_size, self.dtype, self.device, backend)
+            self.memory = BlockManager(num_blocks, block_size)
         elif cache == "contiguous":
             num_slabs = num_blocks * block_size // max_model_len
             if num_slabs < 1:
@@ -121,8 +123,9 @@ class LLM:
                     f"the pool of {num_blocks} * {block_size} = {num_blocks * block_size} slots holds no slab of "
                     f"max_model_len = {max_model_len}: give it more blocks, or a smaller max_model_len"
                 )
+            with self._refusing(num_blocks * block_size):
+                self.cache = ContiguousCache(self.config, num_slabs, max_model_len, self.dtype, self.device)
             self.memory = SlabManager(num_slabs, max_model_len)
-            self.cache = ContiguousCache(self.config, num_slabs, max_model_len, self.dtype, self.device)
         else:
             self.memory = NoMemory()
             self.cache = RecomputeCache()
@@ -218,6 +221,17 @@ class LLM:
         self.scheduler.finish(seq, reason)
         self._streams.pop(seq.seq_id, None)
 
+    @contextmanager
+    def _refusing(self, num_slots: int) -> Iterator[None]:
+        """torch's word for too large a pool, in ours: ValueError with the numbers."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:  # OutOfMemoryError of CUDA is a RuntimeError
+            raise ValueError(
+                f"a pool of {num_slots:,} slots of {self.bytes_per_token:,} bytes each is more than device "
+                f"'{self.device}' has: give it fewer blocks"
+            ) from error
+
     # ---- requests ----------------------------------------------------------------------------------------------
 
     def _run(self, requests: list[tuple[RequestOutput, list[Sequence]]]) -> Generator[StreamOutput]:
@@ -231,10 +245,12 @@ class LLM:
                     self.scheduler.add(seq)
                     self._streams[seq.seq_id] = self.tokenizer.stream()
             while True:
+                # Looked at before the boxes are emptied: while we yield, others may step, and fill one that was empty.
+                finished = all(output.finished for output, _ in requests)
                 for request_id in mine:
                     while box := self._boxes[request_id]:
                         yield box.popleft()
-                if all(output.finished for output, _ in requests):
+                if finished:
                     break
                 for new in self._step():
                     self._boxes[new.request_id].append(new)
