@@ -81,6 +81,8 @@ def program(*arguments, **how):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, **how},
+        # A shell that runs us in the background lets its children ignore Ctrl-C; nobody who presses it starts us so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
