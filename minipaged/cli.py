@@ -189,8 +189,6 @@ def trace(
 def main() -> None:
     """Entry point. A mistake of the caller ends with one line and exit code 2 (its traceback: MINIPAGED_DEBUG=1)."""
     arguments = sys.argv[1:]
-    # Threads that wait in a loop take the processor from those that work, where another program is busy beside us.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, which is later
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal of few letters shows a question mark for the others
     try:

@@ -176,7 +176,7 @@ def _verdict(runs: list[Run], alone: list[list[int]], equal: bool) -> Text:
     tokens = sum(map(len, runs[0].token_ids))
     if equal:
         return Text(
-            f"All {tokens} tokens are equal: across the {len(runs)} caches, and with every prompt run alone.",
+            f"All {tokens} tokens are equal: across the {len(runs)} caches, and with each prompt alone (paged).",
             "bold green",
         )
     lines = []

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, Phase, settings
 # Where there is no GPU, Triton's kernels run in its interpreter, which must be chosen before triton is first imported.
 if not glob("/dev/nvidia[0-9]*") and not glob("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
+# Tests often run beside something else. Threads that wait in a loop then take the processor from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # quick: every run. thorough: before a release, and once for each figure in a note.
 # One counterexample, as small as can be, and at once: explaining it line by line would take longer than finding it.
