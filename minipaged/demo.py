@@ -81,11 +81,12 @@ def run(
         for cache in CACHES
     }
     interpreted = backend == "triton" and engines["paged"].device.type == "cpu"
-    for llm in engines.values():  # what can never run is refused before anything is drawn
-        for prompt in PROMPTS:
-            llm.scheduler.check(len(llm.tokenizer.encode(prompt)), max_tokens or TOKENS)
     if max_tokens is None:
         max_tokens = INTERPRETED_TOKENS if interpreted else TOKENS
+    prompt_lens = [len(loaded.tokenizer.encode(prompt)) for prompt in PROMPTS]
+    for llm in engines.values():  # what can never run is refused before anything is drawn
+        for prompt_len in prompt_lens:
+            llm.scheduler.check(prompt_len, max_tokens)
     params = SamplingParams(max_tokens=max_tokens)
     if interpreted:
         console.print("Triton's interpreter runs the kernels on the CPU, program by program: this takes minutes.")

@@ -60,9 +60,8 @@ def check_paged_attention(
         bool((counts <= seq_lens).all()),
         f"a sequence has more queries than tokens: queries {counts.tolist()}, seq_lens {seq_lens.tolist()}",
     )
-    used = (
-        torch.arange(max_blocks, device=block_tables.device) * block_size < seq_lens[:, None]
-    )  # [num_seqs, max_blocks]
+    first = torch.arange(max_blocks, device=block_tables.device) * block_size  # [max_blocks], each column's position
+    used = first < seq_lens[:, None]  # [num_seqs, max_blocks]
     _check_range("block_tables (within seq_lens)", block_tables[used], 0, num_blocks - 1)
 
 

@@ -59,7 +59,8 @@ class LLM:
     several engines share one copy of the weights). cache: "recompute", "contiguous" or "paged". num_blocks: size of the
     pool; by default at most what 1 GiB holds, the same for every cache. max_model_len: tokens of context at most, by
     default the model's own. backend of the paged cache: "torch", "triton" (on a CPU with Triton's interpreter, which is
-    slow), or "auto": Triton on a CUDA device, else torch.
+    slow), or "auto": Triton on a CUDA device, else torch. dtype and device: of weights and cache; by default float32,
+    and "cuda" where there is such a device. A loaded model has its own, and another is refused.
     Raises ValueError for an argument that does not fit.
     """
 
