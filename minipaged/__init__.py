@@ -10,10 +10,10 @@ for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minipaged.engine import LLM, CompletionOutput, RequestOutput, SamplingParams
+    from minipaged.engine import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

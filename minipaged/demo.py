@@ -129,6 +129,7 @@ def _run_one(llm: LLM, this: Run, params: SamplingParams, refresh) -> None:  # t
         now = time.perf_counter()
         this.first_times.setdefault(prompt, now - start)
         this.texts[prompt] += new.text
+        assert new.token_id is not None, "nobody aborts here"
         this.token_ids[prompt].append(new.token_id)
         if llm.memory.num_slots_reserved * llm.bytes_per_token >= this.reserved_bytes:
             this.reserved_bytes = llm.memory.num_slots_reserved * llm.bytes_per_token

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.kvcache import ContiguousCache, PagedCache, RecomputeCache
-from minipaged.memory.block_manager import BlockManager, NoMemory, SlabManager
+from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.unpaged import NoMemory, SlabManager
 from minipaged.model.contract import Scheduled, Step, make_step
 from minipaged.model.transformer import ModelConfig
 from minipaged.reference import masked_attention
@@ -91,7 +92,10 @@ def test_tokens_in_any_portions_equal_all_at_once(make, data):
         counts = [min(data.draw(st.just(1) | st.integers(1, 9), label="new tokens"), MAX_LEN - s.done) for s in live]
         batch = []
         for seq, count in zip(live, counts, strict=True):
-            assert memory.append(seq.name, count) == []  # nothing is shared here, so nothing is copied
+            if seq.done == 0:
+                memory.begin([], {seq.name: count})
+            else:
+                assert memory.grow({seq.name: seq.done + count}) == []  # nothing is shared, so nothing is copied
             start = seq.done if memory.keeps_tokens else 0
             batch.append(Scheduled([0] * (seq.done + count - start), start, memory.blocks(seq.name)))
         step = make_step(batch, memory.block_size)
@@ -159,19 +163,21 @@ def test_a_cache_of_no_size_is_refused(sizes):
 def test_a_pool_is_in_use_exactly_as_far_as_its_tables_say():
     paged, slabs = BlockManager(8, 4), SlabManager(2, 16)
     for memory in (paged, slabs):
-        memory.append("A", 5)
-        memory.append("B", 1)
+        memory.begin([], {"A": 5})
+        memory.begin([], {"B": 1})
         assert memory.num_tokens == 6
     assert (paged.num_slots, paged.num_slots_reserved) == (32, 12)  # two blocks and one
     assert (slabs.num_slots, slabs.num_slots_reserved) == (32, 32)  # a slab each, however little they hold
-    assert slabs.fits(16)
-    assert not slabs.fits(17), "a request lies in one slab"
-    assert paged.fits(32)
-    assert not paged.fits(33)
-    assert not slabs.can_append("A", 12), "a slab has no second one to go on in"
-    assert not slabs.can_append("C", 1), "both slabs are taken"
-    assert paged.can_append("C", 20)
-    assert not paged.can_append("C", 21)
+    assert slabs.fits(1, 16)
+    assert not slabs.fits(1, 17), "a request lies in one slab"
+    assert paged.fits(1, 32)
+    assert not paged.fits(1, 33)
+    assert slabs.blocks_to_grow({"A": 16}) == 0, "a slab is taken whole"
+    assert slabs.blocks_to_begin([], [1]) > slabs.num_free, "both slabs are taken"
+    assert paged.blocks_to_grow({"A": 8}) == 0
+    assert paged.blocks_to_grow({"A": 9}) == 1
+    assert paged.blocks_to_begin([], [20]) <= paged.num_free
+    assert paged.blocks_to_begin([], [21]) > paged.num_free
     for memory in (paged, slabs):
         memory.free("A")
         memory.free("B")

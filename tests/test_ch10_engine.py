@@ -1,4 +1,4 @@
-"""Chapter 10, first form. One text, whatever the engine does: in any batch, any cache, any pool, preempted or not.
+"""Chapter 10. One text, whatever the engine does: in any batch, any cache, any pool, preempted or not.
 
 The model is `tiny` in float64: random weights, and every greedy token depends on all tokens before it.
 """
@@ -12,10 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged import LLM, SamplingParams
-from minipaged.engine.sampling import probabilities
-from minipaged.engine.scheduler import Scheduler
-from minipaged.engine.sequence import CompletionOutput, Sequence
-from minipaged.memory.block_manager import BlockManager, NoMemory
 from minipaged.model.load import load_model
 from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer
 
@@ -41,10 +37,12 @@ def alone(prompt: tuple[int, ...], max_tokens: int, ignore_eos: bool) -> list[in
 
 
 @st.composite
-def engines(draw):
-    """An engine that may run short of everything: a small pool, a small budget, few places."""
+def engines(draw, num_seqs=1):
+    """An engine that may run short of everything: a small pool, a small budget, few places.
+
+    It takes any single request of `num_seqs` samples."""
     kind = draw(st.sampled_from(("paged", "paged", "contiguous", "recompute")), label="cache")
-    max_num_seqs = draw(st.integers(1, 6), label="max_num_seqs")
+    max_num_seqs = draw(st.integers(num_seqs, 6), label="max_num_seqs")
     settings = {
         "cache": kind,
         "max_num_seqs": max_num_seqs,
@@ -52,8 +50,13 @@ def engines(draw):
     }
     if kind != "recompute":
         block_size = draw(st.sampled_from((1, 2, 3, 16)), label="block_size")
-        fewest = -(-CONTEXT // block_size)  # the smallest pool that takes any single request
+        fewest = num_seqs * -(-CONTEXT // block_size)  # the smallest pool that takes any single request
         settings |= {"block_size": block_size, "num_blocks": draw(st.integers(fewest, 3 * fewest), label="num_blocks")}
+    if kind == "paged":
+        settings["enable_prefix_caching"] = draw(st.booleans(), label="prefix caching")
+        settings["watermark"] = draw(st.sampled_from((0.0, 0.01, 0.2)), label="watermark")
+        if draw(st.booleans(), label="swap"):
+            settings |= {"preemption": "swap", "num_host_blocks": draw(st.integers(1, fewest), label="host blocks")}
     llm = engine(**settings)
     for name in ("key_cache", "value_cache"):
         if hasattr(llm.cache, name):
@@ -83,7 +86,7 @@ def test_greedy_tokens_equal_those_of_the_request_alone(llm, texts, max_tokens, 
     assert not llm.scheduler.has_unfinished()
 
 
-@given(llm=engines(), texts=st.lists(prompts, min_size=1, max_size=5), seed=st.integers(0, 99), data=st.data())
+@given(llm=engines(2), texts=st.lists(prompts, min_size=1, max_size=5), seed=st.integers(0, 99), data=st.data())
 def test_a_seed_gives_the_same_text_in_any_batch(llm, texts, seed, data):
     params = SamplingParams(n=2, max_tokens=5, temperature=1.5, top_p=0.9, top_k=40, seed=seed, ignore_eos=True)
     together = llm.generate([{"prompt_token_ids": list(text)} for text in texts], params)
@@ -138,7 +141,7 @@ def test_a_small_pool_preempts_and_changes_no_text():
     outputs = llm.generate(
         [{"prompt_token_ids": list(t)} for t in texts], SamplingParams(max_tokens=20, ignore_eos=True)
     )
-    assert llm.scheduler.num_preemptions > 0
+    assert llm.metrics().preemptions['recompute'] > 0
     assert [o.outputs[0].token_ids for o in outputs] == [alone(t, 20, True) for t in texts]
 
 
@@ -185,8 +188,8 @@ def test_the_end_of_text_token_ends_it(text, at):
     """`tiny` hardly ever ends a text by itself, so call one of the tokens that it does write the end."""
     request = {"prompt_token_ids": list(text)}
     whole = alone(text, 8, True)
-    llm = engine()
-    llm.tokenizer = TextTokenizer(byte_tokenizer()._tokenizer, eos_token_ids=[whole[at]])
+    tokenizer = TextTokenizer(byte_tokenizer()._tokenizer, eos_token_ids=[whole[at]])
+    llm = LLM(tiny()._replace(tokenizer=tokenizer), max_model_len=CONTEXT)
     answer = llm.generate(request, SamplingParams(max_tokens=8))[0].outputs[0]
     assert answer.token_ids == whole[: whole.index(whole[at]) + 1]
     assert answer.finish_reason == "stop"
@@ -263,6 +266,13 @@ def test_a_request_that_just_fits_the_pool_runs():
         ({"num_blocks": 10**12}, "give it fewer blocks"),
         ({"num_blocks": 10**12, "cache": "contiguous"}, "give it fewer blocks"),
         ({"num_blocks": 0}, "got 0"),
+        ({"num_host_blocks": 0, "preemption": "swap"}, "num_host_blocks must be at least 1, got 0"),
+        ({"num_host_blocks": 8}, "preemption is 'recompute'"),
+        ({"num_host_blocks": 10**12, "preemption": "swap"}, "give it fewer blocks"),
+        ({"preemption": "hope"}, "'hope'"),
+        ({"preemption": "swap", "cache": "contiguous"}, "cache is 'contiguous'"),
+        ({"watermark": 1.0}, "1.0"),
+        ({"trace": True, "cache": "recompute"}, "cache is 'recompute'"),
         ({"max_model_len": 513}, "2 to 512, got 513"),
         ({"max_model_len": 1}, "got 1"),
         ({"cache": "contiguous", "num_blocks": 2, "max_model_len": 64}, "2 * 16 = 32 slots"),
@@ -287,6 +297,9 @@ def test_engine_settings_that_do_not_fit_are_refused(settings, said):
         ({"top_k": 0}, "got 0"),
         ({"max_tokens": 0}, "got 0"),
         ({"n": 2}, "n = 2"),
+        ({"min_p": 1.5}, "1.5"),
+        ({"repetition_penalty": 0.0}, "0.0"),
+        ({"logprobs": -1}, "-1"),
         ({"stop": ["a", ""]}, "empty"),
     ],
 )
@@ -294,84 +307,3 @@ def test_sampling_fields_out_of_range_are_refused(fields, said):
     with pytest.raises(ValueError) as error:
         SamplingParams(**fields)
     assert said in str(error.value)
-
-
-# ---- sampling ---------------------------------------------------------------------------------------------------
-
-
-@given(
-    logits=st.lists(st.floats(-20, 20), min_size=1, max_size=12),
-    temperature=st.sampled_from((1e-308, 1e-6)) | st.floats(0.1, 5.0),
-    top_p=st.just(1.0) | st.floats(0.01, 1.0),
-    top_k=st.just(-1) | st.integers(1, 14),
-)
-def test_the_distribution_is_the_likeliest_part_of_softmax(logits, temperature, top_p, top_k):
-    scores = torch.tensor(logits, dtype=torch.float64)
-    kept = probabilities(scores, SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k))
-    full = ((scores - scores.max()) / temperature).softmax(-1)
-    support = kept > 0
-    assert float(kept.sum()) == pytest.approx(1.0)
-    assert full[support].max() == full.max(), "the likeliest token was dropped"
-    # What is kept keeps its proportions, and is at least as likely as what is dropped.
-    torch.testing.assert_close(kept[support], full[support] / full[support].sum(), rtol=1e-9, atol=1e-12)
-    if not support.all():
-        assert full[support].min() >= full[~support].max() - 1e-12
-    if top_k != -1:
-        assert int(support.sum()) <= top_k
-    elif top_p < 1.0:
-        # The least likely token that is kept is needed: without it, less than top_p would be kept.
-        assert float(full[support].sum() - full[support].min()) < top_p + 1e-9
-        assert float(full[support].sum()) >= top_p - 1e-9
-
-
-# ---- the scheduler by itself ------------------------------------------------------------------------------------
-
-
-@given(
-    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=12),
-    max_num_seqs=st.integers(1, 5),
-    budget=st.integers(5, 40),
-    block_size=st.sampled_from((1, 2, 3, 16)),
-    extra_blocks=st.integers(0, 10),
-    keeps=st.booleans(),
-)
-def test_every_sequence_ends_and_never_outgrows_anything(
-    lengths, max_num_seqs, budget, block_size, extra_blocks, keeps
-):
-    """No model at all: the scheduler with tokens of zeros. Every step moves, within budget, places and pool."""
-    fewest = -(-max(prompt + new for prompt, new in lengths) // block_size)
-    memory = BlockManager(fewest + extra_blocks, block_size) if keeps else NoMemory()
-    scheduler = Scheduler(memory, CONTEXT, max_num_seqs, budget)
-    seqs = [
-        Sequence(str(i), [0] * prompt, SamplingParams(max_tokens=new), CompletionOutput(0))
-        for i, (prompt, new) in enumerate(lengths)
-    ]
-    for seq in seqs:
-        scheduler.add(seq)
-    finished: list[Sequence] = []
-    for _ in range(5_000):
-        if not scheduler.has_unfinished():
-            break
-        running_before, preemptions_before = len(scheduler.running), scheduler.num_preemptions
-        work = scheduler.schedule()
-        preempted = scheduler.num_preemptions - preemptions_before
-        assert not preempted or len(work) == running_before - preempted, "somebody was admitted while others gave way"
-        assert work, "nothing was scheduled although something is unfinished"
-        assert len({id(item.seq) for item in work}) == len(work) <= max_num_seqs
-        assert all(item.count >= 1 for item in work), "a step spent a place on no token"
-        assert not keeps or sum(item.count for item in work) <= budget
-        assert all(not memory.blocks(seq.seq_id) for seq in scheduler.waiting), "a waiting sequence holds memory"
-        order = [int(seq.seq_id) for seq in scheduler.running]
-        order += [int(seq.seq_id) for seq in scheduler.waiting]
-        assert order == sorted(order), "one that came later stands before one that came earlier"
-        scheduler.computed(work)
-        for item in work:
-            if item.reaches_end:
-                item.seq.output.token_ids.append(0)
-                if len(item.seq.output.token_ids) == item.seq.params.max_tokens:
-                    scheduler.finish(item.seq, "length")
-                    scheduler.finish(item.seq, "abort")  # a second time: nothing happens
-                    finished.append(item.seq)
-    assert len(finished) == len(seqs)
-    assert {seq.output.finish_reason for seq in seqs} == {"length"}
-    assert memory.num_slots_reserved == 0

@@ -6,10 +6,11 @@ Imported lazily: the scheduler is plain Python, and whoever wants only that does
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minipaged.engine.beam import BeamSearchParams
     from minipaged.engine.llm import LLM
     from minipaged.engine.sequence import CompletionOutput, RequestOutput, SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from minipaged.engine.llm import LLM
 
         return LLM
+    if name == "BeamSearchParams":
+        from minipaged.engine.beam import BeamSearchParams
+
+        return BeamSearchParams
     if name in __all__:
         from minipaged.engine import sequence
 

@@ -1,55 +1,40 @@
-"""Chapter 10. `LLM`: prompts in, texts out, over any of the three caches.
-
-while anything is unfinished:
-    work   = scheduler.schedule()          who computes what (plain Python)
-    logits = model(step(work), cache)      one ragged batch, prompts and single tokens mixed
-    tokens = sample(logits)                for every sequence whose end was reached
-"""
+"""Chapter 10. `LLM`: prompts in, texts out, over any of the three caches. The engine below does the work."""
 
 import operator
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
-from importlib.util import find_spec
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from minipaged.engine.sampling import generator, sample
-from minipaged.engine.scheduler import Scheduler, Work
-from minipaged.engine.sequence import CompletionOutput, FinishReason, RequestOutput, SamplingParams, Sequence
-from minipaged.kvcache import ContiguousCache, PagedCache, RecomputeCache
-from minipaged.memory.block_manager import BlockManager, NoMemory, SlabManager
-from minipaged.model.contract import KVCache, Scheduled, make_step
+from minipaged.engine.beam import BeamSearchParams
+from minipaged.engine.llm_engine import LLMEngine, StreamOutput
+from minipaged.engine.metrics import Metrics
+from minipaged.engine.runner import Runner
+from minipaged.engine.scheduler import Preemption, Scheduler
+from minipaged.engine.sequence import RequestOutput, SamplingParams
+from minipaged.engine.settings import CACHES, cache_settings
+from minipaged.memory.trace import Trace
 from minipaged.model.load import Model, default_device, load_model
-from minipaged.model.tokenizer import TextStream
+from minipaged.model.tokenizer import Message
 
-DEFAULT_POOL_BYTES = 1 << 30  # K and V of all layers; the system commits a page of it when it is first written
-CACHES = ("recompute", "contiguous", "paged")
-BACKENDS = ("auto", "torch", "triton")
+__all__ = ["CACHES", "LLM", "StreamOutput"]
 
 
 class TokenPrompt(TypedDict):
+    """A prompt as tokens. cache_salt: prompts of unequal salts never share a block (one for each tenant, say)."""
+
     prompt_token_ids: list[int]
+    cache_salt: NotRequired[str]
 
 
 Prompt = str | TokenPrompt
-
-
-@dataclass(frozen=True, slots=True)
-class StreamOutput:
-    """One new token of one sample. `text` is what it adds: nothing, while a character or a stop string may follow."""
-
-    request_id: str
-    index: int
-    text: str
-    token_id: int
-    finish_reason: FinishReason | None
+Prompts = Prompt | list[Prompt] | list[str]
+Params = SamplingParams | BeamSearchParams
 
 
 class LLM:
@@ -61,7 +46,12 @@ class LLM:
     default the model's own. backend of the paged cache: "torch", "triton" (on a CPU with Triton's interpreter, which is
     slow), or "auto": Triton on a CUDA device, else torch. dtype and device: of weights and cache; by default float32,
     and "cuda" where there is such a device. A loaded model has its own, and another is refused.
-    Raises ValueError for an argument that does not fit.
+
+    enable_prefix_caching: full blocks of the paged cache stay findable by their tokens. preemption: what happens to the
+    latest request when the pool runs out: "recompute" or, with the paged cache, "swap" to num_host_blocks blocks of the
+    host's memory (by default as many as the pool has). watermark: the share of the pool that stays free when a request
+    enters. trace: True keeps every change of ownership in `llm.trace`; a path also saves it there at the end of each
+    `generate`, `stream` and `beam_search`. Raises ValueError for an argument that does not fit.
     """
 
     def __init__(
@@ -77,219 +67,183 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
+        enable_prefix_caching: bool = True,
+        preemption: Preemption = "recompute",
+        num_host_blocks: int | None = None,
+        watermark: float = 0.01,
+        trace: bool | str | Path = False,
         seed: int = 0,
     ):
-        if cache not in CACHES:
-            raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        if backend == "triton" and cache != "paged":
-            raise ValueError(f"backend 'triton' is of the paged cache, and cache is {cache!r}")
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
-        if num_blocks is not None and num_blocks < 1:
-            raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+        if trace and cache != "paged":
+            raise ValueError(f"a trace shows the blocks of the paged cache, and cache is {cache!r}")
         if not isinstance(model, Model):
             model = load_model(model, dtype or "float32", seed, device or default_device())
-        self.transformer, self.tokenizer = model
-        self.config, self.seed = self.transformer.config, seed
-        weights = self.transformer.embed_tokens.weight
-        self.device, self.dtype = weights.device, weights.dtype
-        for name, wanted, has in (("dtype", dtype, str(self.dtype)[6:]), ("device", device, str(self.device))):
+        transformer, self.tokenizer = model
+        self.config, self.seed = transformer.config, seed
+        weights = transformer.embed_tokens.weight
+        for name, wanted, has in (("dtype", dtype, str(weights.dtype)[6:]), ("device", device, str(weights.device))):
             if wanted is not None and wanted not in (has, has.partition(":")[0]):
                 raise ValueError(f"{name} {wanted!r} was asked for, and the loaded model has {has!r}")
-
-        if max_model_len is None:
-            max_model_len = self.config.max_position
-        if not 2 <= max_model_len <= self.config.max_position:
-            raise ValueError(f"max_model_len must be 2 to {self.config.max_position}, got {max_model_len}")
-        self.bytes_per_token = self.config.kv_bytes_per_token(self.dtype)
-        if num_blocks is None:
-            most = max_num_seqs * -(-max_model_len // block_size)  # more could never be in use at once
-            num_blocks = max(1, min(most, DEFAULT_POOL_BYTES // (self.bytes_per_token * block_size)))
-
-        self.memory: BlockManager | NoMemory
-        self.cache: KVCache
-        # The tensors first: a pool that no memory holds is refused before anybody counts its blocks.
-        if cache == "paged":
-            if backend == "auto":
-                backend = "triton" if self.device.type == "cuda" and find_spec("triton") else "torch"
-            with self._refusing(num_blocks * block_size):
-                self.cache = PagedCache(self.config, num_blocks, block_size, self.dtype, self.device, backend)
-            self.memory = BlockManager(num_blocks, block_size)
-        elif cache == "contiguous":
-            num_slabs = num_blocks * block_size // max_model_len
-            if num_slabs < 1:
-                raise ValueError(
-                    f"the pool of {num_blocks} * {block_size} = {num_blocks * block_size} slots holds no slab of "
-                    f"max_model_len = {max_model_len}: give it more blocks, or a smaller max_model_len"
-                )
-            with self._refusing(num_blocks * block_size):
-                self.cache = ContiguousCache(self.config, num_slabs, max_model_len, self.dtype, self.device)
-            self.memory = SlabManager(num_slabs, max_model_len)
-        else:
-            self.memory = NoMemory()
-            self.cache = RecomputeCache()
-        self.scheduler = Scheduler(self.memory, max_model_len, max_num_seqs, max_num_batched_tokens)
+        settings = cache_settings(
+            self.config,
+            weights,
+            cache=cache,
+            backend=backend,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            num_host_blocks=num_host_blocks,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            enable_prefix_caching=enable_prefix_caching,
+            preemption=preemption,
+        )
+        self.trace = Trace(settings.num_blocks, block_size, settings.num_host_blocks) if trace else None
+        self._trace_path = Path(trace) if isinstance(trace, str | Path) else None
+        runner = Runner(transformer, settings, self.trace)
+        self.cache, self.memory = runner.cache, runner.memory
+        self.device, self.dtype, self.bytes_per_token = runner.device, runner.dtype, runner.bytes_per_token
+        self.scheduler = Scheduler(
+            self.memory,
+            settings.max_model_len,
+            max_num_seqs,
+            max_num_batched_tokens,
+            preemption=preemption,
+            watermark=watermark,
+            trace=self.trace,
+        )
+        self.engine = LLMEngine(runner, self.scheduler, self.tokenizer, self.trace)
         self._request_ids = count()
-        self._streams: dict[str, TextStream] = {}
         self._boxes: dict[str, deque[StreamOutput]] = {}  # request -> tokens that its caller has not taken yet
 
-    # ---- what a user calls -------------------------------------------------------------------------------------
+    # ---- many prompts at once ----------------------------------------------------------------------------------
 
     def generate(
-        self,
-        prompts: Prompt | list[Prompt] | list[str],
-        sampling_params: SamplingParams | None = None,
-        *,
-        progress: bool | None = None,
+        self, prompts: Prompts, sampling_params: SamplingParams | None = None, *, progress: bool | None = None
     ) -> list[RequestOutput]:
         """Answer every prompt, in the order given. progress: a bar on the terminal (by default where there is one).
 
         Raises ValueError, before anything runs, for a prompt that can never run. An exception or Ctrl-C in the middle
         gives back all memory of these prompts.
         """
-        requests = self._requests(prompts, sampling_params or SamplingParams())
-        outputs = [output for output, _ in requests]
-        total = sum(seq.params.max_tokens for _, seqs in requests for seq in seqs)
-        with closing(self._run(requests)) as run, _progress(progress, total) as one_more:
-            for _ in run:
-                one_more()
-        return outputs
+        return self._finish(prompts, sampling_params or SamplingParams(), progress)
 
-    def stream(
-        self, prompts: Prompt | list[Prompt] | list[str], sampling_params: SamplingParams | None = None
-    ) -> Iterator[StreamOutput]:
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several, in the model's own format.
+
+        A message is {"role": "system" | "user" | "assistant", "content": text}. Raises ValueError as `generate` does,
+        and where the model has no chat format.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [self.tokenizer.apply_chat_template(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, progress=progress)
+
+    def beam_search(
+        self, prompts: Prompts, params: BeamSearchParams | None = None, *, progress: bool | None = None
+    ) -> list[RequestOutput]:
+        """The likeliest texts of every prompt, best first, each with its score. Raises ValueError as `generate`."""
+        return self._finish(prompts, params or BeamSearchParams(), progress)
+
+    def stream(self, prompts: Prompts, sampling_params: SamplingParams | None = None) -> Iterator[StreamOutput]:
         """Answer every prompt and yield each token when it is there. Prompts are checked at the call, not at the first
         token. Request ids count up in the order of the prompts. Leaving the loop early gives back all memory."""
-        return self._run(self._requests(prompts, sampling_params or SamplingParams()))
+        return self._run(self._checked(prompts, sampling_params or SamplingParams()), [])
 
-    def _step(self) -> list[StreamOutput]:
-        """One iteration: schedule, run the model once, sample. Empty where nothing is unfinished."""
-        work = self.scheduler.schedule()
-        if not work:
-            return []
-        logits = self._forward(work)
-        self.scheduler.computed(work)
-        done = [item.seq for item in work if item.reaches_end]
-        return [self._accept(seq, token) for seq, token in zip(done, sample(logits, done), strict=True)]
+    # ---- one request, one step ---------------------------------------------------------------------------------
 
-    # ---- one step ----------------------------------------------------------------------------------------------
+    def add_request(self, prompt: Prompt, params: Params | None = None) -> RequestOutput:
+        """Queue one prompt. Its answer grows with each `step`. Raises ValueError where it can never run."""
+        return self._add(*self._checked([prompt], params or SamplingParams())[0])
 
-    @torch.inference_mode()
-    def _forward(self, work: list[Work]) -> torch.Tensor:
-        """Logits of the last token of every sequence whose end this step reaches: [those sequences, vocab_size]."""
-        batch = [
-            Scheduled(
-                item.seq.tokens(item.start, item.start + item.count), item.start, self.memory.blocks(item.seq.seq_id)
-            )
-            for item in work
-        ]
-        step = make_step(batch, self.memory.block_size, self.device)
-        # Triton launches on the current device, which need not be ours.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            hidden = self.transformer(step, self.cache)  # [num_tokens, hidden_size]
-        ends = [i for i, item in enumerate(work) if item.reaches_end]
-        last = step.query_start_loc[1:][ends].long() - 1
-        return self.transformer.logits(hidden[last])
+    def step(self) -> list[StreamOutput]:
+        """One iteration over everything that is unfinished: the tokens that it gave."""
+        return self._delivered(self.engine.step())
 
-    def _accept(self, seq: Sequence, token: int) -> StreamOutput:
-        """Append a token to its sequence, with its text, and finish the sequence where it ends."""
-        output, params = seq.output, seq.params
-        output.token_ids.append(token)
-        ends_text = token in self.tokenizer.eos_token_ids and not params.ignore_eos
-        output.text += self._streams[seq.seq_id].push(token)
-        reason: FinishReason | None = None
-        if ends_text:
-            reason = "stop"
-        elif len(output.token_ids) >= params.max_tokens or len(seq) >= self.scheduler.max_model_len:
-            reason = "length"
-        if reason:  # no token follows: a character that is still unfinished is given out as it is
-            output.text += self._streams[seq.seq_id].finish()
-        stopped_at = min((at for s in params.stop_strings if (at := output.text.find(s)) >= 0), default=None)
-        if stopped_at is not None:
-            output.text = output.text[:stopped_at]
-            reason = "stop"
-        if reason:
-            self._finish(seq, reason)
-        # The end of the text may be the beginning of a stop string, which is no part of the answer: hold it back.
-        held_back = 0 if reason else max((len(s) - 1 for s in params.stop_strings), default=0)
-        new_text = output.text[seq.num_streamed : max(seq.num_streamed, len(output.text) - held_back)]
-        seq.num_streamed += len(new_text)
-        return StreamOutput(seq.seq_id.rpartition(".")[0], output.index, new_text, token, reason)
+    def abort(self, request_id: str) -> None:
+        """Stop a request, wherever it stands, and give back its memory. Its text so far remains.
 
-    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
-        self.scheduler.finish(seq, reason)
-        self._streams.pop(seq.seq_id, None)
+        Raises ValueError where there is no such unfinished request.
+        """
+        self._delivered(self.engine.abort(request_id))
 
-    @contextmanager
-    def _refusing(self, num_slots: int) -> Iterator[None]:
-        """torch's word for too large a pool, in ours: ValueError with the numbers."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:  # OutOfMemoryError of CUDA is a RuntimeError
-            raise ValueError(
-                f"a pool of {num_slots:,} slots of {self.bytes_per_token:,} bytes each is more than device "
-                f"'{self.device}' has: give it fewer blocks"
-            ) from error
+    def metrics(self) -> Metrics:
+        """What the engine did so far, and how it stands now."""
+        return self.engine.metrics()
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
-    def _run(self, requests: list[tuple[RequestOutput, list[Sequence]]]) -> Generator[StreamOutput]:
+    def _finish(self, prompts: Prompts, params: Params, progress: bool | None) -> list[RequestOutput]:
+        checked = self._checked(prompts, params)
+        total = sum(params.max_tokens * getattr(params, "n", 1) for _ in checked)
+        answers: list[RequestOutput] = []
+        with closing(self._run(checked, answers)) as run, _progress(progress, total) as one_more:
+            for _ in run:
+                one_more()
+        return answers
+
+    def _run(self, checked: list["_Checked"], answers: list[RequestOutput]) -> Generator[StreamOutput]:
         """Queue the requests and step until they are finished. Several of these may be under way at once, taking turns:
         whoever steps computes for all, and puts what is not its own into the others' boxes."""
-        mine = [output.request_id for output, _ in requests]
         try:
-            for output, seqs in requests:
-                self._boxes[output.request_id] = deque()
-                for seq in seqs:
-                    self.scheduler.add(seq)
-                    self._streams[seq.seq_id] = self.tokenizer.stream()
+            for item in checked:
+                answer = self._add(*item)
+                self._boxes[answer.request_id] = deque()
+                answers.append(answer)
             while True:
                 # Looked at before the boxes are emptied: while we yield, others may step, and fill one that was empty.
-                finished = all(output.finished for output, _ in requests)
-                for request_id in mine:
-                    while box := self._boxes[request_id]:
+                finished = all(answer.finished for answer in answers)
+                for answer in answers:
+                    while box := self._boxes[answer.request_id]:
                         yield box.popleft()
                 if finished:
                     break
-                for new in self._step():
-                    self._boxes[new.request_id].append(new)
+                self.step()
         finally:
-            for output, seqs in requests:
-                self._boxes.pop(output.request_id, None)
-                for seq in seqs:
-                    self._finish(seq, "abort")  # does nothing to one that has finished
+            for answer in answers:
+                self._boxes.pop(answer.request_id, None)
+                if not answer.finished:
+                    self.engine.abort(answer.request_id)
+            if self.trace is not None and self._trace_path is not None:
+                self.trace.save(self._trace_path)
 
-    def _requests(
-        self, prompts: Prompt | list[Prompt] | list[str], params: SamplingParams
-    ) -> list[tuple[RequestOutput, list[Sequence]]]:
-        """Make sequences of the prompts. Nothing is queued yet: either all are accepted or none."""
+    def _delivered(self, new: list[StreamOutput]) -> list[StreamOutput]:
+        for item in new:
+            if (box := self._boxes.get(item.request_id)) is not None:
+                box.append(item)
+        return new
+
+    def _add(self, number: int, prompt: Prompt, token_ids: list[int], params: Params) -> RequestOutput:
+        seed = getattr(params, "seed", None)
+        return self.engine.add_request(
+            str(number),
+            token_ids,
+            params,
+            # Without a seed of its own, a request draws from the engine's seed and its number.
+            seed=seed if seed is not None else self.seed + 7919 * (number + 1),
+            prompt=prompt if isinstance(prompt, str) else None,
+            cache_salt=None if isinstance(prompt, str) else prompt.get("cache_salt"),
+        )
+
+    def _checked(self, prompts: Prompts, params: Params) -> list["_Checked"]:
+        """Prompts with their tokens. Nothing is queued yet: either all are accepted or none."""
         items: Iterable[Prompt] = [prompts] if isinstance(prompts, str | dict) else prompts
-        requests = []
+        num_seqs = params.n if isinstance(params, SamplingParams) else params.beam_width
+        if not self.memory.shares_blocks:
+            num_seqs = 1  # each sample is a request of its own
+        checked = []
         for number, prompt in enumerate(items):
             try:
                 token_ids = self._encode(prompt)
-                self.scheduler.check(len(token_ids), params.max_tokens)
+                self.scheduler.check(len(token_ids), params.max_tokens, num_seqs)
             except ValueError as error:
                 raise ValueError(f"prompt {number}: {error}") from error
-            request_id = str(next(self._request_ids))
-            # Without a seed of its own, a request draws from the engine's seed and its number.
-            seed = params.seed if params.seed is not None else self.seed + 7919 * (int(request_id) + 1)
-            outputs = [CompletionOutput(i) for i in range(params.n)]
-            seqs = [
-                Sequence(
-                    seq_id=f"{request_id}.{output.index}",
-                    prompt_token_ids=token_ids,
-                    params=params,
-                    output=output,
-                    generator=generator(seed, output.index),
-                )
-                for output in outputs
-            ]
-            text = prompt if isinstance(prompt, str) else None
-            requests.append((RequestOutput(request_id, text, token_ids, outputs), seqs))
-        return requests
+            checked.append((prompt, token_ids))
+        return [(next(self._request_ids), prompt, token_ids, params) for prompt, token_ids in checked]
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -306,6 +260,9 @@ class LLM:
                     f"token {token!r} does not exist: the vocabulary has 0 to {self.config.vocab_size - 1}"
                 )
         return token_ids
+
+
+_Checked = tuple[int, Prompt, list[int], Params]  # the first is the request's number
 
 
 @contextmanager

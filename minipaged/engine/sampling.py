@@ -1,50 +1,121 @@
-"""Chapters 2 and 10. From logits to the next token: greedy, or drawn after temperature, top-k and top-p.
+"""Chapters 2 and 10. From logits to the next token: greedy, or drawn from the likeliest.
 
-    logits / temperature -> keep the top_k likeliest -> keep the likeliest that make up top_p -> draw
+    logits -> repetition penalty -> / temperature -> softmax -> min_p -> the top_k likeliest -> top_p -> draw
 
-Every sample draws from a random generator of its own. What it draws does not depend on who shares its batch.
-Source for top-p: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020), section 3.1.
+All sequences of a step at once; the rows of the tensors are theirs. A draw needs one random number, and that is a
+function of the request's seed, the sample's number and the token's position: no generator is carried along. So what is
+drawn depends neither on who shares the batch nor on whether the sequence was preempted, and a step that failed is
+repeated with the same outcome. (Counter-based random numbers: Salmon et al., "Parallel Random Numbers: As Easy as
+1, 2, 3", SC 2011.)
+
+Sources: top-k, Fan et al., "Hierarchical Neural Story Generation" (2018), section 5.4; top-p, Holtzman et al., "The
+Curious Case of Neural Text Degeneration" (2020), section 3.1; min-p, Nguyen et al., "Turning Up the Heat" (2024);
+repetition penalty, Keskar et al., "CTRL" (2019), section 4.1. The order is vLLM's.
 """
 
 from collections.abc import Sequence as Items
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minipaged.engine.sequence import SamplingParams, Sequence
 
+CANDIDATES = 1024  # tokens sorted at first: more are hardly ever needed, and sorting the vocabulary takes long
+
 
 def sample(logits: Tensor, seqs: Items[Sequence]) -> list[int]:
     """The next token of each sequence. logits [num_seqs, vocab_size], row i for seqs[i]."""
+    logits = penalised(logits, seqs)
     tokens: list[int] = logits.argmax(-1).tolist()
-    for i, seq in enumerate(seqs):
-        if seq.params.temperature > 0.0:
-            weights = probabilities(logits[i], seq.params)
-            tokens[i] = int(torch.multinomial(weights, 1, generator=seq.generator))
+    drawn = [i for i, seq in enumerate(seqs) if seq.params.temperature > 0.0]
+    if drawn:
+        weights = probabilities(logits[drawn], [seqs[i].params for i in drawn])  # [num_drawn, vocab_size]
+        uniform = [random(seqs[i].seed, seqs[i].output.index, len(seqs[i])) for i in drawn]
+        for i, token in zip(drawn, draw(weights, uniform), strict=True):
+            tokens[i] = token
     return tokens
 
 
-def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The distribution that a token is drawn from: logits [vocab_size] -> probabilities [vocab_size], on the CPU.
+def random(seed: int, index: int, position: int) -> float:
+    """The random number, in [0, 1), that decides the token at this position of sample `index`."""
+    bits = np.random.Philox(key=np.array([seed % 2**64, index], np.uint64), counter=position)
+    return float(np.random.Generator(bits).random())
 
-    Invariant: they sum to 1, and the likeliest token is always kept.
+
+def draw(weights: Tensor, uniform: Items[float]) -> list[int]:
+    """A token for each row of probabilities [num_rows, vocab_size]: where the running sum passes the random number."""
+    total = weights.cumsum(-1)  # [num_rows, vocab_size]
+    below = torch.tensor(uniform, dtype=weights.dtype, device=weights.device)[:, None] * total[:, -1:]
+    # Sums are rounded: never past the last token that has a probability at all.
+    last = weights.shape[-1] - 1 - weights.gt(0).flip(-1).int().argmax(-1)
+    tokens: list[int] = torch.searchsorted(total, below, right=True)[:, 0].minimum(last).tolist()
+    return tokens
+
+
+def probabilities(logits: Tensor, params: Items[SamplingParams]) -> Tensor:
+    """The distributions that tokens are drawn from: logits -> probabilities, both [num_rows, vocab_size].
+
+    Invariant: each row sums to 1, and its likeliest token is always kept.
     """
-    logits = logits.double().cpu()
-    scaled = (logits - logits.max()) / params.temperature  # the likeliest is 0: no temperature makes it infinite
-    ordered, order = scaled.sort(descending=True, stable=True)
-    weights = ordered.softmax(-1)
-    keep = torch.ones_like(weights, dtype=torch.bool)
-    if params.top_k != -1:
-        keep[params.top_k :] = False
-        weights = torch.where(keep, weights, 0.0)
-        weights = weights / weights.sum()
-    # Keep a token while those before it do not make up top_p yet: so the one that crosses it stays.
-    if params.top_p < 1.0:
-        keep &= weights.cumsum(-1) - weights < params.top_p
-    weights = torch.where(keep, weights, 0.0)
-    return torch.zeros_like(weights).scatter(0, order, weights / weights.sum())
+    logits = logits.double()
+    # The likeliest becomes 0: no temperature makes it infinite.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / _column([p.temperature for p in params], logits)
+    weights = scaled.softmax(-1)
+    if any(p.min_p for p in params):
+        least = _column([p.min_p for p in params], weights) * weights.amax(-1, keepdim=True)
+        weights = torch.where(weights >= least, weights, 0.0)
+    if any(p.top_k != -1 or p.top_p < 1.0 for p in params):
+        weights = _likeliest(weights, params)
+    return weights / weights.sum(-1, keepdim=True)
 
 
-def generator(seed: int, index: int) -> torch.Generator:
-    """The random numbers of sample `index` of a request with this seed."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+def _likeliest(weights: Tensor, params: Items[SamplingParams]) -> Tensor:
+    """weights [num_rows, vocab_size] with all but the top_k likeliest, and of these all past top_p, set to 0."""
+    vocab_size = weights.shape[-1]
+    top_k = _column([vocab_size if p.top_k == -1 else min(p.top_k, vocab_size) for p in params], weights)
+    top_p = _column([p.top_p for p in params], weights)
+    num_sorted = min(CANDIDATES, vocab_size)
+    while True:
+        ordered, order = weights.topk(num_sorted)  # [num_rows, num_sorted], the likeliest first
+        kept = torch.where(torch.arange(num_sorted, device=weights.device) < top_k, ordered, 0.0)
+        # What top_p is a share of: all that top_k has left.
+        total = torch.where(top_k < vocab_size, kept.sum(-1, keepdim=True), weights.sum(-1, keepdim=True))
+        before = kept.cumsum(-1) - kept
+        # Keep a token while those before it do not make up top_p yet: so the one that crosses it stays.
+        enough = (top_k <= num_sorted) | ((top_p < 1.0) & (kept.sum(-1, keepdim=True) >= top_p * total))
+        if num_sorted == vocab_size or bool(enough.all()):
+            kept = torch.where((top_p == 1.0) | (before < top_p * total), kept, 0.0)
+            return torch.zeros_like(weights).scatter(-1, order, kept)
+        num_sorted = vocab_size
+
+
+def penalised(logits: Tensor, seqs: Items[Sequence]) -> Tensor:
+    """Logits [num_seqs, vocab_size] with those of tokens seen before made smaller, where a sequence asks for it."""
+    rows = [i for i, seq in enumerate(seqs) if seq.params.repetition_penalty != 1.0]
+    if rows:
+        logits = logits.clone()
+    for i in rows:
+        tokens = chain(seqs[i].prompt_token_ids, seqs[i].output.token_ids)
+        seen = torch.from_numpy(np.unique(np.fromiter(tokens, np.int64))).to(logits.device)
+        penalty, old = seqs[i].params.repetition_penalty, logits[i, seen]
+        logits[i, seen] = torch.where(old > 0, old / penalty, old * penalty)  # both make it less likely
+    return logits
+
+
+def logprobs(logits: Tensor, tokens: Items[int], numbers: Items[int]) -> list[dict[int, float]]:
+    """For each row, the chosen token's and the `numbers[i]` likeliest tokens' logarithms of probability.
+
+    logits [num_rows, vocab_size], as the model gave them: before penalty and temperature, like vLLM's.
+    """
+    scores = logits.double().log_softmax(-1)  # [num_rows, vocab_size]
+    found = []
+    for row, token, number in zip(scores, tokens, numbers, strict=True):
+        best, ids = row.topk(min(number, len(row)))
+        found.append({token: float(row[token]), **dict(zip(ids.tolist(), best.tolist(), strict=True))})
+    return found
+
+
+def _column(numbers: Items[float], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device=like.device)[:, None]  # [num_rows, 1]

@@ -90,6 +90,11 @@ class PrefixCache(BlockAllocator):
         """How many blocks can be found by their tokens, in use or not."""
         return len(self._block_of)
 
+    @property
+    def num_unused(self) -> int:
+        """How many blocks are findable and named by no table."""
+        return len(self._unused)
+
     def match(self, tokens: Sequence[int], extra: str | None = None) -> list[int]:
         """The longest run of findable blocks that holds the first tokens of a prompt. O(1) a block; changes nothing.
 

@@ -1,0 +1,71 @@
+"""Chapter 10. What kind of cache an engine has, and how large: checked, with the numbers, before anything is built."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from minipaged.model.transformer import ModelConfig
+
+DEFAULT_POOL_BYTES = 1 << 30  # K and V of all layers; the system commits a page of it when it is first written
+CACHES = ("recompute", "contiguous", "paged")
+BACKENDS = ("auto", "torch", "triton")
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """The arguments of `LLM` that speak of memory, complete and fit for each other."""
+
+    cache: str
+    backend: str  # "torch" or "triton"
+    block_size: int
+    num_blocks: int
+    num_host_blocks: int  # 0 where nothing is swapped
+    max_model_len: int
+    enable_prefix_caching: bool
+
+
+def cache_settings(
+    config: ModelConfig,
+    weights: torch.Tensor,
+    *,
+    cache: str,
+    backend: str,
+    block_size: int,
+    num_blocks: int | None,
+    num_host_blocks: int | None,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    enable_prefix_caching: bool,
+    preemption: str,
+) -> CacheSettings:
+    """Fill in what was left open. Raises ValueError for an argument that does not fit the others or the model."""
+    if cache not in CACHES:
+        raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    for name, value, of_paged in (("backend", backend, "triton"), ("preemption", preemption, "swap")):
+        if value == of_paged and cache != "paged":
+            raise ValueError(f"{name} {value!r} is of the paged cache, and cache is {cache!r}")
+    for name, size in (("block_size", block_size), ("num_blocks", num_blocks), ("num_host_blocks", num_host_blocks)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if num_host_blocks is not None and preemption != "swap":
+        raise ValueError(f"num_host_blocks is for preemption 'swap', and preemption is {preemption!r}")
+    if max_model_len is None:
+        max_model_len = config.max_position
+    if not 2 <= max_model_len <= config.max_position:
+        raise ValueError(f"max_model_len must be 2 to {config.max_position}, got {max_model_len}")
+    if num_blocks is None:
+        most = max(1, max_num_seqs) * -(-max_model_len // block_size)  # more could never be in use at once
+        num_blocks = max(1, min(most, DEFAULT_POOL_BYTES // (config.kv_bytes_per_token(weights.dtype) * block_size)))
+    if cache == "contiguous" and num_blocks * block_size < max_model_len:
+        raise ValueError(
+            f"the pool of {num_blocks} * {block_size} = {num_blocks * block_size} slots holds no slab of "
+            f"max_model_len = {max_model_len}: give it more blocks, or a smaller max_model_len"
+        )
+    if backend == "auto":
+        backend = "triton" if weights.device.type == "cuda" and find_spec("triton") else "torch"
+    num_host_blocks = (num_host_blocks or num_blocks) if preemption == "swap" else 0
+    caching = enable_prefix_caching and cache == "paged"
+    return CacheSettings(cache, backend, block_size, num_blocks, num_host_blocks, max_model_len, caching)

@@ -1,0 +1,242 @@
+"""Chapter 10. The scheduler over the real memory, with a model of a few lines: any script of requests, any shortage."""
+
+import pytest
+from hypothesis import given, note
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from minipaged.engine.scheduler import Scheduler
+from minipaged.memory.block_manager import BlockManager
+from serving_model import ALPHABET, Engine
+
+pytestmark = pytest.mark.ch10
+
+MAX_MODEL_LEN = 16
+prompts = st.lists(st.integers(0, ALPHABET - 1), min_size=1, max_size=MAX_MODEL_LEN - 1)
+# Prompts that are alike for a while, as with a system prompt.
+alike = st.builds(lambda n, more: [0, 1, 2, 0, 1, 2, 0, 1][:n] + more, st.integers(1, 8), prompts.map(lambda p: p[:4]))
+
+
+class ServingMachine(RuleBasedStateMachine):
+    """Requests come, run, fork, run short, fail and are aborted, in any order. Each has the text it has alone."""
+
+    @initialize(
+        block_size=st.sampled_from((1, 2, 3, 4)),
+        extra_blocks=st.integers(0, 12),
+        host_share=st.sampled_from((0.0, 0.5, 1.0)),
+        prefix_caching=st.booleans(),
+        preemption=st.sampled_from(("recompute", "swap")),
+        watermark=st.sampled_from((0.0, 0.01, 0.3)),
+        max_num_seqs=st.integers(1, 6),
+        extra_budget=st.integers(0, 12) | st.just(100),
+    )
+    def start(self, block_size, extra_blocks, host_share, max_num_seqs, extra_budget, **settings):
+        num_blocks = -(-6 // block_size) + extra_blocks
+        self.engine = Engine(
+            num_blocks,
+            block_size,
+            num_host_blocks=int(num_blocks * host_share),
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + extra_budget,
+            prefix_caching=settings.pop("prefix_caching"),
+            **settings,
+        )
+
+    @rule(prompt=prompts | alike, max_tokens=st.integers(1, 6), n=st.integers(1, 3), salt=st.sampled_from((None, "a")))
+    def ask(self, prompt, max_tokens, n, salt):
+        self.add(prompt, max_tokens, n=n, salt=salt)
+
+    @rule(prompt=prompts | alike, max_tokens=st.integers(1, 6), beam_width=st.integers(1, 3))
+    def search(self, prompt, max_tokens, beam_width):
+        self.add(prompt, max_tokens, beam_width=beam_width)
+
+    def add(self, prompt, max_tokens, n=1, beam_width=0, salt=None):
+        max_tokens = min(max_tokens, MAX_MODEL_LEN - len(prompt))
+        block_size, seqs = self.engine.memory.block_size, max(n, beam_width)
+        own = -(-(len(prompt) + max_tokens - 1) // block_size) - len(prompt) // block_size
+        most = len(prompt) // block_size + seqs * own  # blocks, if it shares nothing but the prompt
+        fits = most <= self.engine.memory.allocator.num_blocks and seqs <= self.engine.scheduler.max_num_seqs
+        try:
+            self.engine.add(prompt, max_tokens, n, beam_width, salt)
+        except ValueError:
+            assert not fits, "a request that fits the pool alone was refused"
+        else:
+            assert fits, "a request that cannot fit the pool was let in"
+
+    @precondition(lambda self: self.engine.scheduler.has_unfinished())
+    @rule(times=st.integers(1, 4))
+    def step(self, times):
+        for _ in range(times):
+            output = self.engine.step()
+            note(f"    {[(item.seq.seq_id, item.start, item.count) for item in output.work]}")
+            self.engine.check_state()
+
+    @precondition(lambda self: self.engine.scheduler.has_unfinished())
+    @rule(data=st.data())
+    def abort(self, data):
+        self.engine.abort(data.draw(st.sampled_from(list(self.engine.scheduler.groups))))
+
+    @precondition(lambda self: self.engine.scheduler.has_unfinished())
+    @rule()
+    def fail_in_the_model(self):
+        self.engine.step(fail_in_model=True)
+
+    @precondition(lambda self: self.engine.scheduler.has_unfinished())
+    @rule(after=st.integers(0, 2))
+    def fail_while_tokens_are_chosen(self, after):
+        if not any(group.beam_width for group in self.engine.scheduler.groups.values()):
+            self.engine.step(fail_after=after)
+
+    @invariant()
+    def the_state_is_sound(self):
+        if hasattr(self, "engine"):
+            self.engine.check_state()
+            self.engine.check_answers()
+
+    def teardown(self):
+        if hasattr(self, "engine"):
+            self.engine.finish_all()
+
+
+TestServing = ServingMachine.TestCase
+
+
+# ---- single properties ------------------------------------------------------------------------------------------
+
+
+@given(prompt=prompts, block_size=st.sampled_from((1, 2, 4)), copies=st.integers(2, 4))
+def test_equal_prompts_that_come_together_are_computed_once(prompt, block_size, copies):
+    """Admitted in one step, they would each compute all of it (nano-vllm #219 then counts the block twice)."""
+    engine = Engine(64, block_size, prefix_caching=True, max_model_len=MAX_MODEL_LEN, watermark=0.0)
+    for _ in range(copies):
+        engine.add(prompt, 1)
+    computed = 0
+    while engine.scheduler.has_unfinished():
+        computed += sum(item.count for item in engine.step().work)
+        engine.check_state()
+    engine.check_answers()
+    full = (len(prompt) - 1) // block_size * block_size  # the last token is computed by everyone
+    assert computed == len(prompt) + (copies - 1) * (len(prompt) - full)
+
+
+@given(prompt=prompts, block_size=st.sampled_from((1, 2, 4)), max_tokens=st.integers(1, 4))
+def test_a_prompt_that_is_wholly_cached_leaves_a_token_to_compute(prompt, block_size, max_tokens):
+    engine = Engine(32, block_size, prefix_caching=True, max_model_len=2 * MAX_MODEL_LEN)
+    for _ in range(2):
+        engine.add(prompt, max_tokens)
+        engine.finish_all()
+    assert engine.scheduler.num_found == (len(prompt) - 1) // block_size * block_size
+
+
+@given(n=st.integers(2, 4), prompt=prompts, block_size=st.sampled_from((1, 2, 3, 4)))
+def test_samples_compute_the_prompt_once_and_share_its_blocks(n, prompt, block_size):
+    engine = Engine(64, block_size, max_model_len=MAX_MODEL_LEN + 4)
+    engine.add(prompt, 4, n=n)
+    assert [(item.start, item.count) for item in engine.step().work] == [(0, len(prompt))]
+    assert engine.memory.num_slots_reserved // block_size == -(-len(prompt) // block_size), "one prompt, one copy"
+    output = engine.step()
+    assert [item.count for item in output.work] == [1] * n
+    partly_full = len(prompt) % block_size > 0
+    assert len(output.copies) == (n - 1) * partly_full, "each but the last owner copies the block that is partly full"
+    engine.finish_all()
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_who_came_last_gives_way_and_comes_back_first(preemption):
+    engine = Engine(6, 2, num_host_blocks=6, max_model_len=16, preemption=preemption, watermark=0.0)
+    first, second = engine.add([0] * 4, 6), engine.add([1] * 4, 6)
+    while not engine.scheduler.preemptions.total():
+        engine.step()
+    assert engine.scheduler.preemptions[preemption] == 1
+    third = engine.add([2], 1)
+    assert [group.request_id for group in engine.scheduler.running] == [first]
+    assert [group.request_id for group in engine.scheduler.waiting] == [second, third]
+    engine.finish_all()
+
+
+def test_swapped_tokens_are_not_computed_again():
+    counts = {}
+    for preemption in ("recompute", "swap"):
+        engine = Engine(6, 2, num_host_blocks=6, max_model_len=16, preemption=preemption, watermark=0.0)
+        engine.add([0] * 4, 6), engine.add([1] * 4, 6)
+        counts[preemption] = 0
+        while engine.scheduler.has_unfinished():
+            counts[preemption] += sum(item.count for item in engine.step().work)
+        engine.check_answers()
+        assert engine.scheduler.preemptions[preemption] >= 1
+    assert counts["swap"] == 2 * (4 + 6 - 1) < counts["recompute"]
+
+
+def test_a_host_that_is_too_small_falls_back_to_recompute():
+    engine = Engine(6, 2, num_host_blocks=1, max_model_len=16, preemption="swap", watermark=0.0)
+    engine.add([0] * 4, 6), engine.add([1] * 4, 6)
+    engine.finish_all()
+    assert engine.scheduler.preemptions["recompute"] >= 1 and engine.scheduler.preemptions["swap"] == 0
+
+
+def test_a_long_prompt_does_not_hold_up_those_who_decode():
+    engine = Engine(64, 2, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=6)
+    engine.add([0], 10)
+    engine.step()
+    engine.add([1] * 30, 2)
+    for _ in range(4):
+        assert [item.count for item in engine.step().work] == [1, 5]
+    engine.finish_all()
+
+
+def test_what_enters_leaves_the_watermark_free():
+    engine = Engine(10, 2, max_model_len=16, watermark=0.3)
+    engine.add([0] * 8, 2)
+    engine.add([1] * 8, 2)  # 4 blocks of the 6 that are free: 2 would be left, and 3 must be
+    engine.step()
+    assert len(engine.scheduler.running) == 1
+    engine.finish_all()
+
+
+def test_a_request_may_come_and_go_by_its_id():
+    engine = Engine(8, 2, max_model_len=16)
+    request_id = engine.add([0, 1], 3, n=2)
+    engine.num_requests -= 1
+    with pytest.raises(ValueError, match="there already"):
+        engine.add([0], 1)
+    engine.num_requests += 1
+    engine.step()
+    assert engine.scheduler.abort(request_id)
+    assert not engine.scheduler.abort(request_id), "it is gone"
+    assert engine.memory.num_slots_reserved == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_num_seqs": 0}, "got 0"),
+        ({"max_num_seqs": 3, "max_num_batched_tokens": 2}, "3 and 2"),
+        ({"preemption": "hope"}, "'hope'"),
+        ({"watermark": 1.0}, "1.0"),
+        ({"watermark": -0.1}, "-0.1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, said):
+    with pytest.raises(ValueError) as error:
+        Scheduler(BlockManager(4, 2), 16, **settings)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (((), 1), "empty"),
+        (((0,) * 16, 1), "16 tokens, and the context holds 16"),
+        (((0,) * 6, 5), "10 stored tokens (6 of prompt, 5 new), and the whole pool has 8 slots"),
+        (((0,) * 2, 4, 3), "each of 3 sequences may reach 5 stored tokens"),
+        (((0,), 1, 9), "9 sequences, and at most 8"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once_with_the_numbers(request_, said):
+    """nano-vllm #274 asserts in the middle of a run, and #277 waits for ever."""
+    engine = Engine(4, 2, max_model_len=16, max_num_seqs=8)
+    with pytest.raises(ValueError) as error:
+        engine.add(*request_)
+    assert said in str(error.value)
+    assert not engine.scheduler.has_unfinished()
