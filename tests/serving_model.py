@@ -62,6 +62,8 @@ class Device:
         for item in output.work:
             for position in range(item.start, item.start + item.count):
                 block, offset = self.place(item.seq, position)
+                owners = self.memory.allocator.ref_count(block)
+                assert owners == 1, f"{item.seq.seq_id} writes into block {block}, which has {owners} owners"
                 self.pools["device"].setdefault(block, {})[offset] = self.text(item.seq, position)
         for item in output.work:
             end = item.start + item.count

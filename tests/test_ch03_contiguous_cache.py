@@ -93,7 +93,7 @@ def test_tokens_in_any_portions_equal_all_at_once(make, data):
         batch = []
         for seq, count in zip(live, counts, strict=True):
             if seq.done == 0:
-                memory.begin([], {seq.name: count})
+                memory.begin(seq.name, [], count)
             else:
                 assert memory.grow({seq.name: seq.done + count}) == []  # nothing is shared, so nothing is copied
             start = seq.done if memory.keeps_tokens else 0
@@ -163,8 +163,8 @@ def test_a_cache_of_no_size_is_refused(sizes):
 def test_a_pool_is_in_use_exactly_as_far_as_its_tables_say():
     paged, slabs = BlockManager(8, 4), SlabManager(2, 16)
     for memory in (paged, slabs):
-        memory.begin([], {"A": 5})
-        memory.begin([], {"B": 1})
+        memory.begin("A", [], 5)
+        memory.begin("B", [], 1)
         assert memory.num_tokens == 6
     assert (paged.num_slots, paged.num_slots_reserved) == (32, 12)  # two blocks and one
     assert (slabs.num_slots, slabs.num_slots_reserved) == (32, 32)  # a slab each, however little they hold
@@ -173,11 +173,11 @@ def test_a_pool_is_in_use_exactly_as_far_as_its_tables_say():
     assert paged.fits(1, 32)
     assert not paged.fits(1, 33)
     assert slabs.blocks_to_grow({"A": 16}) == 0, "a slab is taken whole"
-    assert slabs.blocks_to_begin([], [1]) > slabs.num_free, "both slabs are taken"
+    assert slabs.blocks_to_begin([], [1], 1) > slabs.num_free, "both slabs are taken"
     assert paged.blocks_to_grow({"A": 8}) == 0
     assert paged.blocks_to_grow({"A": 9}) == 1
-    assert paged.blocks_to_begin([], [20]) <= paged.num_free
-    assert paged.blocks_to_begin([], [21]) > paged.num_free
+    assert paged.blocks_to_begin([], [20], 1) <= paged.num_free
+    assert paged.blocks_to_begin([], [21], 1) > paged.num_free
     for memory in (paged, slabs):
         memory.free("A")
         memory.free("B")
@@ -201,5 +201,5 @@ def test_copies_are_made_in_order_and_in_every_layer(data, copies):
     for source, target in copies:
         holds[target] = holds[source]
     cache.copy_blocks(copies)
-    assert torch.equal(cache.key_cache, before[0][:, holds])
-    assert torch.equal(cache.value_cache, before[1][:, holds])
+    assert torch.equal(cache.key_cache, before[0][:, holds]), f"keys after the copies {copies}"
+    assert torch.equal(cache.value_cache, before[1][:, holds]), f"values after the copies {copies}"

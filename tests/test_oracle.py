@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
-from minipaged import LLM, SamplingParams
+from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.kvcache import RecomputeCache
 from minipaged.model import fetch
 from minipaged.model.contract import Scheduled, make_step
@@ -172,3 +172,45 @@ def test_the_chat_template_gives_the_same_prompt(smollm2, theirs):
     for messages in ([hello], [{"role": "system", "content": "Be brief."}, hello], [hello, answer, hello]):
         expected = theirs[1].apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert smollm2.tokenizer.apply_chat_template(messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "length_penalty", "early_stopping"), [(2, 1.0, False), (4, 0.0, "never"), (4, 2.0, True)]
+)
+def test_beam_search_finds_the_same_hypotheses(smollm2, theirs, prompts, width, length_penalty, early_stopping):
+    """The same texts in the same order, with the same scores. A text may end: both take the file's own end token."""
+    llm = LLM(smollm2, cache="paged", max_model_len=320, num_blocks=200)
+    eos = sorted(smollm2.tokenizer.eos_token_ids)
+    chat = smollm2.tokenizer.encode(
+        smollm2.tokenizer.apply_chat_template([{"role": "user", "content": "Say yes or no."}])
+    )
+    cases = [*prompts[:4], chat]
+    params = BeamSearchParams(width, max_tokens=24, length_penalty=length_penalty, early_stopping=early_stopping)
+    ours = llm.beam_search([{"prompt_token_ids": token_ids} for token_ids in cases], params, progress=False)
+    largest = 0.0
+    for token_ids, found in zip(cases, ours, strict=True):
+        out = theirs[0].generate(
+            torch.tensor([token_ids]),
+            attention_mask=torch.ones(1, len(token_ids), dtype=torch.int64),
+            do_sample=False,
+            num_beams=width,
+            num_return_sequences=width,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            max_new_tokens=24,
+            eos_token_id=eos,
+            pad_token_id=eos[0],
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        for mine, sequence, score in zip(found.outputs, out.sequences, out.sequences_scores.tolist(), strict=True):
+            expected = sequence[len(token_ids) :].tolist()
+            assert mine.token_ids == expected[: len(mine.token_ids)]
+            assert set(expected[len(mine.token_ids) :]) <= {eos[0]}, "theirs is longer"
+            largest = max(largest, abs(mine.score - score) / max(1.0, abs(score)))
+    ended = sum(o.finish_reason == "stop" for found in ours for o in found.outputs)
+    print(
+        f"\n{width} beams, length penalty {length_penalty}, early_stopping {early_stopping}: {len(cases)} prompts, all "
+        f"{width} hypotheses equal ({ended} ended by themselves); scores differ by at most {largest:.1e} of themselves"
+    )
+    assert largest < 1e-5  # float32: theirs adds up in it, ours in float64

@@ -55,3 +55,55 @@ def test_a_prompt_alone_writes_the_same_tokens(smollm2, expected, cache):
 def test_the_text_is_what_a_trained_model_writes(smollm2, expected):
     """Equal tokens could be equal nonsense."""
     assert "Paris" in smollm2.tokenizer.decode(expected[PROMPTS.index("The capital of France is")])
+
+
+# ---- everything at once -----------------------------------------------------------------------------------------
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant. Answer in one short sentence.<|im_end|>\n"
+QUESTIONS = ("Why is the sky blue?", "What is a page table?", "Name three rivers.", "How far is the moon?")
+
+
+def mixed_requests():
+    """32 requests: plain texts and a shared system prompt, short and long, 4 to 40 new tokens."""
+    texts = [PROMPTS[i % len(PROMPTS)] for i in range(16)]
+    texts += [f"{SYSTEM}<|im_start|>user\n{QUESTIONS[i % 4]}<|im_end|>\n<|im_start|>assistant\n" for i in range(16)]
+    return [
+        (text, SamplingParams(max_tokens=4 + 36 * (i * 7 % 32) // 31, ignore_eos=True)) for i, text in enumerate(texts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected_of_mixed(smollm2):
+    """Each alone, with no cache: its first tokens are those of the same text with more of them."""
+    longest = {}
+    for text, params in mixed_requests():
+        longest[text] = max(longest.get(text, 0), params.max_tokens)
+    llm = LLM(smollm2, cache="recompute", max_model_len=160)
+    return {
+        text: llm.generate(text, SamplingParams(max_tokens=count, ignore_eos=True))[0].outputs[0].token_ids
+        for text, count in longest.items()
+    }
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
+def test_thirty_two_mixed_requests_in_too_small_a_pool(smollm2, expected_of_mixed, preemption, enable_prefix_caching):
+    llm = LLM(
+        smollm2,
+        max_model_len=160,
+        num_blocks=24 if enable_prefix_caching else 40,  # shared blocks leave more room
+        max_num_seqs=16,
+        max_num_batched_tokens=100,
+        preemption=preemption,
+        enable_prefix_caching=enable_prefix_caching,
+        watermark=0.0,
+    )
+    answers = [llm.add_request(text, params) for text, params in mixed_requests()]
+    while not all(answer.finished for answer in answers):
+        llm.step()
+    for answer, (text, params) in zip(answers, mixed_requests(), strict=True):
+        assert answer.outputs[0].token_ids == expected_of_mixed[text][: params.max_tokens]
+    metrics = llm.metrics()
+    print(f"\n{preemption}, prefix caching {enable_prefix_caching}:", *metrics.rows(), sep="\n    ")
+    assert metrics.preemptions[preemption] > 0, "the pool was not too small: this test shows less than it says"
+    assert (metrics.prefix_tokens_found > 0) == enable_prefix_caching

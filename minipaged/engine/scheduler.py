@@ -196,24 +196,20 @@ class Scheduler:
                 self.memory.insert(seq.seq_id, seq.tokens(0, end), seq.cache_salt)
             if item.reaches_end:
                 ready.append((row, group, seq))
-                while group.unborn and seq is group.seqs[0]:  # they choose from the same logits, each for itself
-                    self.fork(group, seq, group.unborn.pop(0))
-                    ready.append((row, group, group.seqs[-1]))
-                row += 1
+            if group.unborn and seq is group.seqs[0] and end >= len(seq.prompt_token_ids):
+                born, group.unborn = group.unborn, []
+                for child in born:
+                    self.fork(group, seq, child)
+                    if not child.output.token_ids:  # its first token is chosen from the prompt's last logits, too
+                        ready.append((row, group, child))
+            row += item.reaches_end
         return ready
 
     def start_over(self) -> None:
         """A step failed half-way, and nobody knows what the blocks hold. All are given back, and every request
         waits to compute its tokens again. No token is lost."""
         for group in self.groups.values():
-            for seq in group.seqs:
-                self.memory.free(seq.seq_id)
-                seq.num_computed = 0
-            group.is_swapped = False
-            # Who forked and has no token of its own yet forks once more, from the first of those.
-            no_token = [seq for seq in group.seqs if not seq.output.token_ids]
-            group.seqs = no_token[:1] + [seq for seq in group.seqs if seq.output.token_ids]
-            group.unborn += no_token[1:]
+            self._forget(group)
         self.running, self.waiting = [], deque(self.groups.values())
         self.memory.recover()
 
@@ -225,7 +221,7 @@ class Scheduler:
         preempted = False
         while candidates:
             group = candidates.popleft()
-            lengths = {seq.seq_id: len(seq) for seq in group.seqs}
+            lengths = self._lengths(group)
             while self.memory.blocks_to_grow(lengths) > self.memory.num_free:
                 victim = candidates.pop() if candidates else group
                 self._preempt(victim, output)
@@ -250,8 +246,10 @@ class Scheduler:
         if group.beam_width and sum(seq.num_missing for seq in group.seqs) > budget:
             hold = 1
         left = budget
-        for seq in group.seqs:  # the first one first: it computes what the others share
+        for seq in group.seqs:
             count = min(seq.num_missing - hold, left)
+            if group.unborn:  # they fork at the end of the prompt, so their parent must come by there
+                count = min(count, len(seq.prompt_token_ids) - seq.num_computed)
             if count > 0:
                 output.work.append(Work(group, seq, seq.num_computed, count, count == seq.num_missing))
                 left -= count
@@ -262,7 +260,7 @@ class Scheduler:
         if sum(each.num_places for each in self.running) + group.num_places > self.max_num_seqs:
             return False
         room = self.memory.num_free - (self.watermark_blocks if self.running else 0)
-        lengths = {seq.seq_id: len(seq) for seq in group.seqs}
+        lengths = self._lengths(group)
         if group.is_swapped:
             if self.memory.blocks_to_swap_in(lengths) > room:
                 return False
@@ -270,27 +268,22 @@ class Scheduler:
             output.copies += self.memory.grow(lengths)
             group.is_swapped = False
             return True
-        first = group.seqs[0]
-        found = self.memory.find(first.tokens(0, len(first)), first.cache_salt)
-        num_found = len(found) * self.memory.block_size
-        num_shared = 0
-        if len(group.seqs) > 1 and self.memory.keeps_tokens:  # it forked before: full blocks of the prompt are shared
-            num_shared = len(first.prompt_token_ids) // self.memory.block_size * self.memory.block_size
-        if self.memory.blocks_to_begin(found, [*lengths.values()], num_shared) > room:
+        first, prompt_len = group.seqs[0], len(group.seqs[0].prompt_token_ids)
+        found = self.memory.find(first.tokens(0, lengths[first.seq_id]), first.cache_salt)
+        everyone = [len(seq) for seq in (*group.seqs, *group.unborn) if seq is first or seq.output.token_ids]
+        if self.memory.blocks_to_begin(found, everyone, prompt_len) > room:
             return False
-        if self.memory.finds_prefixes and self._is_being_computed(first, num_found):
+        first.num_computed = len(found) * self.memory.block_size
+        if self.memory.finds_prefixes and self._is_being_computed(first):
             return False
-        self.memory.begin(found, lengths, num_shared)
-        for seq in group.seqs:
-            seq.num_computed = num_shared
-        first.num_computed = num_found
-        self.num_looked_up += len(first)
-        self.num_found += num_found
+        self.memory.begin(first.seq_id, found, lengths[first.seq_id])
+        self.num_looked_up += lengths[first.seq_id]
+        self.num_found += first.num_computed
         return True
 
-    def _is_being_computed(self, seq: Sequence, num_found: int) -> bool:
+    def _is_being_computed(self, seq: Sequence) -> bool:
         """Whether a running sequence is about to fill the first block that was not found: then it is found soon."""
-        end = num_found + self.memory.block_size
+        end = seq.num_computed + self.memory.block_size
         if end >= len(seq):  # the last token is computed in any case
             return False
         tokens = seq.tokens(0, end)
@@ -312,10 +305,24 @@ class Scheduler:
                 self.trace.record("preempt", seq=seq_id, mode=mode)
         if swap:
             output.swap_out += self.memory.swap_out(seq_ids)
+            group.is_swapped = True
         else:
-            for seq in group.seqs:
-                self.memory.free(seq.seq_id)
-                seq.num_computed = 0
-        group.is_swapped = swap
+            self._forget(group)
         self.preemptions[mode] += 1
         self.waiting.appendleft(group)
+
+    def _forget(self, group: SequenceGroup) -> None:
+        """Give back all blocks of a request, here or on the host. It computes its tokens anew, the prompt once: who
+        forked forks again, and as the first goes one without a token of its own, if there is one."""
+        members = sorted([*group.seqs, *group.unborn], key=lambda seq: len(seq.output.token_ids) > 0)
+        for seq in members:
+            self.memory.free(seq.seq_id)
+            seq.num_computed = 0
+        group.seqs, group.unborn, group.is_swapped = members[:1], members[1:], False
+
+    @staticmethod
+    def _lengths(group: SequenceGroup) -> dict[str, int]:
+        """Up to where the tables of its sequences must have room. Before they fork, that is the prompt."""
+        if group.unborn:
+            return {group.seqs[0].seq_id: len(group.seqs[0].prompt_token_ids)}
+        return {seq.seq_id: len(seq) for seq in group.seqs}

@@ -144,12 +144,13 @@ class Sequence:
 class SequenceGroup:
     """All sequences of one request: they are admitted, preempted, swapped and resumed together.
 
-    Invariant: `seqs` are unfinished, and the first of them is the one whose blocks the others share.
+    Invariant: `seqs` and `unborn` are unfinished. The unborn have no table yet; they fork from the first of `seqs` when
+    it has computed the prompt.
     """
 
     request_id: str
     seqs: list[Sequence]
-    unborn: list[Sequence] = field(default_factory=list)  # fork from seqs[0] when the prompt is computed
+    unborn: list[Sequence] = field(default_factory=list)  # may have tokens, of a time before a preemption
     beam_width: int = 0  # above 0, `seqs` are the beams of a search: they choose their next tokens together
     search: Any = None  # the state of that search (beam.py); the scheduler knows nothing of it
     is_swapped: bool = False

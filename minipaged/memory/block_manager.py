@@ -41,8 +41,8 @@ class Memory(Protocol):
     def num_free(self) -> int: ...
     def fits(self, prompt_len: int, num_tokens: int, num_seqs: int = 1) -> bool: ...
     def find(self, tokens: Sequence[int], salt: str | None = None) -> list[int]: ...
-    def blocks_to_begin(self, found: Sequence[int], lengths: Sequence[int], num_shared: int = 0) -> int: ...
-    def begin(self, found: Sequence[int], lengths: Mapping[str, int], num_shared: int = 0) -> None: ...
+    def blocks_to_begin(self, found: Sequence[int], lengths: Sequence[int], prompt_len: int) -> int: ...
+    def begin(self, seq_id: str, found: Sequence[int], length: int) -> None: ...
     def insert(self, seq_id: str, tokens: Sequence[int], salt: str | None = None) -> None: ...
     def blocks_to_grow(self, lengths: Mapping[str, int]) -> int: ...
     def grow(self, lengths: Mapping[str, int]) -> Copies: ...
@@ -133,26 +133,24 @@ class BlockManager:
         """The blocks that already hold the first of these tokens, never all of them. Changes nothing."""
         return self.allocator.match(tokens, salt) if isinstance(self.allocator, PrefixCache) else []
 
-    def blocks_to_begin(self, found: Sequence[int], lengths: Sequence[int], num_shared: int = 0) -> int:
-        """Blocks that `begin` takes. One that was found costs nothing while a table names it, and else itself."""
+    def blocks_to_begin(self, found: Sequence[int], lengths: Sequence[int], prompt_len: int) -> int:
+        """Blocks that sequences of these lengths take, if they share the full blocks of their prompt.
+
+        A block that was found costs nothing while a table names it, and else itself.
+        """
         first, *others = lengths
         in_use = sum(self.allocator.ref_count(block) > 1 for block in found)
-        shared = num_shared // self.block_size
+        shared = prompt_len // self.block_size
         return self._blocks_for(first) - in_use + sum(self._blocks_for(length) - shared for length in others)
 
-    def begin(self, found: Sequence[int], lengths: Mapping[str, int], num_shared: int = 0) -> None:
-        """Make tables for the sequences of a request, with room for so many tokens each.
+    def begin(self, seq_id: str, found: Sequence[int], length: int) -> None:
+        """Make a table with room for `length` tokens, the first of them in the blocks that were found.
 
-        The first begins with the blocks that were found. The others name its blocks up to token `num_shared`, a
-        multiple of block_size, and have their own from there on. Raises OutOfBlocks; see `blocks_to_begin`.
+        Raises OutOfBlocks; see `blocks_to_begin`.
         """
-        leader: BlockTable | None = None
-        for seq_id, length in lengths.items():
-            table = self._tables[seq_id] = self._table(seq_id)
-            # First what is there already: until a table names it, it may be evicted.
-            table.append_shared(found if leader is None else leader.blocks[: num_shared // self.block_size])
-            table.append_tokens(length - table.num_tokens)
-            leader = leader or table
+        table = self._tables[seq_id] = self._table(seq_id)
+        table.append_shared(found)  # before anything is allocated: until a table names them, they may be evicted
+        table.append_tokens(length - table.num_tokens)
 
     def insert(self, seq_id: str, tokens: Sequence[int], salt: str | None = None) -> None:
         """These first tokens of the sequence are written: let their full blocks be found."""

@@ -46,10 +46,10 @@ class NoMemory:
     def find(self, tokens: Sequence[int], salt: str | None = None) -> list[int]:
         return []
 
-    def blocks_to_begin(self, found: Sequence[int], lengths: Sequence[int], num_shared: int = 0) -> int:
+    def blocks_to_begin(self, found: Sequence[int], lengths: Sequence[int], prompt_len: int) -> int:
         return 0
 
-    def begin(self, found: Sequence[int], lengths: Mapping[str, int], num_shared: int = 0) -> None:
+    def begin(self, seq_id: str, found: Sequence[int], length: int) -> None:
         pass
 
     def insert(self, seq_id: str, tokens: Sequence[int], salt: str | None = None) -> None:
