@@ -130,9 +130,14 @@ class Engine:
         """One iteration, which may fail in the middle of the model, or when so many tokens have been accepted."""
         earliest = next(iter(self.scheduler.groups.values()), None)
         decoding = [g for g in self.scheduler.running if g.is_decoding]
-        before = self.scheduler.preemptions.total()
+        before, num_running = self.scheduler.preemptions.total(), len(self.scheduler.running)
         output = self.scheduler.schedule()
-        self.check_schedule(output, earliest, decoding, preempted=self.scheduler.preemptions.total() > before)
+        preempted = self.scheduler.preemptions.total() - before
+        self.check_schedule(output, earliest, decoding)
+        if preempted:
+            assert len(self.scheduler.running) == num_running - preempted and not output.swap_in, (
+                "somebody entered, or came back, in the step in which somebody gave way"
+            )
         if fail_in_model:
             for item in output.work:  # half of the work is done: worse than none
                 block, offset = self.device.place(item.seq, item.start)
@@ -140,7 +145,10 @@ class Engine:
             self.scheduler.start_over()
             return output
         self.device.run(output, self.scheduler.running)
+        texts = [item.seq.tokens(0, item.start + item.count) for item in output.work if item.reaches_end]
         ready = self.scheduler.computed(output)
+        for row, _, seq in ready:
+            assert texts[row] == seq.tokens(0, len(seq)), f"{seq.seq_id} chooses from the logits of another text"
         for number, (_, group, seq) in enumerate(ready):
             if number == fail_after:
                 self.scheduler.start_over()
@@ -183,7 +191,7 @@ class Engine:
         if len(beams[0][0].output.token_ids) == max_tokens:
             self.scheduler.remove(group)
 
-    def check_schedule(self, output, earliest, decoding, preempted):
+    def check_schedule(self, output, earliest, decoding):
         """What holds for every step, whatever came before it."""
         scheduled = Counter()
         for item in output.work:
@@ -196,8 +204,6 @@ class Engine:
         for group in decoding:
             if group in self.scheduler.running:
                 assert scheduled[group.request_id] == len(group.seqs), "one that decodes did not get its token"
-        if preempted:
-            assert not output.swap_in, "somebody came back in the step in which somebody gave way"
 
     def check_state(self):
         """What holds between any two steps."""

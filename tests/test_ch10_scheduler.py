@@ -102,7 +102,110 @@ class ServingMachine(RuleBasedStateMachine):
 TestServing = ServingMachine.TestCase
 
 
+# ---- many requests at once --------------------------------------------------------------------------------------
+
+requests = st.tuples(
+    prompts.map(lambda prompt: prompt[:8]) | alike,
+    st.integers(1, 6),
+    st.sampled_from(("one", "one", "samples", "beams")),
+    st.integers(2, 3),
+)
+
+
+@given(
+    burst=st.lists(requests, min_size=3, max_size=8),
+    block_size=st.sampled_from((1, 2, 3)),
+    spare=st.integers(0, 6),
+    host=st.integers(0, 12),
+    prefix_caching=st.booleans(),
+    preemption=st.sampled_from(("recompute", "swap", "swap")),
+    max_num_seqs=st.integers(6, 9),
+    extra_budget=st.integers(0, 4) | st.just(100),
+    failures=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3))),
+)
+def test_a_burst_in_a_pool_that_is_hardly_larger_than_its_largest_request(
+    burst, block_size, spare, host, prefix_caching, preemption, max_num_seqs, extra_budget, failures
+):
+    largest = 0
+    for prompt, max_tokens, kind, width in burst:
+        shared = len(prompt) // block_size
+        own = -(-(len(prompt) + max_tokens - 1) // block_size) - shared
+        largest = max(largest, shared + own * (1 if kind == "one" else width))
+    engine = Engine(
+        largest + spare,
+        block_size,
+        host,
+        prefix_caching,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + extra_budget,
+        preemption=preemption,
+        watermark=0.0,
+    )
+    for prompt, max_tokens, kind, width in burst:
+        engine.add(prompt, max_tokens, width if kind == "samples" else 1, width if kind == "beams" else 0)
+    searching = any(kind == "beams" for _, _, kind, _ in burst)
+    for at, after in failures[:3]:
+        for _ in range(at):
+            if engine.scheduler.has_unfinished():
+                engine.step()
+                engine.check_state()
+        if engine.scheduler.has_unfinished():
+            engine.step(fail_in_model=searching or after == 3, fail_after=after)
+            engine.check_state()
+    engine.finish_all()
+
+
+@given(
+    script=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=12),
+    block_size=st.sampled_from((1, 2, 3, 4)),
+)
+def test_what_growing_costs_is_what_was_said_before(script, block_size):
+    """Forks of one table grow in any groups, by any number of tokens: no block more or less than was counted."""
+    memory = BlockManager(200, block_size)
+    memory.begin("0", [], 3)
+    names = ["0"]
+    for parent, others, more in script:
+        memory.fork(names[parent % len(names)], str(len(names)))
+        names.append(str(len(names)))
+        lengths = {name: memory.length(name) + more for name in names[-1 - others :]}
+        said, free = memory.blocks_to_grow(lengths), memory.num_free
+        copies = memory.grow(lengths)
+        assert memory.num_free == free - said
+        assert all(memory.allocator.ref_count(source) >= 1 for source, _ in copies)
+        assert {name: memory.length(name) for name in lengths} == lengths
+
+
+@given(
+    texts=st.lists(alike, min_size=1, max_size=6),
+    gone=st.sets(st.integers(0, 5)),
+    block_size=st.sampled_from((1, 2, 3)),
+)
+def test_what_beginning_costs_is_what_was_said_before(texts, gone, block_size):
+    """A block that was found may be in use, or known to the prefix cache alone: then it is free, and taken."""
+    memory = BlockManager(200, block_size, enable_prefix_caching=True)
+    for number, text in enumerate(texts):
+        found = memory.find(text)
+        said, free = memory.blocks_to_begin(found, [len(text)], len(text)), memory.num_free
+        memory.begin(str(number), found, len(text))
+        assert memory.num_free == free - said
+        memory.insert(str(number), text)
+        if number in gone:
+            memory.free(str(number))
+
+
 # ---- single properties ------------------------------------------------------------------------------------------
+
+
+@given(prompt=prompts, block_size=st.sampled_from((1, 2, 4)), salt=st.sampled_from((None, "a")))
+def test_nobody_waits_for_a_block_that_it_could_not_use(prompt, block_size, salt):
+    """Of another salt, or the last one, of which a token must be computed in any case."""
+    engine = Engine(64, block_size, prefix_caching=True, max_model_len=MAX_MODEL_LEN, watermark=0.0)
+    engine.add(prompt, 1)
+    engine.add(prompt, 1, salt=salt)
+    together = salt is not None or len(prompt) <= block_size
+    assert [item.count for item in engine.step().work] == [len(prompt)] * (1 + together)
+    engine.finish_all()
 
 
 @given(prompt=prompts, block_size=st.sampled_from((1, 2, 4)), copies=st.integers(2, 4))
@@ -118,6 +221,37 @@ def test_equal_prompts_that_come_together_are_computed_once(prompt, block_size, 
     engine.check_answers()
     full = (len(prompt) - 1) // block_size * block_size  # the last token is computed by everyone
     assert computed == len(prompt) + (copies - 1) * (len(prompt) - full)
+
+
+@given(prompt=prompts.map(lambda p: p[:6]), width=st.integers(2, 3), after=st.integers(1, 8), spare=st.integers(0, 4))
+def test_beams_that_start_over_with_a_small_budget_still_choose_together(prompt, width, after, spare):
+    engine = Engine(40, 2, max_model_len=MAX_MODEL_LEN, max_num_seqs=3, max_num_batched_tokens=3 + spare)
+    engine.add(prompt, 9, beam_width=width)
+    for _ in range(after):
+        if engine.scheduler.has_unfinished():
+            engine.step()
+    if engine.scheduler.has_unfinished():
+        engine.step(fail_in_model=True)
+        engine.check_state()
+    engine.finish_all()
+
+
+@given(
+    prompt=prompts.map(lambda p: p[:8]),
+    n=st.integers(2, 4),
+    after=st.integers(0, 3),
+    max_tokens=st.integers(1, 4),
+    block_size=st.sampled_from((1, 2, 3, 4)),
+)
+def test_samples_of_which_some_have_their_first_token_start_over(prompt, n, after, max_tokens, block_size):
+    """In the smallest pool that takes them: those without a token must fork from one that has none either."""
+    shared = len(prompt) // block_size
+    num_blocks = shared + n * (-(-(len(prompt) + max_tokens - 1) // block_size) - shared)
+    engine = Engine(max(1, num_blocks), block_size, max_model_len=MAX_MODEL_LEN, max_num_seqs=4)
+    engine.add(prompt, max_tokens, n=n)
+    engine.step(fail_after=after)
+    engine.check_state()
+    engine.finish_all()
 
 
 @given(prompt=prompts, block_size=st.sampled_from((1, 2, 4)), max_tokens=st.integers(1, 4))

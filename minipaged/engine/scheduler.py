@@ -168,13 +168,14 @@ class Scheduler:
         if self.trace is not None:
             self.trace.step += 1
         output = SchedulerOutput()
-        preempted = self._make_room(output)
+        self._make_room(output)
         budget = self.max_num_batched_tokens
         for decoding in (True, False):
             for group in [g for g in self.running if g.is_decoding == decoding]:
                 budget -= self._take(group, budget, output)
-        # Whoever was preempted above must not take back in the same step what it gave way for.
-        while self.waiting and budget > 0 and not preempted and self._admit(self.waiting[0], output):
+        # Whoever was preempted above stands first and cannot come back in this step: without its blocks there was too
+        # little room for another, which has them now.
+        while self.waiting and budget > 0 and self._admit(self.waiting[0], output):
             self.running.append(self.waiting.popleft())
             budget -= self._take(self.running[-1], budget, output)
         if self.trace is not None and output.work:
@@ -215,23 +216,20 @@ class Scheduler:
 
     # ---- the parts of a step -----------------------------------------------------------------------------------
 
-    def _make_room(self, output: SchedulerOutput) -> bool:
-        """Room for the new token of every running sequence, the earliest first. Whether anybody had to give way."""
+    def _make_room(self, output: SchedulerOutput) -> None:
+        """Room for the new token of every running sequence, the earliest first. The latest gives way."""
         candidates, self.running = deque(self.running), []
-        preempted = False
         while candidates:
             group = candidates.popleft()
             lengths = self._lengths(group)
             while self.memory.blocks_to_grow(lengths) > self.memory.num_free:
                 victim = candidates.pop() if candidates else group
                 self._preempt(victim, output)
-                preempted = True
                 if victim is group:
                     break
             else:
                 output.copies += self.memory.grow(lengths)
                 self.running.append(group)
-        return preempted
 
     def _take(self, group: SequenceGroup, budget: int, output: SchedulerOutput) -> int:
         """Put tokens of a group into the step, within the budget. Returns how many.

@@ -10,6 +10,7 @@ Sequence a decodes one token, b is a new prompt in one piece, c decodes too: for
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -81,7 +82,7 @@ def make_step(batch: Sequence[Scheduled], block_size: int, device: str | torch.d
         return torch.from_numpy(array).to(device=device, dtype=dtype)
 
     return Step(
-        token_ids=torch.tensor([t for item in batch for t in item.token_ids], dtype=torch.int64, device=device),
+        token_ids=tensor(np.fromiter(chain.from_iterable(item.token_ids for item in batch), np.int64), torch.int64),
         positions=tensor(positions, torch.int64),
         query_start_loc=tensor(query_start_loc, torch.int32),
         seq_lens=tensor(starts + counts, torch.int32),
