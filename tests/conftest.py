@@ -1,9 +1,11 @@
 """What all tests share: how hard Hypothesis tries, and the real model where it has been fetched."""
 
 import os
+import re
 import sys
 from glob import glob
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -26,7 +28,35 @@ _COMMON = {
 settings.register_profile("quick", max_examples=50, **_COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)
 settings.register_profile("thorough", max_examples=10_000, **_COMMON)
+# course: `minipaged check`. The same file gives the same counterexample; a chapter says how many examples it takes.
+settings.register_profile(
+    "course", max_examples=int(os.environ.get("MINIPAGED_EXAMPLES", "50")), derandomize=True, **_COMMON
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--impl",
+        metavar="DIR",
+        help="a learner's exercises (minipaged start DIR) stand for our modules; "
+        "with -m ch06 those of chapter 6, and of other chapters those that are finished",
+    )
+
+
+def pytest_configure(config):
+    """Before any test is imported, and with it any module of ours."""
+    folder = config.getoption("--impl")
+    if folder is None:
+        return
+    from minipaged.course import impl, recorder
+
+    chapters = {int(number) for number in re.findall(r"\bch(\d\d)\b", config.option.markexpr or "")} or None
+    try:
+        modules = impl.choose(Path(folder), chapters)
+        impl.install(modules, recorder.watch if recorder.is_on() else None)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 @pytest.fixture(scope="session")

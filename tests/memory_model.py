@@ -129,8 +129,9 @@ class TablesMachine(RuleBasedStateMachine):
     # The script.
 
     def new_name(self):
+        """A, B, C, ... in the order in which their tables are made."""
         self.num_named += 1
-        return f"s{self.num_named}"
+        return chr(ord("A") + self.num_named - 1) if self.num_named <= 26 else f"s{self.num_named}"
 
     def draw_sequence(self, data, on_host=False):
         """One of the sequences, on the device if nothing else is asked."""

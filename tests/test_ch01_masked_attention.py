@@ -45,7 +45,7 @@ def test_mask_is_zero_where_a_key_is_not_later_than_the_query(num_keys, data):
 def test_rows_of_weights_sum_to_one(qkv, window):
     query, key, _ = qkv
     weights = attention_weights(query, key, sliding_window=window)
-    assert (weights >= 0).all()
+    assert (weights >= 0).all(), "a weight is negative or NaN"
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-12)
 
 
@@ -100,7 +100,7 @@ def test_permuting_heads_permutes_outputs(qkv, data):
     heads = [kv_head * group + member for kv_head in order for member in range(group)]
     out = masked_attention(query, key, value)
     moved = masked_attention(query[:, heads], key[:, order], value[:, order])
-    np.testing.assert_allclose(moved, out[:, heads], rtol=1e-12)
+    np.testing.assert_allclose(moved, out[:, heads], rtol=1e-9, atol=1e-9)
 
 
 @given(qkv=sequences(), window=windows)
@@ -112,7 +112,7 @@ def test_grouped_heads_equal_heads_with_keys_of_their_own(qkv, window):
             query[:, [head]], key[:, [head // group]], value[:, [head // group]], sliding_window=window
         )
         together = masked_attention(query, key, value, sliding_window=window)[:, [head]]
-        np.testing.assert_allclose(alone, together, rtol=1e-12)
+        np.testing.assert_allclose(alone, together, rtol=1e-9, atol=1e-9)
 
 
 @given(qkv=sequences(), data=st.data())

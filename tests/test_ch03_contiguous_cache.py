@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minipaged.attention.contiguous import causal_attention
 from minipaged.kvcache import ContiguousCache, PagedCache, RecomputeCache
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.unpaged import NoMemory, SlabManager
@@ -119,6 +120,26 @@ def test_tokens_in_any_portions_equal_all_at_once(make, data):
                 np.testing.assert_allclose(out[rows].numpy(), expected, rtol=1e-9, atol=1e-10)
         for seq, count in zip(live, counts, strict=True):
             seq.done += count
+
+
+@given(
+    shape=head_shapes(max_group=3),
+    num_keys=st.integers(1, 12),
+    window=st.none() | st.integers(1, 12),
+    scale=st.floats(0.05, 2.0),
+    data=st.data(),
+)
+def test_causal_attention_equals_the_oracle(shape, num_keys, window, scale, data):
+    """A whole prompt, a chunk of one behind a context, a decoded token: with and without a sliding window."""
+    num_heads, num_kv_heads, head_dim = shape
+    num_queries = data.draw(st.integers(1, num_keys), label="num_queries")
+    rng = data.draw(generators())
+    query = rng.standard_normal((num_queries, num_heads, head_dim))
+    key, value = rng.standard_normal((2, num_keys, num_kv_heads, head_dim))
+    q, k, v = (torch.from_numpy(array) for array in (query, key, value))
+    out = causal_attention(q, k.transpose(0, 1), v.transpose(0, 1), scale=scale, sliding_window=window)
+    expected = masked_attention(query, key, value, scale=scale, sliding_window=window)
+    np.testing.assert_allclose(out.numpy(), expected, rtol=1e-9, atol=1e-10)
 
 
 def test_recompute_refuses_a_sequence_that_does_not_come_whole():

@@ -60,9 +60,12 @@ class AllocatorMachine(RuleBasedStateMachine):
     @invariant()
     def free_and_in_use_partition_the_pool(self):
         assert self.allocator.num_blocks == self.num_blocks
-        assert self.allocator.num_free == self.num_blocks - len(self.model)
+        assert self.allocator.num_free == self.num_blocks - len(self.model), (
+            f"{len(self.model)} of {self.num_blocks} blocks are in use, {self.allocator.num_free} are said to be free"
+        )
         for block in range(self.num_blocks):
-            assert self.allocator.ref_count(block) == self.model.get(block, 0), f"the owners of block {block}"
+            owners, count = self.model.get(block, 0), self.allocator.ref_count(block)
+            assert count == owners, f"{owners} tables name block {block}, and its count is {count}"
 
 
 TestAllocator = AllocatorMachine.TestCase

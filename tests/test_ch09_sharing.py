@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from memory_model import BLOCK_SIZES, Pool, state
 from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
 from minipaged.memory.block_table import BlockTable
-from sharing_model import PagedMemoryMachine, SharingMachine
+from sharing_model import SharingMachine
 
 pytestmark = pytest.mark.ch09
 
 TestSharing = SharingMachine.TestCase
-TestPagedMemory = PagedMemoryMachine.TestCase
 
 
 def filled(num_blocks=6, block_size=4, num_tokens=6):
@@ -190,7 +189,7 @@ def test_replace_and_move_refuse_what_does_not_fit():
     host = BlockAllocator(3)
     mine, theirs = allocator.allocate(), host.allocate()
     before = state(allocator, table), state(host)
-    for logical in (-1, 2):
+    for logical in (-1, 2, 3, 100):
         with pytest.raises(ValueError):
             table.replace(logical, mine)
     with pytest.raises(ValueError):

@@ -12,7 +12,7 @@ from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.swap import Swap
-from sharing_model import SwapMachine
+from sharing_model import PagedMemoryMachine, SwapMachine
 
 pytestmark = pytest.mark.ch09
 
@@ -226,3 +226,7 @@ def test_a_swapped_out_prefix_goes_leaf_first():
     for left in (3, 2, 1, 0):
         BlockTable(cache, 1).append_tokens(1)
         assert len(cache.match([1, 2, 3, 4, 5])) == left
+
+
+# Appends, forks, truncations, releases, prefix hits, evictions and swaps, all in one script.
+TestPagedMemory = PagedMemoryMachine.TestCase

@@ -1,6 +1,7 @@
 """Chapter 7. Attention over tensors, in torch: contiguous and paged, one signature (docs/design.md, section 3)."""
 
+from minipaged.attention.blockwise import paged_attention
 from minipaged.attention.online_softmax import paged_attention_online
-from minipaged.attention.paged import paged_attention, write_kv
+from minipaged.attention.paged import paged_attention_gathered, write_kv
 
-__all__ = ["paged_attention", "paged_attention_online", "write_kv"]
+__all__ = ["paged_attention", "paged_attention_gathered", "paged_attention_online", "write_kv"]

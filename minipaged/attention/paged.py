@@ -4,7 +4,8 @@
     key_cache                     [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 ]     blocks of block_size tokens
     gathered                      [ 7 | 1 | 3 ] -> cut to seq_len -> causal attention of chapter 3
 
-The gather copies the context once a step. `online_softmax.py` does without the copy.
+The gather copies the context once a step. `online_softmax.py` does without the copy, and `blockwise.py` is that idea at
+full speed, which is what the engine runs; this form is the one to read first, and a second oracle beside the first.
 Source: the PagedAttention paper, section 4.1.
 """
 
@@ -32,7 +33,22 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     value_cache[block, :, offset] = value
 
 
-def paged_attention(
+def slot_rows(slot_mapping: Tensor, num_kv_heads: int, block_size: int) -> tuple[Tensor, Tensor | None]:
+    """The same translation, done once for all layers: which rows of a cache seen as [-1, head_dim] the tokens go to.
+
+    Returns int64 [num_stored, num_kv_heads], and which tokens are stored (bool [num_tokens]; None for all of them).
+    `cache.view(-1, head_dim)[rows] = key[stored]` is then what write_kv does. Row of (block, head, offset):
+    (block * num_kv_heads + head) * block_size + offset.
+    """
+    stored = slot_mapping >= 0
+    everything = bool(stored.all())
+    slots = slot_mapping if everything else slot_mapping[stored]
+    head = torch.arange(num_kv_heads, device=slots.device)
+    block, offset = slots[:, None] // block_size, slots[:, None] % block_size  # [num_stored, 1] each
+    return (block * num_kv_heads + head) * block_size + offset, None if everything else stored
+
+
+def paged_attention_gathered(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -65,6 +81,9 @@ def paged_attention(
         value = gather(value_cache, blocks)[:, :seq_len]
         out[rows] = causal_attention(query[rows], key, value, scale=scale, sliding_window=sliding_window)
     return out
+
+
+paged_attention = paged_attention_gathered  # one signature, one name: the module says which form it is
 
 
 def gather(cache: Tensor, blocks: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from minipaged.model.transformer import ModelConfig
 
 
 class ContiguousCache:
-    """`num_slabs` slabs of `max_len` tokens, in every layer.
+    """`num_slabs` slabs of `max_len` tokens, in every layer: `key_cache` and `value_cache`, each
+    [num_layers, num_slabs, num_kv_heads, max_len, head_dim]. Raises ValueError for sizes below 1.
 
     Invariant: position p of a sequence lies at offset p of its slab, and offsets past its length are never read.
     """

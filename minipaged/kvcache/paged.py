@@ -6,7 +6,8 @@
 
 The tensors know nothing of requests. Who owns which block is decided in memory/, in plain Python, and arrives as two
 arrays of the step: `slot_mapping` says where to write, `block_tables` says where to read. Torch and Triton have the
-same two functions under the same names, so a backend is a choice of where to import them from.
+same two functions under the same names. Every layer of a step has the same tables, so the torch backend checks them,
+and works out what they say, at the first layer, and keeps that for the others (`attention/plan.py`).
 """
 
 import os
@@ -16,6 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from minipaged.attention.blockwise import attend
+from minipaged.attention.checks import check_paged_attention, check_write_kv
+from minipaged.attention.paged import slot_rows
+from minipaged.attention.plan import Plan, make_plan
+from minipaged.attention.workspace import Workspace
 from minipaged.model.contract import Step
 from minipaged.model.transformer import ModelConfig
 
@@ -38,8 +44,11 @@ class PagedCache:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
         shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self._write_kv, self._paged_attention = _functions(backend, torch.device(device))
-        self._is_triton = backend == "triton"
+        self._kernels = _triton_functions(backend, torch.device(device))
+        self._workspace = Workspace()
+        self._step: Step | None = None  # the step that the next two were made of
+        self._rows: tuple[Tensor, Tensor | None]
+        self._plan: Plan
         # Not zeroed: the system hands out pages of this memory when they are first written, and not before.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
@@ -47,18 +56,32 @@ class PagedCache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables."""
         key_cache, value_cache = self.key_cache[layer], self.value_cache[layer]
-        self._write_kv(key, value, key_cache, value_cache, step.slot_mapping)
-        return self._paged_attention(
-            query,
-            key_cache,
-            value_cache,
-            step.block_tables,
-            step.seq_lens,
-            step.query_start_loc,
-            scale=query.shape[-1] ** -0.5,
+        scale = query.shape[-1] ** -0.5
+        tables = (step.block_tables, step.seq_lens, step.query_start_loc)
+        if self._kernels:
+            write_kv, paged_attention = self._kernels
+            write_kv(key, value, key_cache, value_cache, step.slot_mapping)
             # What the host knows, a launcher need not ask the GPU for, and wait.
-            **({"max_query_len": step.max_query_len} if self._is_triton else {}),
-        )
+            return paged_attention(
+                query, key_cache, value_cache, *tables, scale=scale, max_query_len=step.max_query_len
+            )
+        if self._step is not step:
+            self._prepare(query, key, value, step)
+        rows, stored = self._rows
+        for cache, new in ((key_cache, key), (value_cache, value)):
+            cache.view(-1, cache.shape[-1])[rows] = new if stored is None else new[stored]
+        return attend(query, key_cache, value_cache, self._plan, self._workspace, scale=scale)
+
+    def _prepare(self, query: Tensor, key: Tensor, value: Tensor, step: Step) -> None:
+        """Check a step's arguments, and translate its slots and its tables, once for all layers."""
+        key_cache, value_cache = self.key_cache[0], self.value_cache[0]
+        tables = (step.block_tables, step.seq_lens, step.query_start_loc)
+        check_write_kv(key, value, key_cache, value_cache, step.slot_mapping)
+        check_paged_attention(query, key_cache, value_cache, *tables, sliding_window=None)
+        _, num_kv_heads, block_size, _ = key_cache.shape
+        self._rows = slot_rows(step.slot_mapping, num_kv_heads, block_size)
+        self._plan = make_plan(*tables, num_heads=query.shape[1], num_kv_heads=num_kv_heads, block_size=block_size)
+        self._step = step
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks (source, target) in every layer, in this order (chapter 9: copy-on-write)."""
@@ -67,12 +90,10 @@ class PagedCache:
             self.value_cache[:, target] = self.value_cache[:, source]
 
 
-def _functions(backend: str, device: torch.device) -> tuple[Callable[..., None], Callable[..., Tensor]]:
-    """write_kv and paged_attention of a backend, imported when it is chosen: torch's users need no Triton."""
+def _triton_functions(backend: str, device: torch.device) -> tuple[Callable[..., None], Callable[..., Tensor]] | None:
+    """write_kv and paged_attention of Triton, imported when chosen: torch users, who get None, need no Triton."""
     if backend == "torch":
-        from minipaged import attention
-
-        return attention.write_kv, attention.paged_attention
+        return None
     if backend != "triton":
         raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
     # Triton has no code for a CPU, but an interpreter. A process has the one or the other, from triton's import on.

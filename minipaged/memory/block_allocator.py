@@ -22,6 +22,7 @@ class BlockAllocator:
     """A pool of `num_blocks` physical blocks, numbered from 0. Every method is O(1).
 
     Invariant: a block's reference count is the number of block tables that name it, and it is free when that is 0.
+    Raises ValueError for a pool of less than one block.
     """
 
     def __init__(self, num_blocks: int):
@@ -51,11 +52,14 @@ class BlockAllocator:
         return block
 
     def share(self, block: int) -> None:
-        """One more table names a block in use. A free block cannot be shared: somebody else may be about to own it."""
+        """One more table names a block in use. A free block cannot be shared: somebody else may be about to own it.
+
+        Raises ValueError for a block that is free or not in the pool, changing nothing.
+        """
         self._owners[self._in_use(block)] += 1
 
     def free(self, block: int) -> None:
-        """One table fewer names the block; with the last one it returns to the pool."""
+        """One table fewer names the block; with the last one it returns to the pool. Raises ValueError like share."""
         self._owners[self._in_use(block)] -= 1
         if self._owners[block] == 0:
             self._free.append(block)

@@ -53,7 +53,10 @@ class BlockTable:
         return self._blocks[position // self.block_size] * self.block_size + position % self.block_size
 
     def blocks_needed(self, num_new_tokens: int) -> int:
-        """How many blocks append_tokens(num_new_tokens) would take: new ones, and one if it must copy the last."""
+        """How many blocks append_tokens(num_new_tokens) would take: new ones, and one if it must copy the last.
+
+        Raises ValueError for a negative number of tokens, and so does append_tokens.
+        """
         if num_new_tokens < 0:
             raise ValueError(f"cannot append {num_new_tokens} tokens")
         new = self._blocks_for(self.num_tokens + num_new_tokens) - len(self._blocks)

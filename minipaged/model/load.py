@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 
 from minipaged.model import fetch
+from minipaged.model.linear import pack_linears
 from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from minipaged.model.transformer import ModelConfig, Transformer
+from minipaged.model.weight_cache import load_through_cache
 from minipaged.model.weights import (
     ModelFileError,
     build_transformer,
@@ -61,14 +63,18 @@ def load_model(name: str | Path, dtype: str = "float32", seed: int = 0, device: 
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not in this machine
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     transformer, tokenizer = _load(name, DTYPES[dtype], seed)
-    return Model(transformer.to(device), tokenizer)
+    transformer = transformer.to(device)
+    pack_linears(transformer)
+    return Model(transformer, tokenizer)
 
 
 def _load(name: str | Path, dtype: torch.dtype, seed: int) -> Model:
     if name == "tiny":
         return Model(tiny_transformer(dtype, seed), byte_tokenizer())
     if name == "smollm2-135m":
-        return _load_gguf(fetch.fetch(), dtype)
+        path = fetch.fetch()
+        # Ours, in our own folder: a copy may lie beside it. Other people's files are read as they are.
+        return Model(*load_through_cache(path, dtype, lambda: _load_gguf(path, dtype)))
     path = Path(name)
     try:
         path = path.expanduser()

@@ -101,9 +101,9 @@ class Layer(nn.Module):
     def attention(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, step: Step) -> Tensor:
         heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         qkv = self.qkv_proj(hidden).view(-1, heads + 2 * kv_heads, head_dim)  # [num_tokens, all heads, head_dim]
-        query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)  # [num_tokens, (kv_)heads, head_dim]
+        turned, value = qkv.split([heads + kv_heads, kv_heads], dim=1)
         # Positions enter here, and K is kept with its position already in it: a cached key is never turned again.
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = rotate(turned, cos, sin).split([heads, kv_heads], dim=1)  # [num_tokens, (kv_)heads, head_dim]
         out = cache.attend(self.index, query, key, value, step)  # [num_tokens, heads, head_dim]
         return self.o_proj(out.reshape(-1, heads * head_dim))  # Concat(head_1, ..., head_h) W^O
 

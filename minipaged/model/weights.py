@@ -215,8 +215,13 @@ def build_transformer(config: ModelConfig, tensors: dict[str, Tensor], dtype: to
     # What is left over says that the configuration is not that of these weights: fewer layers, or a bias, say.
     if unused := {name for name in unused if not name.endswith("rotary_emb.inv_freq")}:
         raise ModelFileError(f"the model has {len(unused)} tensors that its configuration does not name: {min(unused)}")
+    return assemble(config, state)
+
+
+def assemble(config: ModelConfig, state: dict[str, Tensor]) -> Transformer:
+    """A Transformer that holds these very tensors, under its own names. Raises RuntimeError where one does not fit."""
     with torch.device("meta"):  # no storage and no random numbers for weights that are replaced in the next line
-        model = Transformer(config, dtype)
+        model = Transformer(config, state["embed_tokens.weight"].dtype)
     model.load_state_dict(state, assign=True)
     if config.tie_embeddings:  # one parameter again, and not two that share their numbers until one is moved
         model.lm_head.weight = model.embed_tokens.weight

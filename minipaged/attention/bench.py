@@ -1,0 +1,187 @@
+"""Chapter 7. What paging costs a decode step's attention: `make bench-attention`, or
+
+    python -m minipaged.attention.bench [--json FILE] [--runs N] [--threads N] [--no-flex]
+
+One layer of SmolLM2's shape (9 heads on 3 KV heads of 64), 32 sequences with contexts of 128 to 2,048 tokens in blocks
+of 16 that lie anywhere in the pool. Everyone answers the same batch; each answer is held against float64 first. All are
+measured in turn, so that a noisy moment does not hit one alone, and a figure is the median of its runs.
+
+Three pools: one without a free block; one of which three quarters are free; and one where all sequences share their
+first 1,024 tokens, so that contiguous memory holds (and reads) 32 copies of them.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from minipaged.attention.bench_peers import Batch, Run, bandwidth_floor, flex, gathered, one_by_one, padded
+from minipaged.attention.blockwise import attend
+from minipaged.attention.plan import Plan, make_plan
+from minipaged.attention.workspace import Workspace
+
+NUM_SEQS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 9, 3, 64, 16
+SHORTEST, LONGEST = 128, 2048  # tokens
+SHARED_TOKENS = 1024
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
+OURS, PADDED, ONE_BY_ONE, FLOOR = "minipaged", "contiguous, padded", "contiguous, each", "bandwidth floor"
+TARGETS = {PADDED: 0.8, ONE_BY_ONE: 1.0}  # at most this share of their time, in the first pool
+POOLS = ("no block free", "three quarters free", "shared prefix")
+
+
+def make_batch(dtype: torch.dtype, pool: str) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    seq_lens = torch.randint(SHORTEST, LONGEST + 1, (NUM_SEQS,), generator=generator)
+    shared = 0
+    if pool == "shared prefix":
+        shared = SHARED_TOKENS // BLOCK_SIZE  # blocks
+        seq_lens = seq_lens.clamp(min=SHARED_TOKENS)
+    counts = -(-seq_lens // BLOCK_SIZE)
+    in_use = shared + int((counts - shared).sum())
+    num_blocks = 4 * in_use if pool == "three quarters free" else in_use
+    order = torch.randperm(num_blocks, generator=generator)
+    tables = torch.full((NUM_SEQS, int(counts.max())), -1)
+    taken = shared
+    for row, count in zip(tables, counts.tolist(), strict=True):
+        row[:shared] = order[:shared]
+        row[shared:count] = order[taken : taken + count - shared]
+        taken += count - shared
+    shape = (num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    return Batch(
+        query=torch.randn(NUM_SEQS, NUM_HEADS, HEAD_DIM, generator=generator).to(dtype),
+        key_cache=torch.randn(shape, generator=generator).to(dtype),
+        value_cache=torch.randn(shape, generator=generator).to(dtype),
+        block_tables=tables.to(torch.int32),
+        seq_lens=seq_lens.to(torch.int32),
+        query_start_loc=torch.arange(NUM_SEQS + 1, dtype=torch.int32),
+    )
+
+
+def plan_of(batch: Batch) -> Plan:
+    return make_plan(
+        batch.block_tables,
+        batch.seq_lens,
+        batch.query_start_loc,
+        num_heads=NUM_HEADS,
+        num_kv_heads=NUM_KV_HEADS,
+        block_size=BLOCK_SIZE,
+    )
+
+
+def ours(batch: Batch) -> Run:
+    """As the engine runs it: the plan is made once a step, for all layers (its time stands below the table)."""
+    plan, workspace = plan_of(batch), Workspace()
+    return lambda: attend(batch.query, batch.key_cache, batch.value_cache, plan, workspace, scale=batch.scale)
+
+
+def truth(batch: Batch) -> torch.Tensor:
+    """The answer in float64, on contiguous memory."""
+    wide = Batch(
+        batch.query.double(),
+        batch.key_cache.double(),
+        batch.value_cache.double(),
+        batch.block_tables,
+        batch.seq_lens,
+        batch.query_start_loc,
+    )
+    return one_by_one(wide)()
+
+
+def median_times(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of every run, all in turn, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def measure(dtype: torch.dtype, pool: str, repeats: int, with_flex: bool, console: Console) -> dict[str, object]:
+    """Times of one table. Raises RuntimeError where an answer is not near the one of float64."""
+    batch = make_batch(dtype, pool)
+    makers = {OURS: ours, PADDED: padded, ONE_BY_ONE: one_by_one, "gathered": gathered}
+    runs: dict[str, Run] = {name: maker(batch) for name, maker in makers.items()}
+    if with_flex:
+        try:
+            runs["flex_attention"] = flex(batch)
+        except Exception as reason:  # no compiler, another torch: a peer that does not run ends no bench
+            console.print(f"flex_attention does not run here: {str(reason).splitlines()[0]}", style="yellow")
+    right = truth(batch)
+    errors = {name: float((run().double() - right).abs().max()) for name, run in runs.items()}
+    for name, error in errors.items():
+        if not error <= TOLERANCE[dtype]:
+            raise RuntimeError(f"{name} is off by {error:.2g} in {dtype}, more than {TOLERANCE[dtype]:g}")
+    times = median_times({**runs, FLOOR: bandwidth_floor(batch), "plan": lambda: plan_of(batch)}, repeats)
+    plan_ms = statistics.median(times.pop("plan"))
+    name = str(dtype).removeprefix("torch.")
+    medians = {run: statistics.median(values) for run, values in times.items()}
+    table = Table(
+        "", "ms, median", "ms, range", "minipaged takes", "error", title=f"{name}, {pool}", title_justify="left"
+    )
+    for run, values in times.items():
+        ratio = f"{medians[OURS] / medians[run]:.2f} x" if run != OURS else ""
+        table.add_row(
+            run,
+            f"{medians[run]:.2f}",
+            f"{min(values):.2f} to {max(values):.2f}",
+            ratio,
+            f"{errors[run]:.0e}" if run in errors else "",
+        )
+    console.print(table)
+    console.print(
+        f"one plan a step: {plan_ms:.2f} ms for all layers; "
+        f"{100 * medians[FLOOR] / medians[OURS]:.0f} % of the bandwidth floor\n"
+    )
+    return {"dtype": name, "pool": pool, "ms": times, "plan_ms": plan_ms, "errors": errors, "medians": medians}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m minipaged.attention.bench", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--runs", type=int, default=15, help="runs of each, at least 5 (15)")
+    parser.add_argument("--threads", type=int, help="threads of torch (its own default)")
+    parser.add_argument("--no-flex", action="store_true", help="leave out flex_attention, which compiles for a minute")
+    options = parser.parse_args(arguments)
+    if options.runs < 5:
+        parser.error(f"--runs must be at least 5, got {options.runs}")
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    console = Console()
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor()}
+    console.print(f"torch {machine['torch']}, {machine['threads']} threads, median of {options.runs} runs in turn\n")
+    tables = []
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            for pool in POOLS:
+                with_flex = pool == POOLS[0] and not options.no_flex
+                tables.append(measure(dtype, pool, options.runs, with_flex, console))
+    for found in tables:
+        if found["pool"] == POOLS[0]:
+            medians = found["medians"]
+            assert isinstance(medians, dict)
+            for peer, most in TARGETS.items():
+                ratio = medians[OURS] / medians[peer]
+                verdict = "met" if ratio <= most else "NOT met"
+                console.print(f"{found['dtype']}: at most {most} x {peer}: {ratio:.2f} x, {verdict}")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "tables": tables}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Chapter 7. Paged attention, inside out: not each query over its blocks, but each block with its owner's query.
+
+    pool        [  b0  |  b1  |  b2  |  b3  |  b4  ]        one batched product, the pool read as it lies
+    owner          A      B      A     free    B
+    query          qA     qB     qA     -      qB
+    partial       m,l,o  m,l,o  m,l,o         m,l,o         softmax over the slots of a block alone
+    answer A = merge of b0 and b2        answer B = merge of b1 and b4
+
+No context is copied, and none is padded to the longest. What makes it right is the online softmax of this chapter: for
+block b let m_b be its greatest score, l_b = sum exp(score - m_b) and o_b = sum exp(score - m_b) v. With M = max m_b,
+
+    weight_b = exp(m_b - M) / sum_c exp(m_c - M) l_c            answer = sum_b weight_b o_b
+
+which is split-KV with the block as the split (FlashAttention's "Flash-Decoding", 2023; chapter 8 does it in Triton).
+What is read how, is worked out once a step: `plan.py`. A block with several owners is read once, for all their queries
+(as in "Hydragen", Juravsky et al. 2024); blocks of which a query sees a part are copied to a workspace and cleaned.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipaged.attention.checks import check_paged_attention
+from minipaged.attention.passes import Pass
+from minipaged.attention.plan import Gathered, Plan, make_plan
+from minipaged.attention.workspace import Workspace
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Causal attention of a ragged batch that reads K and V through each sequence's block table.
+
+    query [num_tokens, num_heads, head_dim], the queries of sequence s in rows query_start_loc[s] to
+    query_start_loc[s + 1] - 1, its last query at position seq_lens[s] - 1;
+    key_cache, value_cache [num_blocks, num_kv_heads, block_size, head_dim];
+    block_tables int32 [num_seqs, max_blocks]; seq_lens int32 [num_seqs]; query_start_loc int32 [num_seqs + 1].
+    Entries of a table past the sequence's end, and slots past it in its last block, never reach the answer.
+    Returns the shape of query. Raises ValueError for arguments that do not fit.
+
+    A model has many layers and one batch: it makes the plan once and calls `attend` (`kvcache/paged.py`).
+    """
+    check_paged_attention(query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, sliding_window)
+    plan = make_plan(
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        num_heads=query.shape[1],
+        num_kv_heads=key_cache.shape[1],
+        block_size=key_cache.shape[2],
+        sliding_window=sliding_window,
+    )
+    return attend(query, key_cache, value_cache, plan, Workspace(), scale=scale)
+
+
+def attend(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Plan, workspace: Workspace, *, scale: float
+) -> Tensor:
+    """Attention of one layer by a step's plan. Nothing is checked: the plan was made from arguments that were."""
+    if 0 < len(plan.decode_tokens) == plan.num_tokens:
+        return _decode(query, key_cache, value_cache, plan, workspace, scale)
+    out = torch.empty_like(query)
+    if len(plan.decode_tokens):
+        queries = query[plan.decode_tokens]
+        out[plan.decode_tokens] = _decode(queries, key_cache, value_cache, plan, workspace, scale)
+    for seq in plan.gathered:
+        out[seq.tokens] = _gathered(query[seq.tokens], key_cache, value_cache, seq, workspace, scale)
+    return out
+
+
+def _decode(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Plan, workspace: Workspace, scale: float
+) -> Tensor:
+    """query [num_decodes, num_heads, head_dim], one for each sequence. Returns its shape."""
+    num_decodes, num_heads, head_dim = query.shape
+    _, num_kv_heads, block_size, _ = key_cache.shape
+    group, num_rows = num_heads // num_kv_heads, len(plan.row_query)
+    # Sums of many terms are kept in float32 at least; the products take and give the dtype of the cache.
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+
+    by_kv_head = (query * scale).reshape(num_decodes * num_kv_heads, group * head_dim)
+    queries = workspace.take("queries", (num_rows, group, head_dim), query)
+    torch.index_select(by_kv_head, 0, plan.row_query, out=queries.view(num_rows, -1))
+    scores = workspace.take("scores", (num_rows, group, block_size), query)
+    for part in plan.passes:
+        keys = _blocks(key_cache, part, workspace)  # [num_blocks * num_kv_heads, block_size, head_dim]
+        mine = _rows(scores, part, len(keys))  # [num_blocks * num_kv_heads, owners * group, block_size]
+        torch.bmm(_rows(queries, part, len(keys)), keys.transpose(1, 2), out=mine)
+        if part.hidden is not None:
+            mine.view(part.num_blocks, -1, block_size).masked_fill_(part.hidden[:, None], -torch.inf)
+
+    # Softmax of each block's slots alone: its greatest score, and the sum of what is left when that is taken away.
+    weights = scores if scores.dtype == wide else workspace.take("weights", scores.shape, query, wide).copy_(scores)
+    maxima = workspace.take("maxima", (num_rows + 1, group), query, wide)
+    torch.amax(weights, -1, out=maxima[:num_rows])
+    weights.sub_(maxima[:num_rows, :, None]).exp_()
+    totals = torch.sum(weights, -1, out=workspace.take("totals", (num_rows, group), query, wide))
+    if weights is not scores:
+        scores.copy_(weights)
+
+    partial = workspace.take("partial", (num_rows, group, head_dim), query)
+    for part in plan.passes:
+        values = _blocks(value_cache, part, workspace)  # [num_blocks * num_kv_heads, block_size, head_dim]
+        if part.hidden is not None:  # a weight of 0 does not help against NaN: 0 * NaN is NaN
+            of_block = values.view(part.num_blocks, num_kv_heads, block_size, head_dim)
+            of_block.masked_fill_(part.hidden[:, None, :, None], 0.0)
+        mine = _rows(scores, part, len(values))
+        torch.bmm(mine, values, out=_rows(partial, part, len(values)))
+
+    # The merge: rescale each block's sums from its own maximum to that of its sequence, and add them up.
+    maxima[num_rows] = -torch.inf  # for the places where a sequence has fewer blocks than the longest
+    padded = workspace.take("padded", (plan.padded_rows.numel(), group), query, wide)
+    torch.index_select(maxima, 0, plan.padded_rows.view(-1), out=padded)
+    greatest = padded.view(num_decodes * num_kv_heads, -1, group).amax(1)  # [num_decodes * num_kv_heads, group]
+    rescale = workspace.take("rescale", (num_rows, group), query, wide)
+    torch.sub(maxima[:num_rows], greatest.index_select(0, plan.row_query), out=rescale).exp_()
+    total = _sums(totals.view(-1, 1), rescale, plan).view_as(greatest)
+    rescale.div_(total.index_select(0, plan.row_query))
+    return _sums(partial.view(-1, head_dim), rescale.to(query.dtype), plan).view_as(query)
+
+
+def _sums(table: Tensor, weights: Tensor, plan: Plan) -> Tensor:
+    """For each (decode, head) the weighted sum of its rows of the table, [num_rows * group, width].
+
+    It is what an embedding bag does, which torch has in one call that copies nothing. Returns [num_bags, width].
+    """
+    of_bag = weights.view(-1).index_select(0, plan.bag_rows)
+    return F.embedding_bag(plan.bag_rows, table, plan.bag_starts, mode="sum", per_sample_weights=of_bag)
+
+
+def _rows(tensor: Tensor, part: Pass, num_tiles: int) -> Tensor:
+    """The rows of a pass, all queries of a (block, KV head) together: [num_tiles, owners * group, width]."""
+    rows = tensor[part.first_row : part.first_row + num_tiles * part.owners]
+    return rows.view(num_tiles, -1, tensor.shape[-1])
+
+
+def _blocks(cache: Tensor, part: Pass, workspace: Workspace) -> Tensor:
+    """The blocks of a pass, [num_blocks * num_kv_heads, block_size, head_dim]: a view of the pool, or a small copy."""
+    if part.run is not None:
+        blocks = cache[part.run]
+    else:
+        assert part.chosen is not None
+        copied = workspace.take("blocks", (part.num_blocks, *cache.shape[1:]), cache)
+        blocks = torch.index_select(cache, 0, part.chosen, out=copied)
+    return blocks.flatten(0, 1)
+
+
+def _gathered(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, seq: Gathered, workspace: Workspace, scale: float
+) -> Tensor:
+    """query [num_queries, num_heads, head_dim] of one sequence. Returns its shape."""
+    num_queries, num_heads, head_dim = query.shape
+    _, num_kv_heads, block_size, _ = key_cache.shape
+
+    def context(name: str, cache: Tensor) -> Tensor:  # [num_kv_heads, 1, seq_len, head_dim], in logical order
+        rows = cache.reshape(-1, block_size * head_dim)  # a row is one KV head's tile of a block
+        copied = workspace.take(name, (len(seq.source), rows.shape[1]), cache)
+        torch.index_select(rows, 0, seq.source, out=copied)
+        return copied.view(num_kv_heads, 1, -1, head_dim)[:, :, : seq.seq_len]
+
+    key, value = context("key", key_cache), context("value", value_cache)
+    if num_queries == 1:  # the heads of a group become the rows of one product, as if they were queries
+        heads = query.reshape(num_kv_heads, 1, -1, head_dim)  # [num_kv_heads, 1, group, head_dim]
+        out = F.scaled_dot_product_attention(heads, key, value, attn_mask=seq.mask, scale=scale)
+        return out.reshape(1, num_heads, head_dim)
+    heads = query.transpose(0, 1).reshape(num_kv_heads, -1, num_queries, head_dim)
+    shape = (-1, heads.shape[1], -1, -1)  # K and V are viewed once per query head of the group
+    out = F.scaled_dot_product_attention(
+        heads,
+        key.expand(shape),
+        value.expand(shape),
+        attn_mask=seq.mask,
+        is_causal=seq.mask is None,
+        scale=scale,
+    )
+    return out.reshape(num_heads, num_queries, head_dim).transpose(0, 1)

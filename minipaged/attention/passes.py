@@ -1,0 +1,122 @@
+"""Chapter 7. Entries (a block that a query sees) sorted into passes: what one batched product reads.
+
+    pool    [ A | B | . | A | B | A | . . . . . . | B ]
+              ------- a run, in place ---------       a copy: alone, it is not worth a product over the gap
+
+A block with several owners is read once, with all their queries as rows of its product. Blocks of which a query must
+not see every slot are copied, so that they can be cleaned. See `plan.py` for the whole.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# A gap of at most this many blocks is computed and thrown away: a further product would take longer.
+MAX_GAP_BLOCKS = 16
+# A copied block takes about 1.5 times as long as one that is read in place, wanted or not (measured; the copy is read
+# from the processor's cache). So a run is read in place where at least two thirds of its blocks are wanted.
+MIN_RUN_BLOCKS, MIN_RUN_SHARE = 16, 2 / 3
+# So many blocks are copied at a time: they stay in the processor's cache until they are read.
+CHUNK_BLOCKS = 128
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Blocks that are read by one product, each for `owners` queries. Its rows: [num_blocks, num_kv_heads, owners]."""
+
+    first_row: int
+    num_blocks: int
+    owners: int
+    run: slice | None  # a run of the pool, read in place; or
+    chosen: Tensor | None  # int64 [num_blocks], blocks that are copied to the workspace
+    hidden: Tensor | None  # bool [num_blocks, block_size], slots the query must not see; None where it sees all
+
+
+class Layout:
+    """Sorts the entries into passes, and gives each its rows."""
+
+    def __init__(self, num_kv_heads: int, num_entries: int, device: torch.device):
+        self.rows = np.full((num_entries, num_kv_heads), -1, dtype=np.int64)
+        self.passes: list[Pass] = []
+        self.num_rows = 0
+        self._device = device
+
+    def add_whole(self, entries: Ints, block: Ints) -> None:
+        """Entries whose whole block is seen: each block is read once, for all its owners."""
+        entries = entries[np.argsort(block[entries], kind="stable")]
+        blocks, first, counts = np.unique(block[entries], return_index=True, return_counts=True)
+        place = np.repeat(np.arange(len(blocks)), counts)  # [num_entries]: the block of each entry
+        owner = np.arange(len(entries)) - first[place]  # 0, 1, ... among the entries of its block
+        in_run = np.zeros(len(blocks), dtype=bool)
+        for low, high, _ in runs(blocks[counts == 1]):
+            mine = (blocks >= low) & (blocks < high) & (counts == 1)
+            in_run |= mine
+            run = slice(int(low), int(high))
+            self._add(entries[first[mine]], blocks[mine] - run.start, 0, run.stop - run.start, owners=1, run=run)
+        # The number of owners is rounded up to a power of two: few products, and at most half of each in vain.
+        width = 1 << np.ceil(np.log2(counts)).astype(np.int64)
+        for owners in np.unique(width[~in_run]):
+            chosen = np.flatnonzero(~in_run & (width == owners))
+            among = np.full(len(blocks), -1)
+            among[chosen] = np.arange(len(chosen))
+            mine = among[place] >= 0
+            self.add_copied(entries[mine], among[place[mine]], owner[mine], blocks[chosen], owners=int(owners))
+
+    def add_copied(
+        self,
+        entries: Ints,
+        place: Ints,
+        owner: Ints,
+        blocks: Ints,
+        owners: int,
+        hidden: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Entry i is query owner[i] of the block blocks[place[i]], copied to the workspace with CHUNK_BLOCKS others."""
+        for start in range(0, len(blocks), CHUNK_BLOCKS):
+            chunk = slice(start, min(start + CHUNK_BLOCKS, len(blocks)))
+            mine = (place >= chunk.start) & (place < chunk.stop)
+            self._add(
+                entries[mine],
+                place[mine] - start,
+                owner[mine],
+                chunk.stop - start,
+                owners=owners,
+                chosen=torch.from_numpy(blocks[chunk]).to(self._device),
+                hidden=None if hidden is None else torch.from_numpy(hidden[chunk]).to(self._device),
+            )
+
+    def _add(
+        self,
+        entries: Ints,
+        place: Ints,
+        owner: Ints | int,
+        num_blocks: int,
+        owners: int,
+        run: slice | None = None,
+        chosen: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> None:
+        num_kv_heads = self.rows.shape[1]
+        tile = place[:, None] * num_kv_heads + np.arange(num_kv_heads)  # [num_entries, num_kv_heads]
+        self.rows[entries] = self.num_rows + tile * owners + np.asarray(owner).reshape(-1, 1)
+        self.passes.append(Pass(self.num_rows, num_blocks, owners, run, chosen, hidden))
+        self.num_rows += num_blocks * num_kv_heads * owners
+
+
+def runs(blocks: Ints) -> Ints:
+    """Runs of the pool that are worth reading in place, among these ascending blocks. What is left over is copied.
+
+    Returns int64 [num_runs, 3]: where a run begins, where it ends, and how many of its blocks are wanted.
+    """
+    if not len(blocks):
+        return np.empty((0, 3), dtype=np.int64)
+    ends = np.flatnonzero(np.diff(blocks) > MAX_GAP_BLOCKS) + 1
+    first, last = np.concatenate([[0], ends]), np.concatenate([ends, [len(blocks)]]) - 1
+    low, high, count = blocks[first], blocks[last] + 1, last - first + 1
+    worth = (count >= MIN_RUN_BLOCKS) & (count >= MIN_RUN_SHARE * (high - low))
+    return np.stack([low, high, count], axis=1)[worth]

@@ -1,0 +1,155 @@
+"""Chapter 7. What a step's attention reads, worked out once for all layers: which blocks, for whose queries, and how.
+
+    block tables   A [ 4 1 ]   B [ 4 2 7 ]         A holds 9 tokens in blocks of 8, B holds 20
+
+    whole, one owner        2       read where it lies, in one product over a run of the pool
+    whole, several owners   4       read once, for A's query and B's together
+    not wholly visible      1 7     copied to a small workspace, so that no slot past the end is computed with
+
+Every layer has the same tables, so this is done once a step, in NumPy and in bulk, with no loop over blocks.
+A row is one KV head's query heads of one sequence, met with one block: `row_query` says whose, `bag_rows` which rows
+make up the answer of a sequence. Only sequences with one query (decode) are read in this way. One with several queries
+computes so much with what it reads that a copy of its context costs nothing beside it, and where there are few blocks
+in all, the dozen operations of the other way take longer than a copy: those are `Gathered`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minipaged.attention.contiguous import visible
+from minipaged.attention.passes import Ints, Layout, Pass, runs
+
+# With fewer blocks in all, decodes are gathered too. (One sequence of 400 tokens: 66 us against 131, in float32.)
+MIN_BLOCKS = 192
+# And where more than this share of the blocks would have to be copied one by one: in one piece they are read quicker.
+MAX_COPIED_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A sequence whose context is copied into one piece."""
+
+    tokens: slice  # its rows of `query`
+    seq_len: int
+    source: Tensor  # int64 [num_kv_heads * num_logical_blocks], rows of the cache as [num_blocks * num_kv_heads, ...]
+    mask: Tensor | None  # bool [num_queries, seq_len]; None where one query sees all, or where it is plainly causal
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Invariant: what a query may not see is in no row of its bag, or is hidden by that row's pass."""
+
+    num_tokens: int
+    passes: list[Pass]
+    gathered: list[Gathered]
+    decode_tokens: Tensor  # int64 [num_decodes], rows of `query`
+    row_query: Tensor  # int64 [num_rows], decode * num_kv_heads + kv_head; 0 for a row that nobody wants
+    padded_rows: Tensor  # int64 [num_decodes, num_kv_heads, max_blocks], filled up with num_rows
+    bag_rows: Tensor  # int64 [...], for each (decode, query head): row * group + head of the group, block by block
+    bag_starts: Tensor  # int64 [num_decodes * num_heads], where each one's part of bag_rows begins
+
+
+def make_plan(
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    sliding_window: int | None = None,
+) -> Plan:
+    """Arguments as of `paged_attention`, checked before (`check_paged_attention`). Tensors lie on their device."""
+    device = block_tables.device
+    tables, lens, starts = (t.cpu().numpy().astype(np.int64) for t in (block_tables, seq_lens, query_start_loc))
+    num_queries = np.diff(starts)
+    decodes = np.flatnonzero(num_queries == 1)
+    window = sliding_window or int(lens.max(initial=1))
+    seen_from = np.maximum(lens[decodes] - window, 0)  # [num_decodes], the first position each query sees
+    # One entry for each block that a query sees, sequence by sequence, in logical order.
+    first, last = seen_from // block_size, (lens[decodes] - 1) // block_size
+    counts = last - first + 1  # [num_decodes]
+    decode = np.repeat(np.arange(len(decodes)), counts)  # [num_entries]
+    nth = np.arange(len(decode)) - (counts.cumsum() - counts)[decode]  # 0, 1, ... within its sequence
+    logical = nth + first[decode]
+    block = tables[decodes[decode], logical]
+    if not _worth_turning_inside_out(block):
+        decodes, counts, decode, nth, logical, block = (a[:0] for a in (decodes, counts, decode, nth, logical, block))
+    low = np.maximum(seen_from[decode] - logical * block_size, 0)  # slots low to high - 1 of the block are seen
+    high = np.minimum(lens[decodes][decode] - logical * block_size, block_size)
+
+    layout = Layout(num_kv_heads, len(block), device)
+    whole = (low == 0) & (high == block_size)
+    layout.add_whole(np.flatnonzero(whole), block)
+    ragged = np.flatnonzero(~whole)
+    slots = np.arange(block_size)
+    hidden = (slots < low[ragged, None]) | (slots >= high[ragged, None])  # [num_ragged, block_size]
+    layout.add_copied(ragged, np.arange(len(ragged)), np.zeros_like(ragged), block[ragged], owners=1, hidden=hidden)
+
+    group, num_rows = num_heads // num_kv_heads, layout.num_rows
+    rows = layout.rows  # [num_entries, num_kv_heads]
+    row_query = np.zeros(num_rows, dtype=np.int64)
+    row_query[rows] = decode[:, None] * num_kv_heads + np.arange(num_kv_heads)
+    padded = np.full((len(decodes), num_kv_heads, counts.max(initial=0)), num_rows)
+    padded[decode, :, nth] = rows
+    # A bag for each query head of a decode: its row of every entry. The heads of a sequence lie one after the other.
+    head = np.arange(num_heads)
+    ends = (counts * num_heads).cumsum()
+    bag_starts = (ends - counts * num_heads)[:, None] + head * counts[:, None]  # [num_decodes, num_heads]
+    bag_rows = np.empty(len(block) * num_heads, dtype=np.int64)
+    bag_rows[bag_starts[decode] + nth[:, None]] = rows[:, head // group] * group + head % group
+
+    def tensor(array: Ints) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return Plan(
+        num_tokens=int(starts[-1]),
+        passes=layout.passes,
+        gathered=[
+            _gathered(
+                tables[seq], starts[seq : seq + 2], int(lens[seq]), num_kv_heads, block_size, sliding_window, device
+            )
+            for seq in np.setdiff1d(np.flatnonzero(num_queries), decodes)
+        ],
+        decode_tokens=tensor(starts[decodes]),
+        row_query=tensor(row_query),
+        padded_rows=tensor(padded),
+        bag_rows=tensor(bag_rows),
+        bag_starts=tensor(bag_starts.reshape(-1)),
+    )
+
+
+def _worth_turning_inside_out(block: Ints) -> bool:
+    """Whether these entries are many, and most are of blocks that are read in place, or once for several owners."""
+    if len(block) < MIN_BLOCKS:
+        return False
+    blocks, counts = np.unique(block, return_counts=True)
+    copied = int((counts == 1).sum() - runs(blocks[counts == 1])[:, 2].sum())
+    return copied <= MAX_COPIED_SHARE * len(block)
+
+
+def _gathered(
+    table: Ints,
+    tokens: Ints,
+    seq_len: int,
+    num_kv_heads: int,
+    block_size: int,
+    window: int | None,
+    device: torch.device,
+) -> Gathered:
+    num_queries = int(tokens[1] - tokens[0])
+    # Blocks before the first query's window are left out: positions count from the end, so nothing else changes.
+    skipped = max(0, seq_len - num_queries - window + 1) // block_size if window else 0
+    blocks = table[skipped : -(-seq_len // block_size)]
+    seq_len -= skipped * block_size
+    source = blocks * num_kv_heads + np.arange(num_kv_heads)[:, None]  # [num_kv_heads, num_logical_blocks]
+    whole = num_queries in (1, seq_len) and window is None
+    return Gathered(
+        tokens=slice(int(tokens[0]), int(tokens[1])),
+        seq_len=seq_len,
+        source=torch.from_numpy(source.reshape(-1)).to(device),
+        mask=None if whole else visible(num_queries, seq_len, window, device),
+    )

@@ -1,0 +1,279 @@
+"""The map of the course's exercises: a file is a module of the reference with the chapter's bodies taken out.
+
+    ch06_block_table.py   stands for   minipaged.memory.block_table
+                          blank        slot, append_tokens, ...        the learner writes these
+                          given        __init__                        stays as it is
+                          left out     fork, ...                       of another chapter
+
+So the reference itself, copied under the exercise's name, is a right answer. Chapter 9 comes back to the block table
+with a file of its own, in which chapter 6's part is given: no chapter waits for another.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One file for the learner. Names are qualified within the module: "causal_mask", "BlockTable.fork"."""
+
+    file: str
+    module: str
+    minutes: int  # about, for somebody who has read the chapter
+    blank: tuple[str, ...] = ()  # what the learner writes; empty: every public function and method
+    given: tuple[str, ...] = ()  # what stays, where `blank` is empty
+    left_out: tuple[str, ...] = ()
+    note: str = ""  # one line for the learner, under the list of steps
+
+    @property
+    def chapter(self) -> int:
+        return int(self.file[2:4])
+
+    @property
+    def is_part(self) -> bool:
+        """Whether something that other chapters use is left out: then it can stand in for its own chapter only."""
+        return any(not name.rpartition(".")[2].startswith("_") for name in self.left_out)
+
+
+@dataclass(frozen=True)
+class Chapter:
+    number: int
+    title: str
+    suites: tuple[str, ...]  # files or glob patterns in tests/
+    exercises: tuple[Exercise, ...]
+    deselect: tuple[str, ...] = ()  # names of tests that are not about the exercise
+    examples: int = 50  # of Hypothesis, for each property
+
+    @property
+    def properties_file(self) -> str:
+        return f"ch{self.number:02d}_properties.py"
+
+
+_TRANSFORMER = (
+    "ModelConfig.kv_bytes_per_token",
+    "rotary_table",
+    "rotate",
+    "Layer.forward",
+    "Layer.attention",
+    "Layer.mlp",
+    "Transformer.forward",
+)
+_TABLE_OF_CHAPTER_6 = (
+    "BlockTable.blocks",
+    "BlockTable.slot",
+    "BlockTable.blocks_needed",
+    "BlockTable.append_tokens",
+    "BlockTable.truncate",
+    "BlockTable.release",
+)
+_TABLE_OF_CHAPTER_9 = ("BlockTable.fork", "BlockTable.append_shared", "BlockTable.replace", "BlockTable.move")
+_SCHEDULER = tuple(
+    f"Scheduler.{name}"
+    for name in (
+        "check", "add", "has_unfinished", "finish", "abort", "remove", "drop", "fork", "schedule", "computed",
+        "start_over", "_make_room", "_take", "_admit", "_is_being_computed", "_preempt", "_forget",
+    )
+)  # fmt: skip
+_SHAPES = (
+    "Shapes: docs/design.md, section 3. Sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1 of\n"
+    "# query, perhaps none; its last query stands at position seq_lens[s] - 1. What no token owns is never read."
+)
+_POOL = ("ReservationPool.__init__", "ReservationPool.num_slots", "ReservationPool.num_requests")
+
+CHAPTERS = {
+    chapter.number: chapter
+    for chapter in (
+        Chapter(
+            1,
+            "masked attention",
+            ("test_ch01_masked_attention.py",),
+            (Exercise("ch01_masked_attention.py", "minipaged.reference", 45),),
+        ),
+        Chapter(
+            2,
+            "the transformer",
+            ("test_ch02_transformer.py",),
+            (Exercise("ch02_transformer.py", "minipaged.model.transformer", 60, blank=_TRANSFORMER),),
+            examples=25,
+        ),
+        Chapter(
+            3,
+            "the contiguous cache",
+            ("test_ch03_contiguous_cache.py",),
+            (
+                Exercise("ch03_causal_attention.py", "minipaged.attention.contiguous", 30),
+                Exercise(
+                    "ch03_contiguous_cache.py",
+                    "minipaged.kvcache.contiguous",
+                    30,
+                    blank=("ContiguousCache.__init__", "ContiguousCache.attend"),
+                ),
+            ),
+            deselect=("paged]", "copies_are_made", "in_use_exactly", "translates_every_position"),
+            examples=25,
+        ),
+        Chapter(
+            4,
+            "fragmentation",
+            ("test_ch04_fragmentation.py",),
+            (Exercise("ch04_fragmentation.py", "minipaged.memory.reservation", 60, given=("_Request", *_POOL)),),
+        ),
+        Chapter(
+            5,
+            "page tables",
+            ("test_ch05_page_table.py",),
+            (
+                Exercise(
+                    "ch05_page_table.py",
+                    "minipaged.memory.page_table",
+                    60,
+                    given=(
+                        "PageFault",
+                        "AddressLayout.__post_init__",
+                        "AddressLayout._check_count",
+                        "FlatPageTable.__init__",
+                        "MultiLevelPageTable.__init__",
+                        "_check_free",
+                        "_check_mapped",
+                    ),
+                ),
+                Exercise(
+                    "ch05_process.py",
+                    "minipaged.memory.process",
+                    30,
+                    given=("PhysicalMemory.__init__", "Process.__init__"),
+                ),
+            ),
+        ),
+        Chapter(
+            6,
+            "the block allocator and the block table",
+            ("test_ch06_block_table.py",),
+            (
+                Exercise("ch06_block_allocator.py", "minipaged.memory.block_allocator", 20),
+                Exercise(
+                    "ch06_block_table.py",
+                    "minipaged.memory.block_table",
+                    40,
+                    blank=_TABLE_OF_CHAPTER_6,
+                    left_out=(
+                        *_TABLE_OF_CHAPTER_9,
+                        "BlockTable._name",
+                        "BlockTable._must_copy",
+                        "BlockTable._blocks_for",
+                    ),
+                    note="Nothing is shared before chapter 9, so nothing is copied yet: append_tokens returns [].",
+                ),
+            ),
+        ),
+        Chapter(
+            7,
+            "paged attention",
+            ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
+            (
+                Exercise(
+                    "ch07_paged_attention.py",
+                    "minipaged.attention.paged",
+                    40,
+                    given=("slot_rows",),
+                    note=_SHAPES,
+                ),
+                Exercise("ch07_online_softmax.py", "minipaged.attention.online_softmax", 40, note=_SHAPES),
+                Exercise(
+                    "ch07_paged_cache.py",
+                    "minipaged.kvcache.paged",
+                    15,
+                    blank=("PagedCache.attend", "PagedCache.copy_blocks"),
+                    note="attend: write_kv, then paged_attention of minipaged.attention, on the caches of the layer.",
+                ),
+            ),
+            deselect=("recompute", "contiguous]", "in_use_exactly", "translates_every_position"),
+            examples=25,
+        ),
+        Chapter(
+            8,
+            "the Triton kernels",
+            ("test_ch08_triton_kernels.py",),
+            (
+                Exercise("ch08_kv_write.py", "minipaged.kernels.kv_write", 20, blank=("write_kv_kernel",)),
+                Exercise("ch08_block_copy.py", "minipaged.kernels.block_copy", 15, blank=("copy_blocks_kernel",)),
+                Exercise(
+                    "ch08_online_softmax.py",
+                    "minipaged.kernels.online_softmax",
+                    60,
+                    blank=("start_softmax", "finish_softmax", "attend_context"),
+                ),
+                Exercise("ch08_paged_decode.py", "minipaged.kernels.paged_decode", 30, blank=("paged_decode_kernel",)),
+                Exercise(
+                    "ch08_paged_decode_split.py",
+                    "minipaged.kernels.paged_decode_split",
+                    45,
+                    blank=("choose_num_splits", "paged_decode_split_kernel", "merge_splits_kernel"),
+                ),
+            ),
+            deselect=("soft_cap", "without_triton", "head_sizes", "other_layouts", "cannot_do", "refused_by_name"),
+            examples=6,
+        ),
+        Chapter(
+            9,
+            "sharing",
+            ("test_ch09_sharing.py", "test_ch09_prefix_cache.py", "test_ch09_swap.py"),
+            (
+                Exercise(
+                    "ch09_sharing.py",
+                    "minipaged.memory.block_table",
+                    45,
+                    blank=("BlockTable.blocks_needed", "BlockTable.append_tokens", *_TABLE_OF_CHAPTER_9),
+                    left_out=("BlockTable._name", "BlockTable._must_copy"),
+                ),
+                Exercise(
+                    "ch09_prefix_cache.py",
+                    "minipaged.memory.prefix_cache",
+                    60,
+                    blank=(
+                        "block_keys",
+                        "PrefixCache.num_free",
+                        "PrefixCache.num_findable",
+                        "PrefixCache.match",
+                        "PrefixCache.insert",
+                        "PrefixCache.allocate",
+                        "PrefixCache.share",
+                        "PrefixCache.free",
+                    ),
+                    left_out=("PrefixCache._keep", "PrefixCache._evict", "PrefixCache._block_at"),
+                ),
+                Exercise("ch09_swap.py", "minipaged.memory.swap", 30, given=("Swap.__init__",)),
+            ),
+        ),
+        Chapter(
+            10,
+            "the scheduler",
+            ("test_ch10_scheduler.py",),
+            (Exercise("ch10_scheduler.py", "minipaged.engine.scheduler", 60, blank=_SCHEDULER),),
+            examples=40,
+        ),
+    )
+}
+
+
+def chapter(number: int) -> Chapter:
+    """Raises ValueError for a chapter without an exercise."""
+    if number not in CHAPTERS:
+        raise ValueError(f"chapter {number} has no exercise: there are chapters {min(CHAPTERS)} to {max(CHAPTERS)}")
+    return CHAPTERS[number]
+
+
+def all_exercises() -> list[Exercise]:
+    return [exercise for chapter in CHAPTERS.values() for exercise in chapter.exercises]
+
+
+def repository() -> Path:
+    """The folder with tests/ and tutorials/. An installed wheel brings neither: raises ValueError that says so."""
+    here = Path(__file__).resolve().parents[2]
+    for folder in (here, Path.cwd(), *Path.cwd().parents):
+        if (folder / "tests" / "test_ch06_block_table.py").is_file() and (folder / "minipaged").is_dir():
+            return folder
+    raise ValueError(
+        "the suites (tests/) are not here. They come with the repository and not with the installed package: "
+        "clone minipaged, and run this in the clone"
+    )

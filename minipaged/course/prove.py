@@ -1,0 +1,146 @@
+"""Kills every planted bug with its chapter's own suite: `python -m minipaged.course.prove [--json FILE] [NAME ...]`.
+
+    bug                              chapter  property that caught it            examples  events
+    ch09_fork_without_a_reference    9        any script of calls: Sharing             15       2
+
+Each bug gets a pytest of its own, as a learner's exercise does. What all of them import (pytest, Hypothesis, torch,
+Triton) is imported once, before each is forked off: that is most of the time a suite takes. Two run at a time.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from glob import glob
+from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from minipaged.course.chapters import chapter, repository
+from minipaged.course.grade import Grade, arguments, environment, grade, read
+from minipaged.course.museum import Bug, load_bugs
+
+WORKERS = 2
+
+
+def prove(bugs: list[Bug]) -> Iterator[dict[str, Any]]:
+    """One row a bug, in their order: killed, property, examples, events, sequences, message, seconds."""
+    if not hasattr(os, "fork"):
+        for bug in bugs:
+            with tempfile.TemporaryDirectory() as folder:
+                began = time.monotonic()
+                bug.plant(Path(folder))
+                yield _row(bug, grade(chapter(bug.chapter), Path(folder)), time.monotonic() - began)
+        return
+    _warm_up()
+    fork, rows = get_context("fork"), dict[str, dict[str, Any]]()
+    with tempfile.TemporaryDirectory() as scratch:
+        waiting, running = list(bugs), dict[Any, tuple[Any, Bug, float]]()
+        for bug in bugs:
+            while bug.name not in rows:
+                while waiting and len(running) < WORKERS:
+                    following = waiting.pop(0)
+                    process = fork.Process(target=_run, args=(following, Path(scratch) / following.name))
+                    process.start()
+                    running[process.sentinel] = (process, following, time.monotonic())
+                for sentinel in wait(list(running)):
+                    process, done, began = running.pop(sentinel)
+                    process.join()
+                    found = _found(done, Path(scratch) / done.name)
+                    rows[done.name] = _row(done, found, time.monotonic() - began)
+            yield rows[bug.name]
+
+
+def _warm_up() -> None:
+    """The heavy libraries, and none of our modules that a bug could be planted in."""
+    if not glob("/dev/nvidia[0-9]*") and not glob("/dev/kfd"):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    for name in ("pytest", "hypothesis.stateful", "numpy", "torch", "triton"):
+        try:
+            import_module(name)
+        except ImportError:  # without Triton its chapter is skipped, and says so
+            continue
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+def _run(bug: Bug, folder: Path) -> None:
+    """In the child: plant, run, and end with nothing printed."""
+    import pytest
+
+    bug.plant(folder)
+    os.chdir(repository())
+    os.environ |= environment(chapter(bug.chapter), folder / "report.json") | {"MINIPAGED_STOP": "1"}
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    pytest.main(arguments(chapter(bug.chapter), folder))
+    os._exit(0)
+
+
+def _found(bug: Bug, folder: Path) -> Grade:
+    report = folder / "report.json"
+    if not report.is_file():
+        return Grade(chapter(bug.chapter), [], ["pytest ended without a report"])
+    return read(chapter(bug.chapter), report, [folder / bug.exercise.file])
+
+
+def _row(bug: Bug, found: Grade, seconds: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"bug": bug.name, "chapter": bug.chapter, "killed": False, "seconds": round(seconds, 1)}
+    wrong = found.first_wrong
+    if wrong is None:
+        return row | {
+            "property": "; ".join(found.errors)[:200] or "none",
+            "examples": None,
+            "events": 0,
+            "sequences": 0,
+        }
+    states = [call["state"] for call in wrong["script"] if call.get("state")]
+    return row | {
+        "killed": True,
+        "property": wrong["property"],
+        "test": wrong["test"],
+        "message": wrong["message"].partition("\n")[0],
+        "examples": wrong["examples"],
+        "events": wrong["events"],
+        "sequences": len(states[-1]["tables"]) if states else 0,
+        "script": [call["call"] for call in wrong["script"]],
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the table."""
+    examples = "-" if row["examples"] is None else row["examples"]
+    caught = row["property"] if row["killed"] else f"SURVIVES: {row['property']}"
+    shown = caught if len(caught) <= 52 else caught[:51] + "…"
+    return f"{row['bug']:<42} {row['chapter']:>2}  {shown:<52} {examples:>8} {row['events']:>6} {row['sequences']:>9}"
+
+
+HEADER = f"{'bug':<42} {'ch':>2}  {'property that caught it':<52} {'examples':>8} {'events':>6} {'sequences':>9}"
+
+
+def main(arguments: list[str]) -> int:
+    target = None
+    if "--json" in arguments:
+        at = arguments.index("--json")
+        target, arguments = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
+    bugs = [bug for bug in load_bugs() if not arguments or any(bug.name.startswith(name) for name in arguments)]
+    began, rows = time.monotonic(), []
+    print(HEADER)
+    for row in prove(bugs):
+        rows.append(row)
+        print(line(row), flush=True)
+    killed = sum(row["killed"] for row in rows)
+    print(f"{killed} of {len(rows)} planted bugs are killed, in {time.monotonic() - began:.0f} s")
+    if target is not None:
+        target.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return 0 if killed == len(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,186 @@
+"""A grade in the chapter's words: what holds, what is not written, and the first thing that is wrong, drawn.
+
+Words carry everything, and colour repeats it: the output reads the same in a pipe.
+"""
+
+import re
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from minipaged.course.grade import Grade
+from minipaged.viz.snapshot import Snapshot
+from minipaged.viz.terminal import draw
+
+_STYLES = {"holds": "green", "wrong": "bold red", "not written": "yellow"}
+_SCRIPT_UP_TO = 24  # calls of a script that are printed; of a longer one, the last so many
+
+
+def print_grade(grade: Grade, console: Console) -> None:
+    """The list of properties, and what to write next."""
+    chapter = grade.chapter
+    console.print(Text(f"Chapter {chapter.number}: {chapter.title}", style="bold"))
+    _say(console, _whose(grade))
+    console.print()
+    for error in grade.errors:
+        _say(console, f"cannot be imported: {_last_line(error)}", "bold red")
+    for words, outcome, count in _grouped(grade.findings):
+        outcome, _, wanting = outcome.partition(",")
+        line = Text(f"{outcome.upper() if outcome == 'wrong' else outcome:<12} ", style=_STYLES.get(outcome, "dim"))
+        line.append(words + (f" ({count} cases)" if count > 1 else ""), style="not bold default")
+        line.append(f",{wanting}" if wanting else "", style="not bold dim")
+        _say(console, line)
+    _say(console, "\n" + _sum(grade))
+    for file, names in grade.stubs.items():
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            _say(console, f"To write in {file}: {', '.join(names[:4])}{more}")
+
+
+def print_counterexample(finding: dict[str, Any], console: Console) -> None:
+    """The property, the smallest script, and the memory before and after its last call."""
+    console.print()
+    console.print(Text("The first thing that is wrong", style="bold"))
+    _say(console, f"Property  {finding['property']}")
+    if finding["about"]:
+        _say(console, f"          {finding['about']}")
+    for number, line in enumerate(_message(finding)):
+        _say(console, ("Found     " if number == 0 else "          ") + line)
+    if finding["where"]:
+        _say(console, f"Seen at   {finding['where']}")
+    script = finding["script"]
+    if script:
+        events = finding["events"]
+        console.print()
+        _say(console, f"The smallest script that shows it{f' ({_events(events)})' if events else ''}:")
+        first = max(0, len(script) - _SCRIPT_UP_TO)
+        for number, call in enumerate(script[first:], start=first + 1):
+            _say(console, f"  {number:>3}  {call['call']}")
+    _draw_states([call.get("state") for call in script], console)
+
+
+def print_hint(hint: str, level: int, levels: int, chapter: int, console: Console) -> None:
+    console.print()
+    _say(console, f"Hint {level} of {levels}: {hint}", "cyan")
+    if level < levels:
+        _say(console, f"The next one: minipaged check {chapter} --hint")
+
+
+def _grouped(findings: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    """Cases of one property with one outcome are one line."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for finding in findings:
+        stem = finding["property"].partition(" (")[0]
+        needs = f", for want of {finding['unwritten']}" if "unwritten" in finding else ""
+        groups.setdefault((stem, finding["outcome"] + needs), []).append(finding["property"])
+    lines: list[tuple[str, str, int]] = []
+    for (stem, outcome), names in groups.items():
+        if stem.startswith("any script of calls"):
+            lines += [(name, outcome, 1) for name in names]
+        else:
+            lines.append((names[0] if len(names) == 1 else stem, outcome, len(names)))
+    return lines
+
+
+def _whose(grade: Grade) -> str:
+    """Whose modules were at work."""
+    mine = {exercise.file for exercise in grade.chapter.exercises}
+    names = sorted(path.name for path in grade.used)
+    others = [name for name in names if name not in mine]
+    said = f"Yours: {', '.join(name for name in names if name in mine) or 'nothing of this chapter'}"
+    if others:
+        said += f"; of other chapters, since finished: {', '.join(others)}"
+    return f"{said}; everything else is ours."
+
+
+def _sum(grade: Grade) -> str:
+    counts = [
+        (len(grade.having("holds")), "hold", "holds"),
+        (len(grade.having("wrong")), "are wrong", "is wrong"),
+        (len(grade.having("not written")), "are not written yet", "is not written yet"),
+        (len(grade.having("not tried")), "were not tried", "was not tried"),
+        (len(grade.having("skipped")), "are skipped here", "is skipped here"),
+    ]
+    said = ", ".join(f"{count} {one if count == 1 else many}" for count, many, one in counts if count)
+    return f"Of {len(grade.findings)} properties {said}." if said else "No property was tried."
+
+
+def _message(finding: dict[str, Any]) -> list[str]:
+    """The assertion in its own words, without what pytest and Hypothesis add; where arrays differ, where."""
+    lines: list[str] = []
+    for line in finding["message"].splitlines():
+        text = line.strip()
+        if re.match(r"(Failing test case|Falsifying example|You can reproduce|state = |state\.|teardown)", text):
+            break
+        if text.startswith("assert "):
+            if not lines:
+                lines.append(f"it is not so that {text.removeprefix('assert ')}")
+            break
+        if text:
+            lines.append(text)
+    at = re.search(r"at index \((\d+), (\d+), (\d+)\)", finding["message"])
+    if at:
+        lines.append(f"that is token {at[1]}, head {at[2]}, dimension {at[3]}")
+    kind = finding["error"]
+    if not lines:
+        lines = ["an assertion without words" if kind == "AssertionError" else kind]
+    if kind not in ("AssertionError", "Failed"):
+        lines[0] = f"{kind}: {lines[0]}" if lines[0] != kind else kind
+    return [line if len(line) <= 200 else line[:199] + "…" for line in lines[:10]]
+
+
+def _events(count: int) -> str:
+    return "1 event" if count == 1 else f"{count} events"
+
+
+def _draw_states(states: list[dict[str, Any] | None], console: Console) -> None:
+    known = [state for state in states if state]
+    if not known:
+        return
+    pair = [("Before the last call", known[-2]), ("After it", known[-1])] if len(known) > 1 else []
+    for words, state in pair or [("The block tables", known[-1])]:
+        try:
+            snapshot = to_snapshot(state)
+        except ValueError as error:  # a table names a block that does not exist: say it, there is no picture
+            _say(console, f"\n{words}: {_tables_in_words(state)} ({error})")
+            continue
+        console.print()
+        _say(console, f"{words}:")
+        console.print(Padding(draw(snapshot, min(console.width - 2, 100)), (0, 0, 0, 2), expand=False))
+
+
+def to_snapshot(state: dict[str, Any]) -> Snapshot:
+    """A noted state as the picture's data. The pool of the first table is the device, another one the host."""
+    pools = list(dict.fromkeys(name for name, _ in state["pools"].values()))
+    device = "pool" if "pool" in pools else "cache" if "cache" in pools else pools[0]
+    sizes = dict(state["pools"].values())
+    here = {seq: blocks for seq, blocks in state["tables"].items() if state["pools"][seq][0] == device}
+    there = {seq: blocks for seq, blocks in state["tables"].items() if seq not in here}
+    return Snapshot(
+        num_blocks=sizes[device],
+        block_size=state["block_size"],
+        tables=here,
+        num_tokens=state["num_tokens"],
+        num_host_blocks=max([size for name, size in sizes.items() if name != device], default=0),
+        host_tables=there,
+        names=list(state["tables"]),
+    )
+
+
+def _tables_in_words(state: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{seq} {blocks} holds {state['num_tokens'][seq]} tokens" for seq, blocks in state["tables"].items()
+    )
+
+
+def _last_line(text: str) -> str:
+    lines = [line.removeprefix("E").strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else text
+
+
+def _say(console: Console, text: str | Text, style: str = "") -> None:
+    """As it is: no markup, no colouring of numbers, no break inside a line that a pipe would not have."""
+    line = text if isinstance(text, Text) else Text(text, style=style)
+    console.print(line, soft_wrap=True, highlight=False)

@@ -1,0 +1,75 @@
+"""Chapter 1. Masked attention, in NumPy float64: what every later step must reproduce.
+
+Written for the eye, not for speed: each line is one line of the formula
+
+    Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k) + M) V,    M[i, j] = 0 if j <= i, else -inf
+
+    MultiHead(X) = Concat(head_1, ..., head_h) W^O,           head_i = Attention(X W^Q_i, X W^K_i, X W^V_i)
+
+Nothing in this file knows what a cache is. That is the point: a cache must not change the answer.
+
+Sources: Vaswani et al., "Attention Is All You Need" (2017), section 3.2, for the formulas; Ainslie et al., "GQA"
+(2023), section 2.2, for key/value heads shared by a group of query heads; Beltagy et al., "Longformer" (2020),
+section 3.1, for the sliding window.
+"""
+
+# Exercise ch01_masked_attention, about 45 minutes. Write what raises
+# NotImplementedError, in this order, and run `minipaged check 1` after each step:
+#
+#   1. causal_mask
+#   2. attention_weights
+#   3. masked_attention
+#   4. multi_head_attention
+#
+# What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# Made from minipaged/reference.py by minipaged/course/generate.py.
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def causal_mask(num_queries: int, num_keys: int, sliding_window: int | None = None) -> Array:
+    """M of shape [num_queries, num_keys]: 0 where query i may see key j, -inf elsewhere.
+
+    The queries are the *last* num_queries of the num_keys positions, so query i stands at position
+    num_keys - num_queries + i. With a window it sees the sliding_window latest positions, itself included.
+    Invariant: every row has at least one 0, since a query always sees itself.
+    """
+    raise NotImplementedError("ch01: causal_mask")
+
+
+def attention_weights(
+    query: Array, key: Array, *, scale: float | None = None, sliding_window: int | None = None
+) -> Array:
+    """softmax(Q K^T * scale + M), of shape [num_heads, num_queries, num_keys]; every row sums to 1.
+
+    query [num_queries, num_heads, head_dim]; key [num_keys, num_kv_heads, head_dim]. Query head h reads key/value
+    head h // (num_heads // num_kv_heads). The scale is 1 / sqrt(head_dim) unless another is given.
+    """
+    raise NotImplementedError("ch01: attention_weights")
+
+
+def masked_attention(
+    query: Array, key: Array, value: Array, *, scale: float | None = None, sliding_window: int | None = None
+) -> Array:
+    """Causal grouped-query attention of one sequence. Returns [num_queries, num_heads, head_dim], float64.
+
+    query [num_queries, num_heads, head_dim]; key and value [num_keys, num_kv_heads, head_dim]; the queries are the
+    last num_queries positions of the context, so that a prompt in one piece (num_queries == num_keys), a chunk of it
+    and a single decoded token (num_queries == 1) are one formula. Raises ValueError where shapes do not fit.
+    """
+    raise NotImplementedError("ch01: masked_attention")
+
+
+def multi_head_attention(
+    hidden: Array, w_q: Array, w_k: Array, w_v: Array, w_o: Array, *, sliding_window: int | None = None
+) -> Array:
+    """MultiHead(X): project, attend in every head, concatenate, project back. Returns [num_tokens, hidden_size].
+
+    hidden [num_tokens, hidden_size]; w_q [num_heads, hidden_size, head_dim]; w_k, w_v [num_kv_heads, hidden_size,
+    head_dim]; w_o [num_heads * head_dim, hidden_size]. The heads are laid side by side along the feature axis: head i
+    fills columns i * head_dim to (i + 1) * head_dim - 1, and meets those rows of W^O.
+    """
+    raise NotImplementedError("ch01: multi_head_attention")

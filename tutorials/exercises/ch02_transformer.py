@@ -1,0 +1,147 @@
+"""Chapter 2. A decoder-only transformer in the Llama shape: configuration, rotary positions, layers, in one file.
+
+    token ids -> embedding -> [RMSNorm -> attention -> +  ->  RMSNorm -> SwiGLU -> +] x num_layers -> RMSNorm -> linear
+
+Every operation but attention treats each token by itself. So the tokens of many sequences are laid end to end, and
+only `cache.attend` needs to know where one sequence ends. There is no batch dimension and no padding.
+
+Sources: Vaswani et al. 2017 (the decoder); Touvron et al., "LLaMA" (2023), section 2.2 (RMSNorm, SwiGLU, rotary
+positions); Su et al., "RoFormer" (2021), section 3.4 (rotary positions); Ainslie et al., "GQA" (2023).
+"""
+
+# Exercise ch02_transformer, about 60 minutes. Write what raises
+# NotImplementedError, in this order, and run `minipaged check 2` after each step:
+#
+#   1. ModelConfig.kv_bytes_per_token
+#   2. rotary_table
+#   3. rotate
+#   4. Layer.forward
+#   5. Layer.attention
+#   6. Layer.mlp
+#   7. Transformer.forward
+#
+# What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# Made from minipaged/model/transformer.py by minipaged/course/generate.py.
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipaged.model.contract import KVCache, Step
+
+MAX_POSITION = 1 << 20  # tokens; the rotary table of a context as long as this is the largest that is built
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model, read from its file. Raises ValueError where the numbers cannot go together."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int  # tokens of context the model was trained for
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = True  # the output layer is the embedding, transposed
+
+    def __post_init__(self) -> None:
+        # A damaged file can hold any number here: each is refused before it becomes a shape, a table or a loop.
+        for name in (*_SIZES, "max_position"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
+        if self.max_position > MAX_POSITION:
+            raise ValueError(f"max_position must be at most {MAX_POSITION:,}, got {self.max_position:,}")
+        for name, low, high in (("rope_theta", 1.0, 1e12), ("rms_norm_eps", 0.0, 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ValueError(f"tie_embeddings must be True or False, got {self.tie_embeddings!r}")
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes of K and V that one token adds over all layers: 2 * num_layers * num_kv_heads * head_dim * itemsize."""
+        raise NotImplementedError("ch02: ModelConfig.kv_bytes_per_token")
+
+
+def rotary_table(config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i / head_dim), each [max_position, head_dim / 2]."""
+    raise NotImplementedError("ch02: rotary_table")
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + head_dim / 2]) by its angle.
+
+    x [num_tokens, heads, head_dim]; cos, sin [num_tokens, 1, head_dim / 2]. Returns the shape of x. After it, a query
+    at position m and a key at position n meet with an angle that depends on m - n alone.
+    """
+    raise NotImplementedError("ch02: rotate")
+
+
+class Layer(nn.Module):
+    """One block of the stack. Invariant: a token's output depends on other tokens through `cache.attend` alone."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.config, self.index = config, index
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # W^Q, W^K and W^V stacked, and W^gate and W^up: one product each, since a wide one is faster than two narrow.
+        self.qkv_proj = nn.Linear(config.hidden_size, q_size + 2 * kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, step: Step) -> Tensor:
+        raise NotImplementedError("ch02: Layer.forward")
+
+    def attention(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, step: Step) -> Tensor:
+        raise NotImplementedError("ch02: Layer.attention")
+
+    def mlp(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError("ch02: Layer.mlp")
+
+
+class Transformer(nn.Module):
+    """The whole model. `forward` gives hidden states; `logits` turns those that are wanted into scores of tokens."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config
+        # Not filled: whoever builds a model brings its weights, and torch needs a second to draw some on device "meta".
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.to(dtype)
+        with torch.device("cpu"):  # real numbers even where the weights are built without storage (device "meta")
+            cos, sin = rotary_table(config, dtype)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, step: Step, cache: KVCache) -> Tensor:
+        """Hidden states [num_tokens, hidden_size] of the step's tokens; their K and V are in the cache afterwards."""
+        raise NotImplementedError("ch02: Transformer.forward")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, [num_rows, vocab_size]. Ask for the rows that are sampled from, not for all."""
+        return self.lm_head(hidden)

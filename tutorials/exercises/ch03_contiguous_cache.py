@@ -1,0 +1,48 @@
+"""Chapter 3. The naive cache: one slab a request, reserved to the greatest length it may reach.
+
+    slab 0   [ A A A A A . . . . . . . . . . . ]     5 tokens held, 11 slots reserved for what may never come
+    slab 1   [ B B . . . . . . . . . . . . . . ]
+    slab 2   [ . . . . . . . . . . . . . . . . ]     free
+
+K and V of past tokens are asked for at every step and never change, so keep them. Q is not kept: the query of a token
+is used once, in the step that computes the token. Attention reads a slab as it lies: a view, no table, no copy.
+In the step's `block_tables` a row has one entry here, the number of the slab. Chapter 6 will need more of them.
+"""
+
+# Exercise ch03_contiguous_cache, about 30 minutes. Write what raises
+# NotImplementedError, in this order, and run `minipaged check 3` after each step:
+#
+#   1. ContiguousCache.__init__
+#   2. ContiguousCache.attend
+#
+# What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# Made from minipaged/kvcache/contiguous.py by minipaged/course/generate.py.
+
+import torch
+from torch import Tensor
+
+from minipaged.attention.contiguous import causal_attention
+from minipaged.model.contract import Step
+from minipaged.model.transformer import ModelConfig
+
+
+class ContiguousCache:
+    """`num_slabs` slabs of `max_len` tokens, in every layer: `key_cache` and `value_cache`, each
+    [num_layers, num_slabs, num_kv_heads, max_len, head_dim]. Raises ValueError for sizes below 1.
+
+    Invariant: position p of a sequence lies at offset p of its slab, and offsets past its length are never read.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_slabs: int,
+        max_len: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        raise NotImplementedError("ch03: ContiguousCache.__init__")
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
+        """Store the new K and V behind the old ones of each slab, then attend over the slab."""
+        raise NotImplementedError("ch03: ContiguousCache.attend")

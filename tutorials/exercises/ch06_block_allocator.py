@@ -1,0 +1,70 @@
+"""Chapter 6. Who owns which block: a free list and a reference count, and nothing else.
+
+    free:    3 1 6                      blocks that no table names
+    owners:  0 -> 2   2 -> 1   ...      how many block tables name each block in use
+
+A block is in exactly one of the two, always. That one sentence is the allocator, and the suite of this chapter
+checks it after every call. What a block contains is not our business; the tensors live in kvcache/.
+
+Every block has the same size, so any free block serves any request: external fragmentation cannot happen.
+The operating-systems textbook calls these blocks page frames, and this list the free-frame list.
+Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", section 4.2.
+"""
+
+# Exercise ch06_block_allocator, about 20 minutes. Write what raises
+# NotImplementedError, in this order, and run `minipaged check 6` after each step:
+#
+#   1. BlockAllocator.__init__
+#   2. BlockAllocator.num_blocks
+#   3. BlockAllocator.num_free
+#   4. BlockAllocator.ref_count
+#   5. BlockAllocator.allocate
+#   6. BlockAllocator.share
+#   7. BlockAllocator.free
+#
+# What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# Made from minipaged/memory/block_allocator.py by minipaged/course/generate.py.
+
+from collections import deque
+
+
+class OutOfBlocks(RuntimeError):
+    """No free block. Nothing was changed: the caller may free, preempt or wait, and ask again."""
+
+
+class BlockAllocator:
+    """A pool of `num_blocks` physical blocks, numbered from 0. Every method is O(1).
+
+    Invariant: a block's reference count is the number of block tables that name it, and it is free when that is 0.
+    Raises ValueError for a pool of less than one block.
+    """
+
+    def __init__(self, num_blocks: int):
+        raise NotImplementedError("ch06: BlockAllocator.__init__")
+
+    @property
+    def num_blocks(self) -> int:
+        raise NotImplementedError("ch06: BlockAllocator.num_blocks")
+
+    @property
+    def num_free(self) -> int:
+        raise NotImplementedError("ch06: BlockAllocator.num_free")
+
+    def ref_count(self, block: int) -> int:
+        """How many tables name the block; 0 means that it is free. Raises ValueError for a block outside the pool."""
+        raise NotImplementedError("ch06: BlockAllocator.ref_count")
+
+    def allocate(self) -> int:
+        """Take a free block, with one owner. Raises OutOfBlocks, changing nothing."""
+        raise NotImplementedError("ch06: BlockAllocator.allocate")
+
+    def share(self, block: int) -> None:
+        """One more table names a block in use. A free block cannot be shared: somebody else may be about to own it.
+
+        Raises ValueError for a block that is free or not in the pool, changing nothing.
+        """
+        raise NotImplementedError("ch06: BlockAllocator.share")
+
+    def free(self, block: int) -> None:
+        """One table fewer names the block; with the last one it returns to the pool. Raises ValueError like share."""
+        raise NotImplementedError("ch06: BlockAllocator.free")

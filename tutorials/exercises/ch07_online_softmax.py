@@ -1,0 +1,44 @@
+"""Chapter 7. Paged attention, block by block: no copy of the context, because softmax can be computed in passing.
+
+Softmax needs the maximum and the sum of a whole row, and a block shows only block_size scores of it. So keep, for each
+query, the maximum m so far, the sum l of exp(score - m) so far, and the unnormalised output acc. A new block with
+scores s and values v moves the maximum to m', and what was summed under the old one is rescaled:
+
+    m'   = max(m, max_j s_j)
+    l'   = l * exp(m - m')   +  sum_j exp(s_j - m')
+    acc' = acc * exp(m - m') +  sum_j exp(s_j - m') v_j            output = acc / l
+
+Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al., "FlashAttention"
+(2022), section 3.1. The Triton kernels of chapter 8 are this loop, with one program for each (sequence, KV head).
+"""
+
+# Exercise ch07_online_softmax, about 40 minutes. Write what raises
+# NotImplementedError, in this order, and run `minipaged check 7` after each step:
+#
+#   1. paged_attention_online
+#
+# What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# Shapes: docs/design.md, section 3. Sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1 of
+# query, perhaps none; its last query stands at position seq_lens[s] - 1. What no token owns is never read.
+# Made from minipaged/attention/online_softmax.py by minipaged/course/generate.py.
+
+import torch
+from torch import Tensor
+
+from minipaged.attention.checks import check_paged_attention
+from minipaged.attention.contiguous import visible
+
+
+def paged_attention_online(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """The same signature and the same answer as `paged_attention`; each block is read where it lies."""
+    raise NotImplementedError("ch07: paged_attention_online")

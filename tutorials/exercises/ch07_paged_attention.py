@@ -1,0 +1,84 @@
+"""Chapter 7. Paged attention, the plain form: store through the slot mapping; gather a sequence's blocks, then attend.
+
+    block table of a sequence     [ 7, 1, 3 ]
+    key_cache                     [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 ]     blocks of block_size tokens
+    gathered                      [ 7 | 1 | 3 ] -> cut to seq_len -> causal attention of chapter 3
+
+The gather copies the context once a step. `online_softmax.py` does without the copy, and `blockwise.py` is that idea at
+full speed, which is what the engine runs; this form is the one to read first, and a second oracle beside the first.
+Source: the PagedAttention paper, section 4.1.
+"""
+
+# Exercise ch07_paged_attention, about 40 minutes. Write what raises
+# NotImplementedError, in this order, and run `minipaged check 7` after each step:
+#
+#   1. write_kv
+#   2. paged_attention_gathered
+#   3. gather
+#
+# What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# Shapes: docs/design.md, section 3. Sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1 of
+# query, perhaps none; its last query stands at position seq_lens[s] - 1. What no token owns is never read.
+# Made from minipaged/attention/paged.py by minipaged/course/generate.py.
+
+import torch
+from torch import Tensor
+
+from minipaged.attention.checks import check_paged_attention, check_write_kv
+from minipaged.attention.contiguous import causal_attention
+
+
+def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Store each new token's K and V in its slot: block = slot // block_size, offset = slot % block_size.
+
+    key, value [num_tokens, num_kv_heads, head_dim]; caches [num_blocks, num_kv_heads, block_size, head_dim];
+    slot_mapping int64 [num_tokens], -1 for a token that is not stored. No slot may stand in it twice.
+    Raises ValueError for arguments that do not fit, before anything is written.
+    """
+    raise NotImplementedError("ch07: write_kv")
+
+
+def slot_rows(slot_mapping: Tensor, num_kv_heads: int, block_size: int) -> tuple[Tensor, Tensor | None]:
+    """The same translation, done once for all layers: which rows of a cache seen as [-1, head_dim] the tokens go to.
+
+    Returns int64 [num_stored, num_kv_heads], and which tokens are stored (bool [num_tokens]; None for all of them).
+    `cache.view(-1, head_dim)[rows] = key[stored]` is then what write_kv does. Row of (block, head, offset):
+    (block * num_kv_heads + head) * block_size + offset.
+    """
+    stored = slot_mapping >= 0
+    everything = bool(stored.all())
+    slots = slot_mapping if everything else slot_mapping[stored]
+    head = torch.arange(num_kv_heads, device=slots.device)
+    block, offset = slots[:, None] // block_size, slots[:, None] % block_size  # [num_stored, 1] each
+    return (block * num_kv_heads + head) * block_size + offset, None if everything else stored
+
+
+def paged_attention_gathered(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Causal attention of a ragged batch that reads K and V through each sequence's block table.
+
+    query [num_tokens, num_heads, head_dim], the queries of sequence s in rows query_start_loc[s] to
+    query_start_loc[s + 1] - 1, its last query at position seq_lens[s] - 1;
+    key_cache, value_cache [num_blocks, num_kv_heads, block_size, head_dim];
+    block_tables int32 [num_seqs, max_blocks]; seq_lens int32 [num_seqs]; query_start_loc int32 [num_seqs + 1].
+    Entries of a table past the sequence's end, and slots past it in its last block, are never read.
+    Returns the shape of query. Raises ValueError for arguments that do not fit.
+    """
+    raise NotImplementedError("ch07: paged_attention_gathered")
+
+
+paged_attention = paged_attention_gathered  # one signature, one name: the module says which form it is
+
+
+def gather(cache: Tensor, blocks: Tensor) -> Tensor:
+    """The blocks of one table, in logical order, as one piece: [num_kv_heads, num_blocks * block_size, head_dim]."""
+    raise NotImplementedError("ch07: gather")

@@ -1,0 +1,105 @@
+"""Chapter 7. The paged cache: one pool of equal blocks for all requests, read through each one's block table.
+
+    block 0 [ A0 A1 A2 A3 ]   block 1 [ B0 B1 B2 B3 ]   block 2 [ A4 A5 .. .. ]   block 3 [ free ]
+
+    A: [0, 2]     B: [1]
+
+The tensors know nothing of requests. Who owns which block is decided in memory/, in plain Python, and arrives as two
+arrays of the step: `slot_mapping` says where to write, `block_tables` says where to read. Torch and Triton have the
+same two functions under the same names. Every layer of a step has the same tables, so the torch backend checks them,
+and works out what they say, at the first layer, and keeps that for the others (`attention/plan.py`).
+"""
+
+# Exercise ch07_paged_cache, about 15 minutes. Write what raises
+# NotImplementedError, in this order, and run `minipaged check 7` after each step:
+#
+#   1. PagedCache.attend
+#   2. PagedCache.copy_blocks
+#
+# What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# attend: write_kv, then paged_attention of minipaged.attention, on the caches of the layer.
+# Made from minipaged/kvcache/paged.py by minipaged/course/generate.py.
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minipaged.attention.blockwise import attend
+from minipaged.attention.checks import check_paged_attention, check_write_kv
+from minipaged.attention.paged import slot_rows
+from minipaged.attention.plan import Plan, make_plan
+from minipaged.attention.workspace import Workspace
+from minipaged.model.contract import Step
+from minipaged.model.transformer import ModelConfig
+
+
+class PagedCache:
+    """`num_blocks` blocks of `block_size` tokens, in every layer; a block's number means the same block in all layers.
+
+    Invariant: slot block * block_size + offset of a layer holds the K and V of one token of the block's owners.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        backend: str = "torch",
+    ):
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
+        shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        self._kernels = _triton_functions(backend, torch.device(device))
+        self._workspace = Workspace()
+        self._step: Step | None = None  # the step that the next two were made of
+        self._rows: tuple[Tensor, Tensor | None]
+        self._plan: Plan
+        # Not zeroed: the system hands out pages of this memory when they are first written, and not before.
+        self.key_cache = torch.empty(shape, dtype=dtype, device=device)
+        self.value_cache = torch.empty(shape, dtype=dtype, device=device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
+        """Write the new K and V to their slots, then attend through the block tables."""
+        raise NotImplementedError("ch07: PagedCache.attend")
+
+    def _prepare(self, query: Tensor, key: Tensor, value: Tensor, step: Step) -> None:
+        """Check a step's arguments, and translate its slots and its tables, once for all layers."""
+        key_cache, value_cache = self.key_cache[0], self.value_cache[0]
+        tables = (step.block_tables, step.seq_lens, step.query_start_loc)
+        check_write_kv(key, value, key_cache, value_cache, step.slot_mapping)
+        check_paged_attention(query, key_cache, value_cache, *tables, sliding_window=None)
+        _, num_kv_heads, block_size, _ = key_cache.shape
+        self._rows = slot_rows(step.slot_mapping, num_kv_heads, block_size)
+        self._plan = make_plan(*tables, num_heads=query.shape[1], num_kv_heads=num_kv_heads, block_size=block_size)
+        self._step = step
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, target) in every layer, in this order (chapter 9: copy-on-write)."""
+        raise NotImplementedError("ch07: PagedCache.copy_blocks")
+
+
+def _triton_functions(backend: str, device: torch.device) -> tuple[Callable[..., None], Callable[..., Tensor]] | None:
+    """write_kv and paged_attention of Triton, imported when chosen: torch users, who get None, need no Triton."""
+    if backend == "torch":
+        return None
+    if backend != "triton":
+        raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
+    # Triton has no code for a CPU, but an interpreter. A process has the one or the other, from triton's import on.
+    if device.type == "cpu" and "triton" not in sys.modules:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if interpreted != (device.type == "cpu"):
+        raise ValueError(
+            f"backend 'triton' on device '{device.type}' needs TRITON_INTERPRET={int(device.type == 'cpu')} "
+            f"from before triton is first imported; it is {os.environ.get('TRITON_INTERPRET', 'not set')}"
+        )
+    try:
+        from minipaged.kernels import paged_attention, write_kv
+    except ImportError as error:
+        raise ValueError(f"backend 'triton' cannot be used: {error}") from error
+    return write_kv, paged_attention

@@ -1,0 +1,74 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Chapter 8. Copy whole blocks within a pool: what copy-on-write asks for (chapter 9), in one launch for all layers.
+
+    copies  [(5, 2), (0, 7)]                block 5 -> block 2,  block 0 -> block 7, in every layer
+
+    grid    (copy, layer, piece)            a piece is up to 1,024 elements that lie side by side
+
+            block 5   [ piece 0 | piece 1 | piece 2 ..]
+                           |         |         |        one program each, K and V
+            block 2   [ piece 0 | piece 1 | piece 2 ..]
+
+The order of heads and slots inside a block does not matter to a copy: both blocks are read as a row of elements.
+"""
+
+# Exercise ch08_block_copy, about 15 minutes. Write what raises
+# NotImplementedError, in this order, and run `minipaged check 8` after each step:
+#
+#   1. copy_blocks_kernel
+#
+# What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# Made from minipaged/kernels/block_copy.py by minipaged/course/generate.py.
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minipaged.kernels.checks import check_copy_blocks
+
+PIECE = 1024  # elements: 2 KiB of float16, 16 bytes a thread at 4 warps
+
+
+def copy_blocks(
+    key_cache: Tensor, value_cache: Tensor, copies: Sequence[tuple[int, int]] | Tensor, *, check: bool = False
+) -> None:
+    """Copy block `source` to block `target` for each pair of `copies`: a list, or an integer tensor [num_copies, 2].
+
+    caches [num_blocks, num_kv_heads, block_size, head_dim] of one layer, or [num_layers, num_blocks, ...]: then a
+    block's number means the same block in all layers, and one launch serves them all. A target may stand in `copies`
+    once and may be nobody's source, since programs run in no order.
+    Raises ValueError for what does not fit before anything is copied; a tensor's numbers are looked at only with
+    `check`, which has to wait for the device, a list's always.
+    """
+    check_copy_blocks(key_cache, value_cache, copies, check)
+    if len(copies) == 0:
+        return
+    if key_cache.dim() == 4:
+        key_cache, value_cache = key_cache[None], value_cache[None]
+    pairs = torch.as_tensor(copies, device=key_cache.device).contiguous()  # [num_copies, 2]
+    num_layers, _, num_kv_heads, block_size, head_dim = key_cache.shape
+    numel = num_kv_heads * block_size * head_dim
+    copy_blocks_kernel[(len(pairs), num_layers, triton.cdiv(numel, PIECE))](
+        key_cache,
+        value_cache,
+        pairs,
+        numel,
+        *key_cache.stride()[:2],
+        PIECE=PIECE,
+    )
+
+
+@triton.jit
+def copy_blocks_kernel(
+    key_cache_ptr,  # [num_layers, num_blocks, numel]
+    value_cache_ptr,
+    copies_ptr,  # [num_copies, 2]
+    numel,  # elements of a block
+    stride_layer,
+    stride_block,
+    PIECE: tl.constexpr,
+):
+    raise NotImplementedError("ch08: copy_blocks_kernel")

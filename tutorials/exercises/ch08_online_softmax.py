@@ -1,0 +1,84 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Chapter 8. The loop of chapter 7, for one program: rows of queries attend to a stretch of one sequence's context.
+
+    positions       start                                         end
+                      |                                            |
+    tiles             [ TILE tokens ][ TILE tokens ][ TILE toke.. ]      one step of the loop each
+    blocks        [  7   |  1   |  3   |  0   |  9   |  4   |  2   ]     block_size tokens each, anywhere in the pool
+
+A tile is as long as the tensor cores like it, a block as the allocator likes it, and neither need be a multiple of the
+other: every *token* looks up its own block, position // BLOCK_SIZE. So one kernel serves blocks of 1, 3, 16 and 256
+tokens, and a stretch may start anywhere. Tokens of one block share its table entry, which costs one transaction.
+
+Scores are kept in units of log2: exp(x) = exp2(x * log2(e)), the GPU has an instruction for exp2, and log2(e) is folded
+into the scale.
+"""
+
+# Exercise ch08_online_softmax, about 60 minutes. Write what raises
+# NotImplementedError, in this order, and run `minipaged check 8` after each step:
+#
+#   1. start_softmax
+#   2. finish_softmax
+#   3. attend_context
+#
+# What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# Made from minipaged/kernels/online_softmax.py by minipaged/course/generate.py.
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2_E = math.log2(math.e)
+_LOG2_E = tl.constexpr(LOG2_E)  # a kernel sees a global only as a constexpr
+
+
+@triton.jit
+def start_softmax(q):
+    """Nothing seen yet: maximum [ROWS], total [ROWS] and accumulator [ROWS, HEAD_DIM_PADDED] in float32.
+
+    float64 is there for tests that compare tokens, and keeps float64 here. (The scale, as every number that is a
+    kernel's argument, is rounded to float32 on a GPU.)
+    """
+    raise NotImplementedError("ch08: start_softmax")
+
+
+@triton.jit
+def finish_softmax(total, accumulator):
+    """accumulator / total, and 0 for a row that saw nothing (a padded row of a batch, with no context)."""
+    raise NotImplementedError("ch08: finish_softmax")
+
+
+@triton.jit
+def attend_context(
+    maximum,  # [ROWS], what start_softmax or an earlier call returned
+    total,  # [ROWS]
+    accumulator,  # [ROWS, HEAD_DIM_PADDED]
+    q,  # [ROWS, HEAD_DIM_PADDED]
+    row_position,  # [ROWS], the position of each row's query; used where CAUSAL
+    key_ptr,  # the caches, moved to the KV head
+    value_ptr,
+    table_ptr,  # the sequence's row of the block table
+    start,  # positions start to end - 1 of the context
+    end,
+    stride_block,
+    stride_slot,
+    scale_log2,  # scale * log2(e)
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,  # False promises whole tiles, all of which every row may see
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,  # tokens that a row may see, its own included; 0: all. Used where CAUSAL
+    SOFT_CAP: tl.constexpr,  # 0: none
+):
+    raise NotImplementedError("ch08: attend_context")
+
+
+@triton.jit
+def soft_capped(scores, CAP: tl.constexpr):
+    """cap * tanh(score / cap), in units of log2 before and after.
+
+    tanh(x) = 1 - 2 / (exp(2x) + 1) keeps its limit where exp overflows; (exp(2x) - 1) / (exp(2x) + 1) is inf / inf.
+    """
+    return CAP * _LOG2_E * (1.0 - 2.0 / (tl.exp2(scores * (2.0 / CAP)) + 1.0))

@@ -1,0 +1,160 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Chapter 8. Split-KV decode: a long context is cut over several programs, and a second kernel merges what they found.
+
+    one (sequence, KV head), 3 splits
+
+    context   [ tile tile tile | tile tile tile | tile tile .. ]       whole tiles; a short sequence leaves splits empty
+    program        split 0          split 1          split 2           grid (sequence, KV head, split)
+                 m0  l0  acc0     m1  l1  acc1     m2  l2  acc2        maximum, sum, and output not yet divided, float32
+                        \\              |              /
+    merge            m = max(m0, m1, m2),  out = sum exp2(mi - m) acc_i / sum exp2(mi - m) l_i     grid (sequence, head)
+
+One sequence of 32 K tokens with 8 KV heads is 8 programs for 132 multiprocessors: without splits most of the GPU, and
+of its memory bandwidth, waits. The merge is the online softmax of chapter 7 with a split in the place of a block.
+Source: Dao et al., "Flash-Decoding for long-context inference" (2023).
+"""
+
+# Exercise ch08_paged_decode_split, about 45 minutes. Write what raises
+# NotImplementedError, in this order, and run `minipaged check 8` after each step:
+#
+#   1. choose_num_splits
+#   2. paged_decode_split_kernel
+#   3. merge_splits_kernel
+#
+# What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# Made from minipaged/kernels/paged_decode_split.py by minipaged/course/generate.py.
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minipaged.kernels.checks import check_decode
+from minipaged.kernels.online_softmax import LOG2_E, attend_context, start_softmax
+from minipaged.kernels.paged_decode import decode_constants
+
+MAX_SPLITS = 64  # the merge holds all splits of a head in registers
+MIN_TOKENS = 128  # of a split: below, what is written for the merge weighs against the K and V that is read
+PROGRAMS_PER_MULTIPROCESSOR = 2  # enough loads in flight to fill the memory's latency
+
+
+def choose_num_splits(num_seqs: int, num_kv_heads: int, max_seq_len: int, num_multiprocessors: int) -> int:
+    """How many programs shall share one (sequence, KV head): 1 where the batch fills the GPU by itself.
+
+    The fewest splits that give every multiprocessor its programs, but none shorter than MIN_TOKENS.
+    """
+    raise NotImplementedError("ch08: choose_num_splits")
+
+
+@functools.cache
+def count_multiprocessors(device: torch.device) -> int:
+    """Of the GPU; 1 on a CPU, where the interpreter runs one program after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def paged_decode_split(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    num_splits: int,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    out: Tensor | None = None,
+    tile: int | None = None,
+    check: bool = False,
+) -> Tensor:
+    """The arguments and the answer of `paged_decode`; each context is cut into `num_splits` parts, 1 to MAX_SPLITS."""
+    check_decode(
+        query, key_cache, value_cache, block_tables, seq_lens, sliding_window, logits_soft_cap, out, tile, check
+    )
+    if not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits must lie in 1 to {MAX_SPLITS}, got {num_splits}")
+    num_seqs, num_heads, head_dim = query.shape
+    _, num_kv_heads, block_size, _ = key_cache.shape
+    out = torch.empty_like(query) if out is None else out
+    if num_seqs == 0:
+        return out
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    accumulators = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=dtype, device=query.device)
+    maxima, totals = torch.empty((2, num_seqs, num_heads, num_splits), dtype=dtype, device=query.device)
+    constants = decode_constants(
+        num_heads // num_kv_heads, head_dim, block_size, query.dtype.itemsize, sliding_window, logits_soft_cap, tile
+    )
+    paged_decode_split_kernel[(num_seqs, num_kv_heads, num_splits)](
+        accumulators,
+        maxima,
+        totals,
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        seq_lens,
+        scale * LOG2_E,
+        *query.stride()[:2],
+        *key_cache.stride()[:3],
+        block_tables.stride(0),
+        **constants,
+    )
+    merge_splits_kernel[(num_seqs, num_heads)](
+        out,
+        accumulators,
+        maxima,
+        totals,
+        num_splits,
+        *out.stride()[:2],
+        HEAD_DIM=head_dim,
+        HEAD_DIM_PADDED=constants["HEAD_DIM_PADDED"],
+        SPLITS_PADDED=triton.next_power_of_2(num_splits),
+    )
+    return out
+
+
+@triton.jit
+def paged_decode_split_kernel(
+    accumulators_ptr,  # [num_seqs, num_heads, num_splits, HEAD_DIM], in one piece
+    maxima_ptr,  # [num_seqs, num_heads, num_splits]
+    totals_ptr,  # [num_seqs, num_heads, num_splits]
+    query_ptr,  # [num_seqs, num_heads, HEAD_DIM]
+    key_cache_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE, HEAD_DIM]
+    value_cache_ptr,
+    block_tables_ptr,  # [num_seqs, max_blocks]
+    seq_lens_ptr,  # [num_seqs]
+    scale_log2,
+    query_stride_seq,
+    query_stride_head,
+    stride_block,  # of both caches
+    stride_kv_head,
+    stride_slot,
+    table_stride_seq,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+):
+    raise NotImplementedError("ch08: paged_decode_split_kernel")
+
+
+@triton.jit
+def merge_splits_kernel(
+    out_ptr,  # [num_seqs, num_heads, HEAD_DIM]
+    accumulators_ptr,  # [num_seqs, num_heads, num_splits, HEAD_DIM]
+    maxima_ptr,  # [num_seqs, num_heads, num_splits]
+    totals_ptr,  # [num_seqs, num_heads, num_splits]
+    num_splits,
+    out_stride_seq,
+    out_stride_head,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+):
+    raise NotImplementedError("ch08: merge_splits_kernel")

@@ -1,0 +1,127 @@
+"""Chapter 6. The block table: where the tokens of one sequence lie, logical block by logical block.
+
+    position 9, block_size 4  ->  logical block 9 // 4 = 2, offset 9 % 4 = 1
+    blocks [7, 1, 3]          ->  physical block 3
+    slot                      ->  3 * 4 + 1 = 13
+
+This is the page table of an operating system with one level: a page is a block of tokens, a process is a sequence,
+and an address is a position. Logical blocks are filled in order, so only the last one may be partly empty: a
+sequence never wastes more than block_size - 1 slots. Source: the PagedAttention paper, sections 4.2 and 4.3.
+
+Chapter 9 comes back to the same class: a block that two tables name is shared, and it is never written.
+
+    A  [7, 1]      fork      A  [7, 1]      A appends      A  [7, 4]     copies [(1, 4)]: the caller copies the
+                  ----->     B  [7, 1]      --------->     B  [7, 1]     tensors of block 1 to block 4, then writes
+"""
+
+# Exercise ch09_sharing, about 45 minutes. Write what raises
+# NotImplementedError, in this order, and run `minipaged check 9` after each step:
+#
+#   1. BlockTable.blocks_needed
+#   2. BlockTable.append_tokens
+#   3. BlockTable.fork
+#   4. BlockTable.append_shared
+#   5. BlockTable.replace
+#   6. BlockTable.move
+#
+# What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# Made from minipaged/memory/block_table.py by minipaged/course/generate.py.
+
+from collections.abc import Sequence
+
+from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
+from minipaged.memory.trace import Trace
+
+
+class BlockTable:
+    """The blocks of one sequence, drawn from a shared allocator.
+
+    Invariant: len(blocks) == ceil(num_tokens / block_size), and this table holds one reference to each of its blocks.
+    Given a trace and the sequence's name, it records each change of ownership as an event.
+    """
+
+    def __init__(
+        self, allocator: BlockAllocator, block_size: int, *, seq: str | None = None, trace: Trace | None = None
+    ):
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        if trace is not None and seq is None:
+            raise ValueError("a traced table needs the name of its sequence: seq is None")
+        self.block_size = block_size
+        self.num_tokens = 0
+        self.allocator = allocator  # the pool that the blocks are of: the device's, or the host's while swapped out
+        self.seq = seq
+        self.trace = trace
+        self._blocks: list[int] = []
+
+    @property
+    def blocks(self) -> list[int]:
+        """Physical block of each logical block (a copy)."""
+        return list(self._blocks)
+
+    def slot(self, position: int) -> int:
+        """Physical slot of a token: block * block_size + offset. Raises IndexError where no token was appended."""
+        if not 0 <= position < self.num_tokens:
+            raise IndexError(f"position {position} is not in the table: it holds {self.num_tokens} tokens")
+        return self._blocks[position // self.block_size] * self.block_size + position % self.block_size
+
+    def blocks_needed(self, num_new_tokens: int) -> int:
+        """How many blocks append_tokens(num_new_tokens) would take: new ones, and one if it must copy the last.
+
+        Raises ValueError for a negative number of tokens, and so does append_tokens.
+        """
+        raise NotImplementedError("ch09: BlockTable.blocks_needed")
+
+    def append_tokens(self, num_new_tokens: int) -> list[tuple[int, int]]:
+        """Make room for tokens at the end. Returns the copies (source, target) to make before anything is written.
+
+        A shared block is never written. If the new tokens begin inside a last block that somebody else names too,
+        this table takes a block of its own in its place (copy-on-write, the paper's section 4.4). Copies of several
+        calls are made in the order of the calls: the source of one may be the target of a later one.
+        Raises OutOfBlocks, changing nothing.
+        """
+        raise NotImplementedError("ch09: BlockTable.append_tokens")
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keep the first num_tokens tokens; blocks with none of them are given back. Raises ValueError on a longer one.
+
+        The last block goes first. A prefix cache evicts in the order in which blocks came back, so what hangs on a
+        prefix is given up before the prefix.
+        """
+        if not 0 <= num_tokens <= self.num_tokens:
+            raise ValueError(f"cannot keep {num_tokens} tokens of {self.num_tokens}")
+        self.num_tokens = num_tokens
+        while len(self._blocks) > self._blocks_for(num_tokens):
+            block = self._blocks.pop()
+            self.allocator.free(block)
+            if self.trace is not None:
+                self.trace.record("free", seq=self.seq, logical=len(self._blocks), block=block)
+
+    def release(self) -> None:
+        """Give back every block. The table is empty afterwards and may be used again."""
+        self.truncate(0)
+
+    def fork(self, *, seq: str | None = None) -> "BlockTable":
+        """A second sequence with the same tokens. No block is taken: both tables name the same ones. (Chapter 9.)"""
+        raise NotImplementedError("ch09: BlockTable.fork")
+
+    def append_shared(self, blocks: Sequence[int]) -> None:
+        """Begin with full blocks that somebody else wrote: what a prefix cache found. (Chapter 9.)
+
+        Raises ValueError, changing nothing, if the table is not empty or one of the blocks is free.
+        """
+        raise NotImplementedError("ch09: BlockTable.append_shared")
+
+    def replace(self, logical: int, block: int) -> None:
+        """Name another block with the same tokens instead, and give the own one back. (Chapter 9.)"""
+        raise NotImplementedError("ch09: BlockTable.replace")
+
+    def move(self, allocator: BlockAllocator, blocks: Sequence[int]) -> None:
+        """Name blocks of another pool instead, one for each, and give the own ones back. (Chapter 9: swap.)
+
+        The caller took one reference to each of `blocks` for this table; the table owns it from now on.
+        """
+        raise NotImplementedError("ch09: BlockTable.move")
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)

@@ -1,0 +1,61 @@
+"""Chapter 9. Swap: a sequence that must wait moves to the host's memory, and comes back where there is room.
+
+    device                              host
+    A  [7, 1, 4]     swap_out([A, B])   A  [0, 1, 2]      plan [(7, 0), (1, 1), (4, 2), (3, 3)]
+    B  [7, 1, 3]     --------------->   B  [0, 1, 3]      four copies for six entries; 7 and 1 are still shared
+
+All tables of a request (its samples, its beams) form a group and move together: a sequence with a part of its
+tokens on the host could not run anyway. The plan names each block once, so what was shared moves once and is shared
+after. The last block moves whole, also when it is partly empty. Blocks that a table outside the group names too are
+copied like the others: the group leaves nothing behind, and the other table keeps the block.
+
+Both directions are the same walk between two pools; this class decides, and the caller copies the tensors.
+Source: the PagedAttention paper, section 4.5, which compares this with dropping the blocks and computing them anew.
+"""
+
+# Exercise ch09_swap, about 30 minutes. Write what raises
+# NotImplementedError, in this order, and run `minipaged check 9` after each step:
+#
+#   1. Swap.swap_out
+#   2. Swap.swap_in
+#   3. Swap.blocks_needed
+#
+# What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# Made from minipaged/memory/swap.py by minipaged/course/generate.py.
+
+from collections.abc import Sequence
+
+from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
+from minipaged.memory.block_table import BlockTable
+
+
+class Swap:
+    """Moves groups of tables between a device pool and a host pool. O(1) a block.
+
+    Invariant: a table's blocks are all of the pool that it draws from, `table.allocator`, before and after.
+    """
+
+    def __init__(self, device: BlockAllocator, host: BlockAllocator):
+        if device is host:
+            raise ValueError("device and host are one pool: there is nothing to swap between")
+        self.device = device
+        self.host = host
+
+    def swap_out(self, tables: Sequence[BlockTable]) -> list[tuple[int, int]]:
+        """Move a group to the host. Returns the copies to make, (device_block, host_block).
+
+        The copies come before whatever is written to the device next, and plans of several calls are carried out in
+        the order of the calls: the blocks that one gives back are the next one's to take.
+        Raises OutOfBlocks if the host has too few blocks, and ValueError if a table is not on the device or is
+        given twice; both change nothing.
+        """
+        raise NotImplementedError("ch09: Swap.swap_out")
+
+    def swap_in(self, tables: Sequence[BlockTable]) -> list[tuple[int, int]]:
+        """Move a group back. Returns the copies to make, (host_block, device_block). Refuses as swap_out does."""
+        raise NotImplementedError("ch09: Swap.swap_in")
+
+    @staticmethod
+    def blocks_needed(tables: Sequence[BlockTable]) -> int:
+        """How many blocks the group takes in the pool that it moves to: a shared block counts once."""
+        raise NotImplementedError("ch09: Swap.blocks_needed")

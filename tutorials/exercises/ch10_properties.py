@@ -1,0 +1,30 @@
+"""Chapter 10. Write the property yourself: `minipaged check 10 --properties`. (How it is graded: ch06_properties.py.)
+
+tests/serving_model.py has an engine without tensors: `engine = Engine(num_blocks, block_size, max_model_len=16)`,
+`engine.add(prompt, max_tokens)`, `engine.step()`, `engine.abort(request_id)`. It checks nothing that you do not ask of
+it: `engine.scheduler` and `engine.memory` are the real ones.
+"""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving_model import Engine
+
+
+@given(data=st.data())
+def test_an_aborted_request_leaves_nothing_behind(data):
+    """Add requests, step a few times, abort all: no slot is reserved, and nothing is unfinished.
+
+    Refuses: a leak on abort.
+    """
+    raise NotImplementedError("ch10: test_an_aborted_request_leaves_nothing_behind")
+
+
+@given(data=st.data())
+def test_what_can_never_run_is_refused(data):
+    """A request whose tokens outgrow the whole pool is refused by `add` with a ValueError; one that fits is not.
+
+    Refuses: a request that is let in because its prompt fits.
+    """
+    raise NotImplementedError("ch10: test_what_can_never_run_is_refused")
