@@ -1,0 +1,109 @@
+"""Chapter 11, experiments (f), (g) and (h). How large should a block be?
+
+    small     a table with many entries, and many small transfers when a request is swapped
+    large     the last block of every request is half empty
+
+Figures 18 and 19 of the paper, and what block tables cost beside the pool, which it does not print.
+"""
+
+from collections.abc import Sequence
+
+from minipaged.memory.page_table import AddressLayout
+from minipaged.memory.sizes import (
+    ENTRY_BYTES,
+    LLAMA_3_8B,
+    LLAMA_3_8B_POOL_BYTES,
+    OPT_13B,
+    OPT_13B_POOL_BYTES,
+    block_table_cost,
+)
+from minipaged.simulator import paper
+from minipaged.simulator.cost import CostModel
+from minipaged.simulator.memory_use import Job, Run
+from minipaged.simulator.report import Lines, Report, Row, row
+from minipaged.simulator.servers import Server
+from minipaged.simulator.simulate import simulate
+from minipaged.simulator.workloads import stream
+
+BLOCK_SIZES = tuple(1 << k for k in range(9))  # 1 to 256 tokens
+SECONDS = {"sharegpt": 200.0, "alpaca": 60.0}  # of arrivals
+SERVED_SIZES = BLOCK_SIZES[::2]  # of the servers that are compared in (g)
+MOVED = 256  # tokens that are swapped or recomputed, as a microbenchmark: one block of the largest size
+NUM_SEEDS = 2  # the first ones
+
+
+def block_sizes(seeds: Sequence[int], run: Run) -> Report:
+    """(f) Latency at the rates of Figure 13, for blocks of 1 to 256 tokens."""
+    seeds = seeds[:NUM_SEEDS]
+    cases = [(trace, size) for trace in SECONDS for size in BLOCK_SIZES]
+    jobs: list[Job] = [(latency, (trace, size, "recompute", seed)) for trace, size in cases for seed in seeds]
+    results = run(jobs)
+    values = {case: results[i * len(seeds) : (i + 1) * len(seeds)] for i, case in enumerate(cases)}
+    rows = [row(f"{trace}, blocks of {size}", "s/token", values[trace, size]) for trace, size in cases]
+    series = {t: [(float(s), sum(values[t, s]) / len(seeds)) for s in BLOCK_SIZES] for t in SECONDS}
+    chart = Lines("Latency by block size", "tokens in a block", "seconds a token", series, log_x=True, log_y=True)
+    setting = f"OPT-13B, ShareGPT at 2 and Alpaca at 30 requests/s; {len(seeds)} seeds."
+    notes = ["The paper prints no numbers: 16 to 128 are best for ShareGPT, 16 and 32 for Alpaca (section 7.2)."]
+    return Report("f", "Block size and latency", "Figure 18 (b)", setting, rows, [chart], notes)
+
+
+def recovery(seeds: Sequence[int], run: Run) -> Report:
+    """(g) Swap or recompute: the seconds of one sequence, and the latency of a server that is short of memory."""
+    seeds = seeds[:NUM_SEEDS]
+    cases = [(mode, size) for mode in ("recompute", "swap") for size in SERVED_SIZES]
+    jobs: list[Job] = [(latency, ("sharegpt", size, mode, seed)) for mode, size in cases for seed in seeds]
+    results = run(jobs)
+    values = {case: results[i * len(seeds) : (i + 1) * len(seeds)] for i, case in enumerate(cases)}
+    rows, out_and_in, recompute = [], [], []
+    for size in BLOCK_SIZES:
+        cost = CostModel(block_size=size)
+        out_and_in.append((float(size), 2e3 * cost.swap(MOVED // size)))
+        recompute.append((float(size), 1e3 * cost.recompute(MOVED)))
+        rows.append(Row(f"{MOVED} tokens out and in, blocks of {size}", "ms", out_and_in[-1][1]))
+    rows.append(Row(f"{MOVED} tokens computed again", "ms", recompute[-1][1]))
+    rows += [row(f"server, {mode}, blocks of {size}", "s/token", values[mode, size]) for mode, size in cases]
+    ends = {m: [(float(s), sum(values[m, s]) / len(seeds)) for s in SERVED_SIZES] for m in ("recompute", "swap")}
+    charts = [
+        Lines(
+            f"To bring back {MOVED} tokens",
+            "tokens in a block",
+            "ms",
+            {"swap out and in": out_and_in, "recompute": recompute},
+            log_x=True,
+        ),
+        Lines("ShareGPT, 2 requests/s", "tokens in a block", "seconds a token", ends, log_x=True),
+    ]
+    setting = f"OPT-13B, A100 of 40 GB, PCIe 4.0 x16, 4 GiB of host memory; {len(seeds)} seeds."
+    notes = ["The paper prints no numbers: swap is worse for small blocks, both are alike from 16 to 64 (section 7.3)."]
+    return Report("g", "Swap and recompute", "Figure 19", setting, rows, charts, notes)
+
+
+def latency(trace: str, block_size: int, preemption: str, seed: int) -> float:
+    """Normalised latency of the paged server at the rate of Figure 13."""
+    rate = paper.BATCH_RATES[trace]
+    requests = stream(trace, rate, int(rate * SECONDS[trace]), seed)
+    server = Server("paged", block_size=block_size, preemption=preemption)  # type: ignore[arg-type]
+    return simulate(requests, server, account_every=0).latency
+
+
+def table_bytes(seeds: Sequence[int], run: Run) -> Report:
+    """(h) Bytes of block tables beside the bytes of the pool: one level, and two. Arithmetic; no seed matters."""
+    rows = []
+    curves = {}
+    for shape, pool in ((OPT_13B, OPT_13B_POOL_BYTES), (LLAMA_3_8B, LLAMA_3_8B_POOL_BYTES)):
+        curve = []
+        for size in BLOCK_SIZES:
+            cost = block_table_cost(shape, pool, size)
+            curve.append((float(size), 1e6 * cost.all_bytes / pool))
+            if size in (1, 16, 256):
+                rows.append(Row(f"{shape.name}, blocks of {size}: all tables", "bytes", cost.all_bytes))
+                rows.append(Row(f"{shape.name}, blocks of {size}: of the pool", "millionths", curve[-1][1]))
+        curves[shape.name] = curve
+    # A sequence of 500 tokens, the mean that (a) finds in a running request, in blocks of 16: 32 pages of 128.
+    num_pages = -(-500 // 16)
+    for name, bits in (("one level", (7,)), ("two levels", (3, 4)), ("three levels", (3, 2, 2))):
+        layout = AddressLayout(bits, 4, ENTRY_BYTES)
+        rows.append(Row(f"500 tokens of 2,048, {name}", "bytes", layout.dense_bytes(num_pages)))
+    chart = Lines("Block tables beside the pool", "tokens in a block", "millionths of the pool", curves, True, True)
+    setting = "A full pool, nothing shared, entries of 4 bytes. The paper prints no numbers."
+    return Report("h", "Bytes of block tables", "none", setting, rows, [chart])

@@ -1,0 +1,68 @@
+"""Chapter 11. What a simulation costs: seconds and memory, from 10^3 to 10^5 requests in one run.
+
+    python -m minipaged.simulator.scale 100000
+
+Both should be linear in the number of requests: no list of requests is made, a prompt's text is shared by all of its
+length, and what stays of a finished request is one number. Each run is a process of its own, so that its memory is its
+own too.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from minipaged.simulator.memory_use import Run
+from minipaged.simulator.report import Lines, Report, Row
+from minipaged.simulator.servers import Server
+from minipaged.simulator.simulate import simulate
+from minipaged.simulator.workloads import stream
+
+SIZES = (10**3, 10**4, 10**5)
+RATE = 30.0  # Alpaca requests a second, as in Figure 13
+
+
+def scale(seeds: Sequence[int], run: Run) -> Report:
+    """(scale) Processor seconds and megabytes, by the number of requests."""
+    results = run([(in_a_process, (size, seeds[0])) for size in SIZES])
+    rows = []
+    for size, (seconds, megabytes, answered) in zip(SIZES, results, strict=True):
+        rows.append(Row(f"{size:,} requests: processor", "s", seconds))
+        rows.append(Row(f"{size:,} requests: for each", "ms", 1e3 * seconds / size))
+        rows.append(Row(f"{size:,} requests: memory that they added", "MB", megabytes))
+        rows.append(Row(f"{size:,} requests: answered", "", answered))
+    points = [(float(size), seconds) for size, (seconds, _, _) in zip(SIZES, results, strict=True)]
+    chart = Lines("Processor seconds of a simulation", "requests", "s", {"paged server, Alpaca": points}, True, True)
+    setting = "Alpaca at 30 requests/s, the paged server, one run on one core."
+    return Report("scale", "What a simulation costs", "none", setting, rows, [chart])
+
+
+def in_a_process(num_requests: int, seed: int) -> tuple[float, float, int]:
+    """(processor seconds, MB above an idle process, requests answered)."""
+    command = [sys.executable, "-m", "minipaged.simulator.scale", str(num_requests), str(seed)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seconds, megabytes, answered = json.loads(out)
+    return seconds, megabytes, answered
+
+
+def _peak_megabytes() -> float:
+    try:
+        import resource
+    except ImportError:  # Windows has no such count
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)  # bytes there, KiB elsewhere
+
+
+def main() -> None:
+    num_requests, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    simulate(stream("alpaca", RATE, 200, seed), Server("paged"))  # what a first run builds is not counted
+    before, start = _peak_megabytes(), time.process_time()
+    result = simulate(stream("alpaca", RATE, num_requests, seed), Server("paged"))
+    seconds = time.process_time() - start
+    print(json.dumps([seconds, _peak_megabytes() - before, len(result.latencies)]))
+
+
+if __name__ == "__main__":
+    main()

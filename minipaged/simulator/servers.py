@@ -1,0 +1,152 @@
+"""Chapter 11. Four servers that differ in their memory and in nothing else.
+
+    max, pow2, oracle     Orca of the paper's section 6.1: a contiguous run a request, from a buddy allocator
+    paged                 ours: blocks of 16 tokens, as they fill
+
+The scheduler is one and the same class: iteration by iteration, first come first served. Orca's code
+is not public. The paper's authors wrote their own for section 6, and so do we.
+"""
+
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+
+from minipaged.engine.scheduler import Preemption, Scheduler
+from minipaged.engine.sequence import CompletionOutput, SamplingParams, Sequence, SequenceGroup
+from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.reservation import POLICIES, MemoryAccount
+from minipaged.memory.sizes import OPT_13B, OPT_13B_POOL_BYTES
+from minipaged.simulator.contiguous import ReservedMemory
+from minipaged.simulator.cost import CostModel
+from minipaged.simulator.lengths import MAX_MODEL_LEN
+from minipaged.simulator.workloads import Request
+
+SERVERS = ("max", "pow2", "oracle", "paged")
+NUM_SLOTS = OPT_13B_POOL_BYTES // OPT_13B.token_bytes  # 15,728: the 15.7K of the paper's Table 1
+# Defaults of the vLLM of that time (its arg_utils.py and block_manager.py): 256 sequences, 2,560 tokens a step, 1 % of
+# the blocks kept free, 4 GiB of host memory to swap to.
+MAX_NUM_SEQS = 256
+MAX_NUM_BATCHED_TOKENS = 2560
+WATERMARK = 0.01
+SWAP_BYTES = 4 << 30
+
+
+@dataclass
+class Server:
+    """A scheduler over a memory, and what the workload knows about the sequences. One run each.
+
+    Raises ValueError for a name that is none of SERVERS, and whatever the scheduler and the memory refuse.
+    """
+
+    name: str
+    num_slots: int = NUM_SLOTS
+    block_size: int = 16
+    prefix_caching: bool = False
+    preemption: Preemption = "recompute"
+    max_num_seqs: int = MAX_NUM_SEQS
+    watermark: float = WATERMARK
+    cost: CostModel = field(default_factory=CostModel)
+
+    def __post_init__(self) -> None:
+        if self.name not in SERVERS:
+            raise ValueError(f"unknown server {self.name!r}: it is one of {', '.join(SERVERS)}")
+        self.memory: BlockManager | ReservedMemory
+        if self.name in POLICIES:
+            self.memory = ReservedMemory(self.num_slots, self.name, MAX_MODEL_LEN)
+            self.cost = replace(self.cost, attention=1.0)
+        else:
+            host = SWAP_BYTES // OPT_13B.block_bytes(self.block_size) if self.preemption == "swap" else 0
+            self.memory = BlockManager(
+                self.num_slots // self.block_size,
+                self.block_size,
+                num_host_blocks=host,
+                enable_prefix_caching=self.prefix_caching,
+            )
+            self.cost = replace(self.cost, block_size=self.block_size)
+        self.scheduler = Scheduler(
+            self.memory,
+            MAX_MODEL_LEN,
+            self.max_num_seqs,
+            max(MAX_NUM_BATCHED_TOKENS, self.max_num_seqs),
+            preemption=self.preemption,
+            watermark=self.watermark,
+        )
+        self.num_requests = 0
+
+    def add(self, request: Request) -> list[SequenceGroup]:
+        """Queue a request. Where no memory can be shared, each of its samples is a request of its own."""
+        number, self.num_requests = self.num_requests, self.num_requests + 1
+        prompt = _prompt(request, number) if self.memory.finds_prefixes else _zeros(request.prompt_len)
+        params = _params(request.output_len)
+        apart = isinstance(self.memory, ReservedMemory)
+        num_seqs = max(request.n, request.beam_width if apart else 1)
+        seqs = [Sequence(f"{number}.{i}", prompt, params, CompletionOutput(i)) for i in range(num_seqs)]
+        if isinstance(self.memory, ReservedMemory):
+            groups = [SequenceGroup(seq.seq_id, [seq]) for seq in seqs]
+            for seq in seqs:
+                self.memory.expect(seq.seq_id, request.prompt_len, request.output_len)
+        else:
+            groups = [SequenceGroup(str(number), seqs[:1], seqs[1:], request.beam_width)]
+        for group in groups:
+            self.scheduler.add(group)
+        return groups
+
+    def account(self) -> MemoryAccount:
+        """Where every slot of the pool is. It sums to the slots of the pool, at every step."""
+        if isinstance(self.memory, ReservedMemory):
+            return self.memory.account()
+        return paged_account(self.memory, self.scheduler.running, self.num_slots)
+
+
+def paged_account(memory: BlockManager, running: list[SequenceGroup], num_slots: int) -> MemoryAccount:
+    """The account of a pool of blocks. What a block has beyond its sequence's end is rounding; external there is none.
+
+    Slots that are too few for a block, at the end of the pool, are rounding too. A token that several sequences share
+    is held once.
+    """
+    reserved = rounding = 0
+    seen: set[int] = set()
+    for group in running:
+        for seq in group.seqs:
+            num_tokens = memory.length(seq.seq_id)
+            empty = -num_tokens % memory.block_size
+            if not empty:
+                continue
+            if len(group.seqs) > 1:
+                last = memory.blocks(seq.seq_id)[-1]
+                if last in seen:
+                    continue
+                seen.add(last)
+            to_come = len(seq.prompt_token_ids) + seq.params.max_tokens - num_tokens
+            reserved += min(empty, to_come)
+            rounding += max(0, empty - to_come)
+    in_use = memory.num_slots_reserved
+    return MemoryAccount(
+        held=in_use - reserved - rounding,
+        reserved=reserved,
+        over_reserved=0,
+        rounding=rounding + num_slots - memory.num_slots,
+        external=0,
+        free=memory.num_slots - in_use,
+    )
+
+
+_ZEROS: dict[int, list[int]] = {}
+_PARAMS: dict[int, SamplingParams] = {}
+
+
+def _zeros(n: int) -> list[int]:
+    """A prompt whose text does not matter, one for all of its length: nobody writes into a prompt."""
+    if n not in _ZEROS:
+        _ZEROS[n] = [0] * n
+    return _ZEROS[n]
+
+
+def _prompt(request: Request, number: int) -> list[int]:
+    """The shared prefix, then tokens that no other request has."""
+    return [*range(request.prefix_len), *repeat(-1 - number, request.prompt_len - request.prefix_len)]
+
+
+def _params(output_len: int) -> SamplingParams:
+    if output_len not in _PARAMS:
+        _PARAMS[output_len] = SamplingParams(temperature=1.0, max_tokens=output_len, ignore_eos=True)
+    return _PARAMS[output_len]

@@ -1,0 +1,579 @@
+"""Chapter 11. The simulator: the same scheduler over four memories, a clock, and an account that always adds up."""
+
+import ast
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minipaged.simulator
+from minipaged.simulator import figures, paper
+from minipaged.simulator.beams import choose
+from minipaged.simulator.contiguous import ReservedMemory
+from minipaged.simulator.cost import A100_40GB, H100, CostModel, Load
+from minipaged.simulator.latency import HIGHEST, curve
+from minipaged.simulator.lengths import ALPACA, SHAREGPT, SPREAD, Lengths, fit_spread
+from minipaged.simulator.memory_use import FULL_RATE, measure
+from minipaged.simulator.report import Bars, Lines, Report, Row, cells, row, to_csv, to_json, to_markdown
+from minipaged.simulator.reproduce import ALL, EXPERIMENTS, chosen, reproduce, write
+from minipaged.simulator.servers import NUM_SLOTS, SERVERS, Server
+from minipaged.simulator.simulate import Totals, load_of, simulate
+from minipaged.simulator.workloads import Request, arrivals, from_file, stream
+
+pytestmark = pytest.mark.ch11
+
+MODULES = sorted(Path(minipaged.simulator.__file__).parent.glob("*.py"))
+PAGED_ALONE = CostModel(attention=1.0)  # as fast as contiguous memory: then time is no difference between servers
+
+
+@st.composite
+def scripts(draw, kinds=("one", "samples", "beams")):
+    """A few requests, close together, whose prompts are short and whose answers are long: so they run out of room."""
+    requests, now = [], 0.0
+    for _ in range(draw(st.integers(1, 6) | st.integers(12, 20))):
+        now += draw(st.sampled_from((0.0, 0.0, 0.0, 0.2)))
+        kind = draw(st.sampled_from(kinds))
+        prompt_len = draw(st.integers(1, 10))
+        requests.append(
+            Request(
+                now,
+                prompt_len,
+                draw(st.integers(1, 45)),
+                prefix_len=draw(st.integers(0, prompt_len)),
+                n=draw(st.integers(2, 3)) if kind == "samples" else 1,
+                beam_width=draw(st.integers(1, 3)) if kind == "beams" else 0,
+            )
+        )
+    return requests
+
+
+@st.composite
+def servers(draw):
+    """Any of the four, short of memory. The policy max cannot be had for less than one request of 2,048 slots."""
+    name = draw(st.sampled_from((*SERVERS, "paged", "paged")))  # the one that can take back what it gave
+    return Server(
+        name,
+        num_slots=draw(st.integers(2048, 7000) if name == "max" else st.integers(192, 256)),
+        block_size=draw(st.sampled_from((1, 2, 3, 16))),
+        prefix_caching=draw(st.booleans()),
+        preemption=draw(st.sampled_from(("recompute", "swap"))),
+        max_num_seqs=draw(st.sampled_from((3, 6, 40))),
+        watermark=draw(st.sampled_from((0.0, 0.01, 0.3))),
+    )
+
+
+# ---- every run ---------------------------------------------------------------------------------------------------
+
+
+@given(server=servers(), script=scripts(), seed=st.integers(0, 5))
+def test_the_account_sums_to_the_pool_at_every_step_and_no_more_is_held_than_there_is(server, script, seed):
+    def look(server, output, seconds):
+        account = server.account()
+        assert sum(account) == server.num_slots, f"{account} is {sum(account)} slots of {server.num_slots}"
+        assert min(account) >= 0, f"{account}: a part of the pool is negative"
+        assert account.held <= server.num_slots
+        running = [seq for group in server.scheduler.running for seq in group.seqs]
+        written = [item.start + item.count for item in output.work]
+        assert account.held >= max(written, default=0), "a step computes tokens that nobody holds"
+        assert account.held <= sum(len(seq) for seq in running), "more is held than anybody has"
+        assert seconds > 0
+
+    simulate(script, server, on_step=look, seed=seed)
+
+
+@given(server=servers(), script=scripts(), seed=st.integers(0, 5))
+def test_every_request_ends_with_exactly_its_output(server, script, seed):
+    chosen_tokens = Counter()
+    answered = {}
+    real = server.scheduler.finish
+
+    def finish(group, seq, reason):
+        answered[seq.seq_id] = len(seq.output.token_ids)
+        real(group, seq, reason)
+
+    server.scheduler.finish = finish
+    result = simulate(script, server, seed=seed)
+    assert len(result.latencies) == len(script), "a request got no answer, or two"
+    assert all(latency > 0 for latency in result.latencies)
+    for number, request in enumerate(script):
+        searches = request.beam_width and server.name == "paged"
+        for sample in range(0 if searches else max(request.n, request.beam_width)):
+            assert answered[f"{number}.{sample}"] == request.output_len
+            chosen_tokens[number] += request.output_len
+        if searches:  # one beam makes the first token, as many as the width all others
+            chosen_tokens[number] = request.beam_width * request.output_len
+    assert result.tokens == sum(chosen_tokens.values())
+    assert not server.scheduler.groups
+    account = server.account()
+    assert account.held == account.reserved == account.over_reserved == 0, f"{account}: somebody left something behind"
+
+
+@given(script=scripts(kinds=("one",)))
+def test_with_memory_without_limit_all_servers_give_the_same_schedule(script):
+    def schedule(name):
+        steps = []
+
+        def look(server, output, seconds):
+            work = [(item.seq.seq_id, item.start, item.count) for item in output.work]
+            steps.append((work, seconds))
+
+        result = simulate(script, Server(name, num_slots=2048 * 32, cost=PAGED_ALONE), on_step=look)
+        return steps, list(result.latencies)
+
+    first = schedule("max")
+    for name in SERVERS[1:]:
+        assert schedule(name) == first, f"{name} schedules otherwise than max, and no memory is short"
+
+
+@given(server=servers(), script=scripts(), seed=st.integers(0, 5))
+def test_time_goes_on_and_a_token_takes_a_pass(server, script, seed):
+    busy = [0.0]
+
+    def look(server, output, seconds):
+        busy[0] += seconds
+
+    result = simulate(script, server, on_step=look, seed=seed)
+    assert result.clock >= busy[0] - 1e-9, "steps took longer than the whole run"
+    assert result.clock <= script[-1].arrival + busy[0] + 1e-9, "the clock stood still, and somebody waited"
+    one = CostModel().one_pass(1, 0, 0)
+    assert min(result.latencies) >= one * (1 - 1e-9), "a token was made in less time than its pass takes"
+    assert result.latency * len(script) == pytest.approx(sum(result.latencies))
+
+
+@given(script=scripts(), name=st.sampled_from(SERVERS))
+def test_the_same_script_twice_is_the_same_run(script, name):
+    def run():
+        result = simulate(script, Server(name, num_slots=2048), seed=3)
+        return result.clock, list(result.latencies), result.preemptions, result.totals
+
+    assert run() == run()
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_all_are_answered_when_memory_is_short(preemption):
+    """Twenty prompts of 4 tokens fit into 256 slots at once, and twenty answers of 45 do not."""
+    server = Server("paged", num_slots=256, preemption=preemption)
+    result = simulate([Request(0.0, 4, 45)] * 20, server)
+    assert result.preemptions > 0 and server.scheduler.preemptions[preemption] > 0
+    assert len(result.latencies) == 20 and result.tokens == 20 * 45
+
+
+def test_seconds_of_a_lone_request_by_hand():
+    cost = CostModel()
+    result = simulate([Request(5.0, 100, 3)], Server("paged", cost=cost))
+    steps = [cost.one_pass(100, 100, 5050), cost.one_pass(1, 101, 101), cost.one_pass(1, 102, 102)]
+    assert result.clock == pytest.approx(5.0 + sum(steps))
+    assert result.latency == pytest.approx(sum(steps) / 3)
+    assert result.totals.batch == pytest.approx(1.0)
+
+
+def test_the_window_weighs_steps_with_their_seconds():
+    server = Server("paged")
+    result = simulate([Request(0.0, 16, 50), Request(0.0, 16, 100)], server)
+    two = simulate([Request(0.0, 16, 50), Request(0.0, 16, 50)], Server("paged")).clock
+    assert result.totals.batch == pytest.approx((2 * two + result.clock - two) / result.clock, rel=1e-9)
+    assert result.totals.seconds == pytest.approx(result.clock)
+    late = simulate([Request(0.0, 16, 50), Request(0.0, 16, 100)], Server("paged"), window=(two, math.inf)).totals
+    assert late.batch == pytest.approx(1.0)
+    assert late.finished == 1
+
+
+def test_samples_share_the_prompt_and_nothing_else():
+    """Prompt of 32, blocks of 16: two samples name its two blocks, and have one of their own each from token 33 on."""
+    seen = Totals(0.0, math.inf)
+
+    def look(server, output, seconds):
+        if len(server.scheduler.running[0].seqs) == 2 and output.work[0].start >= 32:
+            seen.tables += 6
+            seen.distinct += server.memory.num_slots_reserved / 16
+
+    simulate([Request(0.0, 32, 10, n=2)], Server("paged"), on_step=look)
+    assert seen.saved == pytest.approx(2 / 6)
+    apart = simulate([Request(0.0, 32, 10)] * 2, Server("paged"), count_blocks=True)
+    assert apart.totals.saved == pytest.approx(0.0), "two requests share nothing"
+
+
+def test_a_token_that_samples_share_is_held_once():
+    server = Server("paged", num_slots=320)
+    server.add(Request(0.0, 20, 10, n=3))
+    server.scheduler.computed(server.scheduler.schedule())  # the prompt is there, and all three name its two blocks
+    assert len(server.scheduler.running[0].seqs) == 3
+    account = server.account()
+    assert (account.held, account.reserved, account.rounding) == (20, 10, 2)
+    assert sum(account) == 320
+
+
+def test_a_prefix_is_found_by_whoever_comes_later():
+    script = [Request(0.0, 100, 5, prefix_len=80), Request(50.0, 100, 5, prefix_len=80)]
+    result = simulate(script, Server("paged", prefix_caching=True))
+    assert result.found == pytest.approx(80 / 200)
+    without = simulate(script, Server("paged"))
+    assert without.found == 0.0
+    other = [Request(0.0, 100, 5), Request(50.0, 100, 5)]
+    assert simulate(other, Server("paged", prefix_caching=True)).found == 0.0, "prompts have nothing in common"
+
+
+def test_memory_does_not_grow_with_the_number_of_requests():
+    tiny = Lengths(prompt_mean=6.0, output_mean=5.0, spread=0.3)
+
+    def peak(num_requests):
+        tracemalloc.start()
+        simulate(stream(tiny, 30.0, num_requests, 0), Server("paged"))
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    peak(50)  # tables that are built once
+    more = peak(2200) - peak(200)
+    assert more < 2000 * 64, f"a request that is finished costs {more / 2000:.0f} bytes"
+
+
+# ---- memories ----------------------------------------------------------------------------------------------------
+
+
+def test_orca_max_has_seven_requests_and_the_paper_says_so():
+    totals = measure("alpaca", 100.0, "max", 0, (5.0, 20.0))
+    assert totals.batch == pytest.approx(7.0)
+    assert totals.shares.external == pytest.approx(paper.MEMORY["max"].external, abs=0.1)
+    assert sum(totals.shares) == pytest.approx(100.0)
+
+
+def test_who_holds_more_tokens_serves_more_requests():
+    totals = {name: measure("sharegpt", FULL_RATE, name, 0, (30.0, 90.0)) for name in SERVERS}
+    held = [totals[name].shares.held for name in SERVERS]
+    batches = [totals[name].batch for name in SERVERS]
+    assert held == sorted(held) and batches == sorted(batches)
+    assert held[-1] == pytest.approx(paper.MEMORY_HELD["paged"], abs=3.0)
+
+
+def test_slots_are_those_of_the_papers_table():
+    assert NUM_SLOTS == 15_728
+
+
+def test_a_run_has_one_owner():
+    memory = ReservedMemory(4096, "oracle", 2048)
+    memory.expect("a", 10, 5)
+    assert memory.fits(10, 14) and not memory.fits(2000, 2060)
+    with pytest.raises(ValueError, match="2000 prompt and 100 output"):
+        memory.expect("b", 2000, 100)
+    memory.begin("a", [], 10)
+    with pytest.raises(ValueError, match="one owner"):
+        memory.fork("a", "b")
+    assert not memory.can_swap_out(["a"])
+
+
+def test_a_request_that_could_never_run_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match="2048"):
+        Server("max", num_slots=1000).add(Request(0.0, 10, 5))
+    with pytest.raises(ValueError, match="160 slots"):
+        Server("paged", num_slots=160).add(Request(0.0, 100, 100))
+    with pytest.raises(ValueError, match="max, pow2, oracle, paged"):
+        Server("orca")
+
+
+# ---- what is asked -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.5, 2.0, 30.0])
+def test_arrivals_have_the_rate_and_the_spread_of_a_poisson_process(rate):
+    times = list(islice(arrivals(rate, random.Random(1)), 20_000))
+    gaps = [b - a for a, b in zip([0.0, *times], times, strict=False)]
+    assert times == sorted(times)
+    assert statistics.fmean(gaps) == pytest.approx(1 / rate, rel=0.03)
+    assert statistics.stdev(gaps) == pytest.approx(1 / rate, rel=0.05), (
+        "gaps are exponential: mean and spread are equal"
+    )
+
+
+@pytest.mark.parametrize("lengths", [SHAREGPT, ALPACA, Lengths(40.0, 300.0, 0.4)])
+def test_lengths_have_the_means_and_keep_the_cuts(lengths):
+    rng = random.Random(2)
+    drawn = [lengths.draw(rng) for _ in range(40_000)]
+    assert statistics.fmean(p for p, _ in drawn) == pytest.approx(lengths.prompt_mean, rel=0.02)
+    assert statistics.fmean(o for _, o in drawn) == pytest.approx(lengths.output_mean, rel=0.02)
+    assert all(4 <= p <= 1024 and o >= 4 and p + o <= 2048 for p, o in drawn)
+    squares = statistics.fmean(o * o for _, o in drawn)
+    assert squares / lengths.output_mean == pytest.approx(lengths.output_moment(), rel=0.05)
+
+
+def test_the_one_fitted_number_is_what_figure_2_says():
+    assert fit_spread() == pytest.approx(SPREAD, abs=0.001)
+    reserved = 7 * SHAREGPT.output_moment() / 2 / 15_728
+    assert 100 * reserved == pytest.approx(paper.MEMORY["max"].reserved, abs=0.05)
+
+
+def test_the_same_requests_at_another_rate():
+    slow, fast = (list(stream("sharegpt", rate, 50, 7)) for rate in (1.0, 2.0))
+    assert [(r.prompt_len, r.output_len) for r in slow] == [(r.prompt_len, r.output_len) for r in fast]
+    assert [r.arrival for r in slow] == pytest.approx([2 * r.arrival for r in fast])
+    assert list(stream("sharegpt", 1.0, 50, 8)) != slow
+    assert slow == list(stream("sharegpt", 1.0, 50, 7))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lengths": "gpt"}, "sharegpt, alpaca"),
+        ({"rate": 0.0}, "rate"),
+        ({"rate": math.inf}, "rate"),
+        ({"num_requests": -1}, "-1"),
+        ({"n": 2, "beam_width": 2}, "not both"),
+    ],
+)
+def test_a_wrong_stream_is_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        list(stream(**{"lengths": "alpaca", "rate": 1.0, "num_requests": 3, "seed": 0} | change))
+
+
+@pytest.mark.parametrize("wrong", [{"prompt_mean": 2.0}, {"output_mean": 600.0}, {"spread": 3.0}])
+def test_wrong_lengths_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        replace(SHAREGPT, **wrong)
+
+
+def test_a_trace_from_a_file(tmp_path):
+    table = tmp_path / "trace.csv"
+    table.write_text("arrival,prompt_len,output_len\n0.5,10,3\n2.5,20,4\n")
+    assert from_file(table, 1.0, 0) == [Request(0.5, 10, 3), Request(2.5, 20, 4)]
+    listed = tmp_path / "trace.json"
+    listed.write_text(json.dumps([{"prompt_len": 10, "output_len": 3}] * 3))
+    requests = from_file(listed, 2.0, 0)
+    assert [request.arrival for request in requests] == [r.arrival for r in stream("alpaca", 2.0, 3, 0)]
+    assert len(simulate(requests, Server("oracle")).latencies) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "holds no requests"),
+        ("prompt_len,output_len\n10,x\n", "row 0"),
+        ("prompt_len,output_len\n10,3\n2000,100\n", "row 1.*2000 . 100"),
+        ("prompt_len,output_len\n0,3\n", "row 0"),
+        ("arrival,prompt_len,output_len\n2,10,3\n1,10,3\n", "row 1.*arrival"),
+        ("arrival,prompt_len,output_len\nnan,10,3\n", "row 0.*arrival"),
+        ("prompt,output\n10,3\n", "row 0"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_row(tmp_path, text, says):
+    table = tmp_path / "trace.csv"
+    table.write_text(text)
+    with pytest.raises(ValueError, match=says):
+        from_file(table, 1.0, 0)
+
+
+# ---- seconds -----------------------------------------------------------------------------------------------------
+
+
+loads = st.builds(Load, *[st.integers(0, 3000)] * 4, st.floats(0, 1e6), *[st.integers(0, 300)] * 2)
+
+
+@given(load=loads, which=st.sampled_from(Load._fields), more=st.integers(1, 500), apart=st.booleans())
+def test_more_to_do_never_takes_less_time(load, which, more, apart):
+    cost = CostModel(prompts_apart=apart)
+    before, after = cost.step(load), cost.step(load._replace(**{which: getattr(load, which) + more}))
+    assert after >= before >= 0
+
+
+@given(
+    load=loads.filter(lambda load: load.decodes + load.prompt_tokens), faster=st.sampled_from(("bandwidth", "flops"))
+)
+def test_a_faster_device_is_never_slower_and_neither_is_one_pass(load, faster):
+    quick = replace(A100_40GB, **{faster: 2 * getattr(A100_40GB, faster)})
+    assert CostModel(device=quick).step(load) <= CostModel().step(load)
+    assert CostModel(device=H100).step(load) < CostModel().step(load)
+    assert CostModel(prompts_apart=False).step(load) <= CostModel().step(load) * (1 + 1e-12)
+
+
+def test_one_token_reads_all_weights_and_its_context():
+    """26 GB, and 800 KiB for each token of the context, at 55 % of 1,555 GB/s."""
+    idle, busy = CostModel().one_pass(1, 0, 0), CostModel().one_pass(1, 1000, 1000)
+    assert idle == pytest.approx(26e9 / (0.55 * 1555e9))
+    assert busy - idle == pytest.approx(1.23 * 1000 * 819_200 / (0.55 * 1555e9))
+    many = CostModel().one_pass(5000, 0, 0)
+    assert many == pytest.approx(2 * 13e9 * 5000 / (0.55 * 312e12)), "a long prompt is bound by its operations"
+
+
+def test_swapping_small_blocks_is_calls_and_large_ones_bytes():
+    assert CostModel(block_size=1).swap(16) == pytest.approx(16 * 80 * 2.9e-6)
+    assert CostModel(block_size=256).swap(1) == pytest.approx(256 * 819_200 / 32e9)
+    times = [CostModel(block_size=size).swap(256 // size) for size in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+    assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize("wrong", [{"bandwidth": 0.0}, {"flops": -1.0}, {"utilisation": 1.1}])
+def test_a_device_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        replace(A100_40GB, **wrong)
+
+
+def test_what_a_step_computes_is_counted():
+    server = Server("paged")
+    server.add(Request(0.0, 20, 5))
+    assert load_of(server.scheduler.schedule()) == Load(prompt_tokens=20, prompt_context=20, prompt_pairs=210.0)
+
+
+def test_a_prompt_of_one_token_is_a_prompt():
+    server = Server("paged")
+    server.add(Request(0.0, 1, 5))
+    assert load_of(server.scheduler.schedule()).prompt_tokens == 1
+
+
+# ---- beams -------------------------------------------------------------------------------------------------------
+
+
+@given(scores=st.lists(st.floats(-50, 0), min_size=1, max_size=6), width=st.integers(1, 6), seed=st.integers(0, 99))
+def test_a_search_keeps_the_likeliest(scores, width, seed):
+    chosen_beams = choose(scores, width, random.Random(seed))
+    assert len(chosen_beams) == width
+    found = [score for _, score in chosen_beams]
+    assert found == sorted(found, reverse=True)
+    assert all(score <= scores[beam] for beam, score in chosen_beams), "a text became likelier as it grew"
+    best = max(range(len(scores)), key=scores.__getitem__)
+    if all(scores[best] - score > 40 for place, score in enumerate(scores) if place != best):
+        assert chosen_beams[0][0] == best
+
+
+# ---- reports -----------------------------------------------------------------------------------------------------
+
+REPORT = Report(
+    "x",
+    "Title",
+    "Figure 0",
+    "Setting.",
+    [row("share", "%", [22.0, 24.0], 20.4, 3.0), row("factor", "x", [3.0], (1.7, 2.7), 0.3), Row("alone", "", 1.0)],
+    [
+        Bars(
+            "bars", "y", ["one", "two"], {"ours": [1.0, 2.0], "held": [3.0, 4.0]}, {"ours": [1.5, None]}, stacked=True
+        ),
+        Lines("lines", "x", "y", {"ours": [(1.0, 2.0), (2.0, 3.0)]}, log_x=True, log_y=True),
+    ],
+)
+
+
+def test_differences_are_points_for_shares_and_parts_of_the_papers_value_otherwise():
+    share, factor, alone = REPORT.rows
+    assert share.difference == pytest.approx(2.6) and share.is_near and share.spread == pytest.approx(math.sqrt(2))
+    assert factor.difference == pytest.approx(3.0 / 2.7 - 1) and factor.is_near
+    assert Row("inside", "x", 2.0, None, (1.7, 2.7), 0.3).difference == 0.0
+    assert Row("below", "x", 1.0, None, (1.7, 2.7), 0.3).is_near is False
+    assert alone.difference is None and alone.is_near is None
+    assert REPORT.num_near == (2, 2)
+    assert cells(share) == ["share", "23.00 %", "± 1.41", "20.40", "+2.6 points", "yes"]
+
+
+def test_a_report_as_json_and_csv():
+    stored = json.loads(to_json(REPORT, [0, 1]))
+    assert stored["seeds"] == [0, 1] and stored["charts"][1]["series"]["ours"] == [[1.0, 2.0], [2.0, 3.0]]
+    assert [entry["near"] for entry in stored["rows"]] == [True, True, None]
+    lines = to_csv(REPORT).splitlines()
+    assert lines[1] == "x,share,%,23.0,1.41421,20.4,20.4,2.6,True"
+    assert len(lines) == 4
+    table = to_markdown(REPORT).splitlines()
+    assert table[0] == "|  | ours | spread | paper | difference | near |"
+    assert table[2] == "| share | 23.00 % | ± 1.41 | 20.40 | +2.6 points | yes |"
+    alone = to_markdown(replace(REPORT, rows=REPORT.rows[2:])).splitlines()
+    assert alone[0] == "|  | ours |", "columns in which nothing stands"
+
+
+def test_files_of_a_report(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = write(REPORT, [0], tmp_path / "new")
+    assert [path.name for path in paths] == ["x.json", "x.csv", "x.txt", "x.svg"]
+    drawn = paths[3].read_bytes()
+    assert b"<svg" in drawn
+    write(REPORT, [0], tmp_path / "new")
+    assert paths[3].read_bytes() == drawn, "the same numbers, and another picture"
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install"):
+        figures.check_matplotlib()
+
+
+def test_a_curve_rises_and_ends_where_the_server_is_full():
+    points = curve("alpaca", "max", 0)
+    assert points[0][1] < HIGHEST / 5 and points[-2][1] <= HIGHEST < points[-1][1]
+    assert [rate for rate, _ in points] == sorted(rate for rate, _ in points)
+
+
+def test_experiments_by_name():
+    assert chosen([]) == list(ALL)
+    assert chosen(["b", "a", "b"]) == ["b", "a"]
+    with pytest.raises(ValueError, match="unknown experiment 'z'"):
+        chosen(["a", "z"])
+    assert set(ALL) < set(EXPERIMENTS)
+
+
+def test_one_experiment_in_processes_and_in_one():
+    reports, progress = [], []
+    reproduce(["h"], [0], reports.append, lambda *seen: progress.append(seen), num_processes=1)
+    assert reports == [EXPERIMENTS["h"]([0], lambda jobs: [function(*arguments) for function, arguments in jobs])]
+
+
+def test_a_table_costs_nothing_beside_its_pool():
+    report = EXPERIMENTS["h"]([0], lambda jobs: [])
+    values = {entry.what: entry.ours for entry in report.rows}
+    assert values["OPT-13B, blocks of 16: all tables"] == 983 * 4
+    assert values["500 tokens of 2,048, one level"] == 128 * 4
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def call(monkeypatch, capsys, *arguments):
+    from minipaged.cli import main
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["minipaged", "reproduce", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    captured = capsys.readouterr()
+    return ended.value.code or 0, captured.out, captured.err
+
+
+def test_the_command_writes_what_it_shows(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, _ = call(monkeypatch, capsys, "h", "--out", tmp_path / "here", "--no-figures", "--processes", 1)
+    assert code == 0 and "Bytes of block tables" in out and "3,932" in out
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["h.csv", "h.json", "h.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["z"], "unknown experiment 'z'"), (["h", "--seeds", "0"], "seeds"), (["h", "--processes", "0"], "processes")],
+)
+def test_the_command_refuses_in_one_line(monkeypatch, capsys, arguments, says):
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert code == 2 and not out
+    assert says in err and err.count("\n") == 1
+
+
+# ---- what it is made of ------------------------------------------------------------------------------------------
+
+
+def test_no_tensor_library_comes_along():
+    names = [f"minipaged.simulator.{path.stem}" for path in MODULES if path.stem != "__init__"]
+    code = f"import sys, {', '.join(names)}; print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "triton", "matplotlib"} & set(loaded)
+
+
+def test_scheduler_and_memory_are_those_of_the_engine():
+    server = Server("paged")
+    assert type(server.scheduler).__module__ == "minipaged.engine.scheduler"
+    assert type(server.memory).__module__ == "minipaged.memory.block_manager"
+    for path in MODULES:
+        defined = [n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)]
+        assert not [name for name in defined if "Scheduler" in name or "Allocator" in name]
