@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-oracle lint format fetch bench-memory kernels-compile bench-kernels pictures site serve clean
+.PHONY: help demo test test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels notebooks notebooks-strip reproduce pictures traces measured site serve test-site clean bugs mutation exercises
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 demo: $(READY) ## a real model through all three caches, side by side
 	@$(BIN)/minipaged demo
@@ -27,11 +27,13 @@ test-oracle: $(VENV)/.oracle ## compare with transformers on the real model (sev
 lint: $(READY) ## style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff format --check --line-length 98 tutorials/*.ipynb
 	@$(BIN)/mypy
 
 format: $(READY) ## bring the style into line
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+	@$(BIN)/ruff format --line-length 98 tutorials/*.ipynb
 
 fetch: $(READY) ## bring SmolLM2 to this machine
 	@$(BIN)/minipaged fetch
@@ -39,20 +41,60 @@ fetch: $(READY) ## bring SmolLM2 to this machine
 bench-memory: $(READY) ## cost of the allocator's operations from 10^3 to 10^6 blocks
 	@$(BIN)/python -m minipaged.memory.bench
 
+bench-attention: $(READY) ## what paging costs a decode step's attention, beside contiguous memory (two minutes)
+	@$(BIN)/python -m minipaged.attention.bench
+
+bench-engine: $(READY) ## what the scheduler costs, alone and as a share of a step of the real model
+	@$(BIN)/python -m minipaged.engine.bench
+
 kernels-compile: $(READY) ## compile every Triton kernel for four GPUs, with none in the machine: registers, spills, loads
 	@$(BIN)/python -m minipaged.kernels.compile --targets sm_80,sm_90,sm_100,gfx942
 
 bench-kernels: $(READY) ## check the kernels and, where there is a GPU, time them beside their peers
 	@$(BIN)/python -m minipaged.kernels.bench
 
+notebooks: $(VENV)/.tutorials ## run all notebooks from fresh kernels, two at a time
+	@$(BIN)/python tutorials/run_notebooks.py
+
+notebooks-strip: $(READY) ## take outputs, counts and ids out of the notebooks, as they are kept
+	@$(BIN)/python tutorials/run_notebooks.py --strip
+
+bugs: $(READY) ## kill every planted bug with its chapter's suite, and print the table (a few minutes)
+	@$(BIN)/python -m minipaged.course.prove
+
+mutation: $(VENV)/.mutation ## change our code one operator at a time: does a suite notice? (hours; MODULES="block_table swap")
+	@$(BIN)/python -m minipaged.course.mutation $(MODULES)
+
+exercises: $(READY) ## make the exercises from the reference again
+	@$(BIN)/python -m minipaged.course.generate
+
+reproduce: $(VENV)/.tutorials ## the paper's figures again, into docs/paper (three minutes on two cores)
+	@$(BIN)/minipaged reproduce a b c d e f g h scale --out docs/paper
+
 pictures: $(READY) ## draw the pictures of the README and the site again
 	@$(BIN)/minipaged trace tutorials/traces/two_requests.json --step 8 --svg docs/two_requests.svg > /dev/null
 
-site: $(VENV)/.docs ## build the site into site/
+traces: $(READY) ## record the runs that the site plays: real ones of SmolLM2, into docs/traces
+	@$(BIN)/minipaged fetch
+	@$(BIN)/python tools/website/traces.py
+
+measured: $(READY) ## run the benchmarks that this machine can run, and keep their figures for the site
+	@mkdir -p docs/measured
+	@$(BIN)/python -m minipaged.memory.bench | tee docs/measured/memory.txt
+	@$(BIN)/python -m minipaged.attention.bench --json docs/measured/attention.json
+	@$(BIN)/python -m minipaged.engine.bench | tee docs/measured/engine.txt
+	@$(BIN)/python -m minipaged.kernels.compile --targets sm_80,sm_90,sm_100,gfx942 | tee docs/measured/kernels-compile.txt
+	@$(BIN)/python -m minipaged.kernels.bench --json docs/measured/kernels.json
+
+# Notebooks are run where they, or the code they use, have changed; what ran is kept in build/site.
+site: $(VENV)/.docs $(VENV)/.tutorials ## build the site into site/, notebooks run and all; its Playground needs npm
 	@$(BIN)/mkdocs build --strict --quiet
 
-serve: $(VENV)/.docs ## the site on http://localhost:8000, rebuilt as you write
-	@$(BIN)/mkdocs serve
+serve: $(VENV)/.docs $(VENV)/.tutorials ## the site on http://localhost:8000, rebuilt as you write
+	@MINIPAGED_NOTEBOOKS=kept $(BIN)/mkdocs serve
+
+test-site: site $(VENV)/.site-test ## the built site in a headless Chromium (CHROMIUM=path): player, playground, links, axe
+	@$(BIN)/python -m pytest tools/website -p no:cacheprovider
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -70,6 +112,21 @@ $(READY): pyproject.toml constraints.txt
 $(VENV)/.docs: $(READY)
 	@echo "installing what the site needs"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+$(VENV)/.site-test: $(READY)
+	@echo "installing what drives the browser"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[site-test]'
+	@touch $@
+
+$(VENV)/.tutorials: $(READY)
+	@echo "installing what the notebooks need"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tutorials]'
+	@touch $@
+
+$(VENV)/.mutation: $(READY)
+	@echo "installing cosmic-ray"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutation]'
 	@touch $@
 
 $(VENV)/.oracle: $(READY)

@@ -1,17 +1,16 @@
 """The command line. Every command checks its input first; what is wrong with it goes to stderr, with exit code 2."""
 
 import io
-import json
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from minipaged import __version__
+from minipaged import __version__, cli_bench, cli_course, cli_generate, cli_reproduce
+from minipaged.cli_generate import Backend, BackendOption, BlockSizeOption, ModelOption
 from minipaged.memory.block_allocator import OutOfBlocks
 from minipaged.model.fetch import FetchError
 
@@ -19,22 +18,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Cache(StrEnum):
-    recompute = "recompute"
-    contiguous = "contiguous"
-    paged = "paged"
-
-
-class Backend(StrEnum):
-    auto = "auto"
-    torch = "torch"
-    triton = "triton"
-
-
-ModelOption = Annotated[str, typer.Option(help="smollm2-135m, tiny, a GGUF file, or a folder with safetensors")]
-BlockSizeOption = Annotated[int, typer.Option(help="tokens in a block of the paged cache")]
 
 
 def _version(wanted: bool) -> None:
@@ -61,9 +44,7 @@ def demo(
     max_model_len: Annotated[
         int | None, typer.Option(help="longest request: a contiguous cache reserves as much (default: at most 2048)")
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="of the paged cache; Triton on a CPU is interpreted, and slow")] = (
-        Backend.auto
-    ),
+    backend: BackendOption = Backend.auto,
 ) -> None:
     """A few prompts through three caches, side by side: equal tokens, unequal memory. Fetches the model if needed."""
     from minipaged.demo import run
@@ -75,73 +56,7 @@ def demo(
     raise typer.Exit(0 if equal else 1)
 
 
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="the text to continue; - reads it from standard input")],
-    model: ModelOption = "smollm2-135m",
-    cache: Annotated[Cache, typer.Option(help="where K and V live")] = Cache.paged,
-    chat: Annotated[bool, typer.Option("--chat", help="ask it as a question, in the model's own chat format")] = False,
-    max_tokens: Annotated[int, typer.Option(help="new tokens at most")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens that make up this probability")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="draw from this many likeliest tokens; -1 for all")] = -1,
-    seed: Annotated[int | None, typer.Option(help="draw the same text again")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be given more than once")] = None,
-    block_size: BlockSizeOption = 16,
-    num_blocks: Annotated[int | None, typer.Option(help="blocks in the pool (default: at most 1 GiB of them)")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="longest request, in tokens (default: the model's)")] = None,
-    backend: Annotated[Backend, typer.Option(help="of the paged cache; Triton on a CPU is interpreted, and slow")] = (
-        Backend.auto
-    ),
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end, not the text")] = False,
-) -> None:
-    """Continue a text, token by token."""
-    from minipaged import LLM, SamplingParams
-
-    params = SamplingParams(
-        temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, stop=stop, seed=seed
-    )
-    llm = LLM(
-        model,
-        cache=cache.value,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        max_model_len=max_model_len,
-        backend=backend.value,
-        dtype=dtype,
-    )
-    text = _standard_input() if prompt == "-" else prompt
-    if chat:
-        text = llm.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-    if as_json:
-        output = llm.generate(text, params)[0]
-        answer = output.outputs[0]
-        fields = {
-            "prompt": output.prompt,
-            "prompt_token_ids": output.prompt_token_ids,
-            "text": answer.text,
-            "token_ids": answer.token_ids,
-            "finish_reason": answer.finish_reason,
-            "model": model,
-            "cache": cache.value,
-        }
-        print(json.dumps(fields, ensure_ascii=False))
-        return
-    tokens = llm.stream(text, params)  # refuses a wrong prompt here, before anything is printed
-    if not chat:
-        print(text, end="", flush=True)
-    for new in tokens:
-        print(new.text, end="", flush=True)
-    print()
-
-
-def _standard_input() -> str:
-    """All of it, but for the newline that `echo` puts at its end."""
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is no text in {sys.stdin.encoding}: {error}") from error
+cli_generate.register(app)
 
 
 @app.command()
@@ -184,6 +99,11 @@ def trace(
         site_json.write_text(to_json(recorded), encoding="utf-8")
     if jsonl:
         recorded.save(jsonl)
+
+
+cli_course.register(app)
+cli_reproduce.register(app)
+cli_bench.register(app)
 
 
 def main() -> None:

@@ -141,7 +141,7 @@ def test_a_small_pool_preempts_and_changes_no_text():
     outputs = llm.generate(
         [{"prompt_token_ids": list(t)} for t in texts], SamplingParams(max_tokens=20, ignore_eos=True)
     )
-    assert llm.metrics().preemptions['recompute'] > 0
+    assert llm.metrics().preemptions["recompute"] > 0
     assert [o.outputs[0].token_ids for o in outputs] == [alone(t, 20, True) for t in texts]
 
 

@@ -333,6 +333,90 @@ def test_a_traceback_can_be_asked_for(monkeypatch):
         main()
 
 
+# ---- samples, beams, traces, a conversation --------------------------------------------------------------------------
+
+
+def test_samples_are_printed_one_a_line_and_differ(run):
+    arguments = generate("Hello", "--max-tokens", 6, "--n", 3, "--temperature", 2.0, "--seed", 4)
+    code, out, err = run(*arguments, "--json")
+    assert (code, err) == (0, "")
+    answers = json.loads(out)["outputs"]
+    assert len({tuple(answer["token_ids"]) for answer in answers}) == 3
+    _, out, _ = run(*arguments)
+    assert out.startswith("Hello\n[0] ")
+    assert all(f"[{i}] " in out for i in range(3))
+
+
+def test_beams_come_with_their_scores_the_best_first(run):
+    code, out, _ = run(*generate("Hello", "--max-tokens", 4, "--beams", 3, "--json"))
+    assert code == 0
+    scores = [answer["score"] for answer in json.loads(out)["outputs"]]
+    assert scores == sorted(scores, reverse=True)
+    _, out, _ = run(*generate("Hello", "--max-tokens", 4, "--beams", 3))
+    assert f"[0 score {scores[0]:.4f}]" in out
+
+
+def test_logprobs_stand_beside_each_token(run):
+    _, out, _ = run(*generate("Hello", "--max-tokens", 4, "--logprobs", 2, "--json"))
+    answer = json.loads(out)
+    assert [max(found, key=found.get) for found in answer["logprobs"]] == [str(t) for t in answer["token_ids"]]
+
+
+def test_a_run_that_was_traced_can_be_shown(run, tmp_path):
+    file = tmp_path / "run.jsonl"
+    code, out, err = run(*generate("Hello", "--max-tokens", 6, "--block-size", 2, "--trace", file))
+    assert (code, err) == (0, "")
+    code, out, err = run("trace", file, "--step", 1)
+    assert (code, err) == (0, "")
+    assert "0.0 takes" in out
+    assert "0.0 stores" in out
+
+
+def test_metrics_go_to_standard_error(run):
+    _, plain, _ = run(*generate("Hello", "--max-tokens", 4))
+    code, out, err = run(*generate("Hello", "--max-tokens", 4, "--metrics"))
+    assert (code, out) == (0, plain)
+    assert "time to first token" in err
+
+
+def test_a_conversation_goes_on_with_what_was_said(run, tmp_path):
+    folder = tmp_path / "model"
+    write_folder(folder, SMALL, WEIGHTS)
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    arguments = ("chat", "--model", folder, "--temperature", 0, "--max-tokens", 4, "--metrics")
+    code, both, err = run(*arguments, stdin=b"Hello, I am here\n\nAnd you\n")
+    assert code == 0
+    assert err.count("tokens were in the prefix cache") == 2, "an empty line is no turn"
+    assert "[0 of" in err.splitlines()[0] and "[0 of" not in err.splitlines()[1]
+    _, first, _ = run(*arguments, stdin=b"Hello, I am here\n")
+    assert both.startswith(first.rstrip("\n"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--beams", 2, "--temperature", 1), "--beams searches"),
+        (("--beams", 2, "--stop", "a"), "--stop"),
+        (("--beams", 0), "got 0"),
+        (("--n", 0), "got 0"),
+        (("--n", 2), "temperature above 0"),
+        (("--min-p", 2), "2"),
+        (("--trace", "/no/such/folder/x"), "no folder"),
+        (("--trace", "x", "--cache", "recompute"), "'recompute'"),
+        (("--preemption", "swap", "--cache", "contiguous"), "'contiguous'"),
+        (("--preemption", "hope"), "hope"),
+        (("--n", 65, "--temperature", 1), "65 sequences"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(refused, arguments, said):
+    assert said in refused(*generate("Hello", *arguments))
+
+
+def test_a_model_without_a_chat_format_is_refused(refused):
+    assert "chat" in refused("chat", "--model", "tiny", stdin=b"Hi\n")
+
+
 # ---- the end of a pipe, Ctrl-C ---------------------------------------------------------------------------------------
 
 # Text that goes on for hundreds of tokens, slowly: without a cache, each token costs more than the one before.

@@ -43,7 +43,7 @@ def test_a_ragged_batch_writes_the_same_tokens(smollm2, expected, cache):
 def test_odd_blocks_chunks_of_prompts_and_preemption_change_nothing(smollm2, expected):
     llm = LLM(smollm2, cache="paged", **{**ENGINE, **ODD})
     assert tokens(llm, *PROMPTS) == expected
-    assert llm.scheduler.num_preemptions > 0, "the pool was not too small: this test shows less than it says"
+    assert llm.metrics().preemptions["recompute"] > 0, "the pool was not too small: this test shows less than it says"
 
 
 @pytest.mark.parametrize("cache", ["recompute", "contiguous", "paged"])

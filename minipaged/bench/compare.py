@@ -1,0 +1,135 @@
+"""Ours beside transformers and vLLM, in one run: every system in a process of its own, taking turns.
+
+Figures of two runs cannot be compared on a machine that others use too. So all systems are loaded first, then each
+workload goes round them again and again, and what is reported is the median, and the ratio to the first system.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from minipaged.bench.export import exported_model
+from minipaged.bench.workloads import Workload
+
+OURS = ("paged", "contiguous", "recompute", "paged, prefix cache")
+PEERS = ("transformers", "vllm")
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@dataclass
+class Timing:
+    """One system on one workload: a number for each round."""
+
+    workload: str
+    system: str
+    dtype: str
+    num_new: int
+    seconds: list[float] = field(default_factory=list)
+    first_token_seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    equal_tokens: float | None = None  # share of tokens equal to those of the slowest of our ways, position by position
+    slots_with_tokens: float | None = None
+    scheduler_share: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_new / median(self.seconds)
+
+
+class Worker:
+    """A system in its process. Invariant: it answers one line for each line that it is sent."""
+
+    def __init__(self, system: str, model: str, dtype: str, python: str, threads: int):
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.system = system
+        self.process = subprocess.Popen(
+            [python, str(WORKER), system, model, dtype],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+
+    def ask(self, line: str | None = None) -> dict[str, Any]:
+        """Send a workload, or, without one, wait until it is ready. Raises ValueError if it died, with its last words."""
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        if line is not None:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            said = self.process.stderr.read().strip().splitlines()
+            raise ValueError(f"{self.system} ended: {said[-1] if said else 'without a word'}")
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@contextmanager
+def workers(systems: list[str], dtype: str, pythons: dict[str, str], threads: int) -> Iterator[dict[str, Worker]]:
+    """All systems, loaded one after the other. However this ends, no process is left."""
+    running: dict[str, Worker] = {}
+    try:
+        for system in systems:
+            model = str(exported_model()) if system in PEERS else "smollm2-135m"
+            running[system] = Worker(system, model, dtype, pythons.get(system, sys.executable), threads)
+            running[system].ask()
+        yield running
+    finally:
+        for worker in running.values():
+            worker.close()
+
+
+def installed_peers(pythons: dict[str, str]) -> list[str]:
+    """The peers that can be run: in this interpreter, or in one that was named."""
+    return [peer for peer in PEERS if peer in pythons or find_spec(peer)]
+
+
+def compare(
+    workloads: list[Workload],
+    systems: list[str],
+    dtype: str,
+    rounds: int,
+    pythons: dict[str, str],
+    threads: int,
+    tell: Callable[[str], None],
+) -> list[Timing]:
+    """Every workload through every system, `rounds` times, taking turns; a first round warms up and is not counted."""
+    timings = []
+    with workers(systems, dtype, pythons, threads) as running:
+        for work in workloads:
+            line = json.dumps(asdict(work))
+            these = {system: Timing(work.name, system, dtype, work.num_new) for system in systems}
+            tokens: dict[str, list[list[int]]] = {}
+            for number in range(rounds + 1):
+                for system, worker in running.items():
+                    if work.arrivals and system in PEERS:
+                        continue  # they are called with all prompts at once
+                    tell(f"{dtype}, workload {work.name}: {system}, " + (f"round {number}" if number else "warming up"))
+                    found = worker.ask(line)
+                    tokens[system] = found["tokens"]
+                    if number:
+                        these[system].seconds.append(found["seconds"])
+                        these[system].peak_bytes = max(these[system].peak_bytes, found["peak_bytes"])
+                        if "first_token_seconds" in found:
+                            these[system].first_token_seconds.append(found["first_token_seconds"])
+                            these[system].slots_with_tokens = found["slots_with_tokens"]
+                            these[system].scheduler_share = found["scheduler_share"]
+            slow = tokens.get("recompute") or tokens.get("contiguous") or tokens[systems[0]]
+            for system, theirs in tokens.items():
+                pairs = [pair for a, b in zip(slow, theirs, strict=True) for pair in zip(a, b, strict=False)]
+                these[system].equal_tokens = sum(a == b for a, b in pairs) / len(pairs)
+            timings += [timing for timing in these.values() if timing.seconds]
+    return timings

@@ -1,0 +1,132 @@
+"""One system under test, in a process of its own: it loads a model, then runs a workload whenever it is told to.
+
+    python worker.py SYSTEM MODEL DTYPE          one JSON line in (a workload), one JSON line out (seconds, tokens)
+
+A peer may live in another interpreter, which has no minipaged: so this file imports each system only when it is asked
+for, and nothing of ours at its top. All systems run greedily, with the threads that OMP_NUM_THREADS gives them.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Run = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def ours(cache: str, caching: bool, model: str, dtype: str) -> Run:
+    """The engine with one of its caches. It is made anew for every run, from one copy of the weights."""
+    from minipaged import LLM, SamplingParams
+    from minipaged.model.load import load_model
+
+    loaded = load_model(model, dtype)
+
+    def run(work: dict[str, Any]) -> dict[str, Any]:
+        prompts, new, arrivals = work["prompts"], work["new_tokens"], work["arrivals"]
+        context = max(len(p) + n for p, n in zip(prompts, new, strict=True))
+        llm = LLM(
+            loaded,
+            cache=cache,
+            max_model_len=context,
+            num_blocks=len(prompts) * -(-context // 16),
+            max_num_seqs=len(prompts),
+            max_num_batched_tokens=max(len(prompts), work.get("budget", 512)),
+            enable_prefix_caching=caching,
+        )
+        start = time.perf_counter()
+        first: dict[str, float] = {}
+        held: list[float] = []
+        answers: list[Any] = []
+        step = 0
+        while len(answers) < len(prompts) or not all(answer.finished for answer in answers):
+            while len(answers) < len(prompts) and (not arrivals or arrivals[len(answers)] <= step):
+                params = SamplingParams(max_tokens=new[len(answers)], ignore_eos=True)
+                prompt: Any = {"prompt_token_ids": prompts[len(answers)]}
+                answers.append(llm.add_request(prompt, params))
+            for item in llm.step():
+                first.setdefault(item.request_id, time.perf_counter() - start)
+            if llm.memory.num_slots_reserved and len(llm.scheduler.running) == len(prompts):
+                held.append(llm.memory.num_tokens / llm.memory.num_slots_reserved)
+            step += 1
+        seconds = time.perf_counter() - start
+        metrics = llm.metrics()
+        return {
+            "seconds": seconds,
+            "tokens": [answer.outputs[0].token_ids for answer in answers],
+            "first_token_seconds": sum(first.values()) / len(first),
+            "scheduler_share": metrics.scheduler_share,
+            "slots_with_tokens": sum(held) / len(held) if held else None,  # while all requests run
+            "prefix_tokens_found": metrics.prefix_tokens_found,
+        }
+
+    return run
+
+
+def transformers(model: str, dtype: str) -> Run:
+    """`generate` over a batch that is padded on the left to its longest prompt."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+    loaded.generation_config.eos_token_id = None
+    loaded.generation_config.pad_token_id = 0
+
+    def run(work: dict[str, Any]) -> dict[str, Any]:
+        prompts = work["prompts"]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = loaded.generate(ids, attention_mask=mask, max_new_tokens=max(work["new_tokens"]), do_sample=False)
+        return {"seconds": time.perf_counter() - start, "tokens": out[:, longest:].tolist()}
+
+    return run
+
+
+def vllm(model: str, dtype: str) -> Run:
+    """vLLM's own `LLM`, eager, in this process."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+
+    loaded = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=2048, enable_prefix_caching=False, seed=0)
+
+    def run(work: dict[str, Any]) -> dict[str, Any]:
+        params = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in work["new_tokens"]]
+        prompts = [{"prompt_token_ids": prompt} for prompt in work["prompts"]]
+        start = time.perf_counter()
+        out = loaded.generate(prompts, params, use_tqdm=False)
+        return {"seconds": time.perf_counter() - start, "tokens": [list(o.outputs[0].token_ids) for o in out]}
+
+    return run
+
+
+def main() -> None:
+    system, model, dtype = sys.argv[1:4]
+    answers = os.fdopen(os.dup(1), "w")  # what libraries print goes elsewhere
+    os.dup2(2, 1)
+    makers: dict[str, Callable[[], Run]] = {
+        "paged": lambda: ours("paged", False, model, dtype),
+        "paged, prefix cache": lambda: ours("paged", True, model, dtype),
+        "contiguous": lambda: ours("contiguous", False, model, dtype),
+        "recompute": lambda: ours("recompute", False, model, dtype),
+        "transformers": lambda: transformers(model, dtype),
+        "vllm": lambda: vllm(model, dtype),
+    }
+    run = makers[system]()
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        result = run(json.loads(line))
+        result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(result), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

