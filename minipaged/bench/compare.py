@@ -60,7 +60,7 @@ class Worker:
         )
 
     def ask(self, line: str | None = None) -> dict[str, Any]:
-        """Send a workload, or, without one, wait until it is ready. Raises ValueError if it died, with its last words."""
+        """Send a workload; without one, wait until it is ready. Raises ValueError, with its last words, if it died."""
         assert self.process.stdin and self.process.stdout and self.process.stderr
         if line is not None:
             self.process.stdin.write(line + "\n")
