@@ -213,4 +213,4 @@ def test_beam_search_finds_the_same_hypotheses(smollm2, theirs, prompts, width, 
         f"\n{width} beams, length penalty {length_penalty}, early_stopping {early_stopping}: {len(cases)} prompts, all "
         f"{width} hypotheses equal ({ended} ended by themselves); scores differ by at most {largest:.1e} of themselves"
     )
-    assert largest < 1e-5  # float32: theirs adds up in it, ours in float64
+    assert largest < 1e-4  # both are float32, in another order of sums
