@@ -15,11 +15,15 @@ from rich.table import Table
 def bench(
     workloads: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[A B C D S]", help="one user, 8, 32, 32 that share, 64 that come and go"),
+        typer.Argument(metavar="[A B C D S | growth]", help="one user; 8; 32; 32 that share; 64 that come and go"),
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; may be given twice")] = None,
     system: Annotated[
-        list[str] | None, typer.Option(help="paged, contiguous, recompute, 'paged, prefix cache', transformers, vllm")
+        list[str] | None,
+        typer.Option(
+            help="paged, contiguous, recompute, 'paged, prefix cache', 'paged, static batches', transformers, vllm; "
+            "the others are measured against the first"
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="how often each system runs each workload, taking turns")] = 5,
     threads: Annotated[int | None, typer.Option(help="of each system (default: one for each core)")] = None,
@@ -33,6 +37,11 @@ def bench(
     from minipaged.bench.compare import OURS, PEERS, compare, installed_peers
     from minipaged.bench.workloads import workload
 
+    if workloads == ["growth"]:
+        from minipaged.bench.growth import growth
+
+        growth(Console(), out)
+        return
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if not 0.0 < scale <= 1.0:

@@ -466,3 +466,22 @@ def test_a_terminal_of_few_letters_shows_question_marks(run, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal)
     assert run(*generate("né 😀", "--max-tokens", 1))[0] == 0
     assert terminal.buffer.getvalue().startswith(b"n? ?")
+
+
+# ---- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("Q",), "'Q'"),
+        (("--rounds", 0), "got 0"),
+        (("--scale", 2), "2"),
+        (("--system", "magic"), "'magic'"),
+        (("--dtype", "int4"), "'int4'"),
+        (("--vllm-python", "/no/such/python"), "/no/such/python"),
+        (("--out", "/no/such/folder/x.json"), "no folder"),
+    ],
+)
+def test_a_benchmark_of_what_is_not_there_is_refused(refused, arguments, said):
+    assert said in refused("bench", *arguments)

@@ -19,7 +19,7 @@ from typing import Any
 from minipaged.bench.export import exported_model
 from minipaged.bench.workloads import Workload
 
-OURS = ("paged", "contiguous", "recompute", "paged, prefix cache")
+OURS = ("paged", "contiguous", "recompute", "paged, prefix cache", "paged, static batches")
 PEERS = ("transformers", "vllm")
 WORKER = Path(__file__).with_name("worker.py")
 

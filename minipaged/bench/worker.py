@@ -17,8 +17,11 @@ from typing import Any
 Run = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def ours(cache: str, caching: bool, model: str, dtype: str) -> Run:
-    """The engine with one of its caches. It is made anew for every run, from one copy of the weights."""
+def ours(cache: str, model: str, dtype: str, caching: bool = False, static: bool = False) -> Run:
+    """The engine with one of its caches. It is made anew for every run, from one copy of the weights.
+
+    static: nobody enters before everybody has left, as servers did before iteration-level scheduling.
+    """
     from minipaged import LLM, SamplingParams
     from minipaged.model.load import load_model
 
@@ -32,8 +35,8 @@ def ours(cache: str, caching: bool, model: str, dtype: str) -> Run:
             cache=cache,
             max_model_len=context,
             num_blocks=len(prompts) * -(-context // 16),
-            max_num_seqs=len(prompts),
-            max_num_batched_tokens=max(len(prompts), work.get("budget", 512)),
+            max_num_seqs=work["places"],
+            max_num_batched_tokens=work["budget"],
             enable_prefix_caching=caching,
         )
         start = time.perf_counter()
@@ -42,7 +45,9 @@ def ours(cache: str, caching: bool, model: str, dtype: str) -> Run:
         answers: list[Any] = []
         step = 0
         while len(answers) < len(prompts) or not all(answer.finished for answer in answers):
-            while len(answers) < len(prompts) and (not arrivals or arrivals[len(answers)] <= step):
+            enters = 0 if static and llm.scheduler.has_unfinished() else work["places"] if static else len(prompts)
+            while enters and len(answers) < len(prompts) and (not arrivals or arrivals[len(answers)] <= step):
+                enters -= 1
                 params = SamplingParams(max_tokens=new[len(answers)], ignore_eos=True)
                 prompt: Any = {"prompt_token_ids": prompts[len(answers)]}
                 answers.append(llm.add_request(prompt, params))
@@ -113,10 +118,11 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")  # what libraries print goes elsewhere
     os.dup2(2, 1)
     makers: dict[str, Callable[[], Run]] = {
-        "paged": lambda: ours("paged", False, model, dtype),
-        "paged, prefix cache": lambda: ours("paged", True, model, dtype),
-        "contiguous": lambda: ours("contiguous", False, model, dtype),
-        "recompute": lambda: ours("recompute", False, model, dtype),
+        "paged": lambda: ours("paged", model, dtype),
+        "paged, prefix cache": lambda: ours("paged", model, dtype, caching=True),
+        "paged, static batches": lambda: ours("paged", model, dtype, static=True),
+        "contiguous": lambda: ours("contiguous", model, dtype),
+        "recompute": lambda: ours("recompute", model, dtype),
         "transformers": lambda: transformers(model, dtype),
         "vllm": lambda: vllm(model, dtype),
     }

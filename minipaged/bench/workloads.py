@@ -4,7 +4,7 @@
     B   8 prompts of 16 to 256                         a small server
     C   32 prompts of 16 to 256                        a batch
     D   C, behind 512 tokens that all share            a system prompt
-    S   64 requests that arrive one by one             0 to 96 steps apart, 8 to 128 new tokens: batches that change
+    S   64 requests that arrive over 96 steps          16 places, 8 to 128 new tokens: batches that change
 
 Each has 128 new tokens a prompt unless said otherwise, greedy, and does not end at the end of a text. Prompts are
 random tokens of a fixed seed: what is timed does not depend on what they say.
@@ -20,12 +20,15 @@ FIRST_TOKEN, LAST_TOKEN = 1_000, 40_000  # ordinary tokens of SmolLM2's vocabula
 
 @dataclass(frozen=True)
 class Workload:
-    """prompts: token ids. new_tokens: of each prompt. arrivals: the engine step before which each one comes."""
+    """prompts: token ids. new_tokens: of each prompt. arrivals: the engine step before which each one comes; none where
+    all are there from the start. places: sequences that may run at once. budget: tokens of a step at most."""
 
     name: str
     prompts: list[list[int]]
     new_tokens: list[int]
     arrivals: list[int] = field(default_factory=list)
+    places: int = 32
+    budget: int = 256
 
     @property
     def num_new(self) -> int:
@@ -60,5 +63,6 @@ def workload(name: str, scale: float = 1.0) -> Workload:
             prompts,
             [max(2, round(rng.randrange(8, 129) * scale)) for _ in prompts],
             sorted(round(rng.randrange(97) * scale) for _ in prompts),
+            places=16,
         )
     raise ValueError(f"workload must be one of A, B, C, D, S, got {name!r}")
