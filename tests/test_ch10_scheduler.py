@@ -1,12 +1,14 @@
 """Chapter 10. The scheduler over the real memory, with a model of a few lines: any script of requests, any shortage."""
 
 import pytest
-from hypothesis import given, note
+from hypothesis import example, given, note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from minipaged.engine.scheduler import Scheduler
+from minipaged.engine.sequence import CompletionOutput, SamplingParams, Sequence, SequenceGroup
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.unpaged import NoMemory
 from serving_model import ALPHABET, Engine
 
 pytestmark = pytest.mark.ch10
@@ -123,6 +125,17 @@ requests = st.tuples(
     extra_budget=st.integers(0, 4) | st.just(100),
     failures=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3))),
 )
+@example(  # what gave way finds its prompt in a block of another: it needs less than it had, and could come back at once
+    burst=[([1, 0, 0, 0], 3, "one", 2), ([0, 0, 0], 4, "one", 2), ([0, 0], 3, "samples", 2)],
+    block_size=1,
+    spare=5,
+    host=2,
+    prefix_caching=True,
+    preemption="swap",
+    max_num_seqs=6,
+    extra_budget=0,
+    failures=[],
+)
 def test_a_burst_in_a_pool_that_is_hardly_larger_than_its_largest_request(
     burst, block_size, spare, host, prefix_caching, preemption, max_num_seqs, extra_budget, failures
 ):
@@ -208,10 +221,14 @@ def test_nobody_waits_for_a_block_that_it_could_not_use(prompt, block_size, salt
     engine.finish_all()
 
 
-@given(prompt=prompts, block_size=st.sampled_from((1, 2, 4)), copies=st.integers(2, 4))
-def test_equal_prompts_that_come_together_are_computed_once(prompt, block_size, copies):
-    """Admitted in one step, they would each compute all of it (nano-vllm #219 then counts the block twice)."""
+@given(prompt=prompts, block_size=st.sampled_from((1, 2, 4)), copies=st.integers(2, 4), known=st.integers(0, 8))
+def test_equal_prompts_that_come_together_are_computed_once(prompt, block_size, copies, known):
+    """Admitted in one step, they would each compute all of it (nano-vllm #219 then counts the block twice). Some of
+    their first tokens may be known from an earlier request."""
     engine = Engine(64, block_size, prefix_caching=True, max_model_len=MAX_MODEL_LEN, watermark=0.0)
+    if known:
+        engine.add(prompt[:known], 1)
+        engine.finish_all()
     for _ in range(copies):
         engine.add(prompt, 1)
     computed = 0
@@ -220,7 +237,8 @@ def test_equal_prompts_that_come_together_are_computed_once(prompt, block_size, 
         engine.check_state()
     engine.check_answers()
     full = (len(prompt) - 1) // block_size * block_size  # the last token is computed by everyone
-    assert computed == len(prompt) + (copies - 1) * (len(prompt) - full)
+    found = min(known // block_size * block_size, full)
+    assert computed == len(prompt) - found + (copies - 1) * (len(prompt) - full)
 
 
 @given(prompt=prompts.map(lambda p: p[:6]), width=st.integers(2, 3), after=st.integers(1, 8), spare=st.integers(0, 4))
@@ -307,6 +325,27 @@ def test_a_host_that_is_too_small_falls_back_to_recompute():
     engine.add([0] * 4, 6), engine.add([1] * 4, 6)
     engine.finish_all()
     assert engine.scheduler.preemptions["recompute"] >= 1 and engine.scheduler.preemptions["swap"] == 0
+
+
+def test_who_needs_the_whole_pool_comes_back_to_it():
+    """The first takes 1 block, the second 5 and then a sixth: it moves out, and returns when the pool is its own."""
+    engine = Engine(6, 1, num_host_blocks=6, max_model_len=16, preemption="swap", watermark=0.0)
+    engine.add([0], 2), engine.add([1] * 5, 2)
+    engine.finish_all()
+    assert engine.scheduler.preemptions["swap"] == 1
+
+
+def test_without_a_cache_everybody_runs_and_computes_everything():
+    scheduler = Scheduler(NoMemory(), 16)
+    seqs = [Sequence(str(n), [0] * n, SamplingParams(max_tokens=3), CompletionOutput(0)) for n in (3, 1, 2)]
+    for seq in seqs:
+        scheduler.add(SequenceGroup(seq.seq_id, [seq]))
+    for _ in range(3):
+        output = scheduler.schedule()
+        assert [(item.seq, item.start, item.count) for item in output.work] == [(seq, 0, len(seq)) for seq in seqs]
+        for _, group, seq in scheduler.computed(output):
+            seq.output.token_ids.append(0)
+            assert seq.num_computed == 0 and group in scheduler.running, "nothing is kept"
 
 
 def test_a_long_prompt_does_not_hold_up_those_who_decode():

@@ -168,14 +168,15 @@ class Scheduler:
         if self.trace is not None:
             self.trace.step += 1
         output = SchedulerOutput()
+        num_running = len(self.running)
         self._make_room(output)
+        nobody_gave_way = len(self.running) == num_running
         budget = self.max_num_batched_tokens
         for decoding in (True, False):
             for group in [g for g in self.running if g.is_decoding == decoding]:
                 budget -= self._take(group, budget, output)
-        # Whoever was preempted above stands first and cannot come back in this step: without its blocks there was too
-        # little room for another, which has them now.
-        while self.waiting and budget > 0 and self._admit(self.waiting[0], output):
+        # Whoever gave way stands first now. It does not come back in the step in which there was too little room.
+        while nobody_gave_way and self.waiting and budget > 0 and self._admit(self.waiting[0], output):
             self.running.append(self.waiting.popleft())
             budget -= self._take(self.running[-1], budget, output)
         if self.trace is not None and output.work:
