@@ -125,7 +125,7 @@ requests = st.tuples(
     extra_budget=st.integers(0, 4) | st.just(100),
     failures=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3))),
 )
-@example(  # what gave way finds its prompt in a block of another: it needs less than it had, and could come back at once
+@example(  # who gives way finds its prompt in a block of another, needs less than it had, and could come back at once
     burst=[([1, 0, 0, 0], 3, "one", 2), ([0, 0, 0], 4, "one", 2), ([0, 0], 3, "samples", 2)],
     block_size=1,
     spare=5,

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from minipaged.viz.notebook import breaks, holds, player_html
@@ -185,6 +185,22 @@ def test_a_bug_that_is_not_caught_is_said(capsys):
     assert capsys.readouterr().out == "fine: holds for 30 examples\n"
     with pytest.raises(AssertionError, match="not caught"):
         breaks(fine)
+
+
+def test_a_failure_is_not_explained_line_by_line():
+    """Hypothesis traces every line for that, which takes an interpreted kernel minutes, and nothing of it is shown."""
+
+    @given(n=st.integers(0, 100))
+    def small_enough(n):
+        assert n < 17
+
+    profile = settings.get_current_profile_name()
+    settings.load_profile("default")  # as in a notebook: that of the tests does not explain either
+    try:
+        breaks(small_enough)
+    finally:
+        settings.load_profile(profile)
+    assert Phase.explain not in small_enough._hypothesis_internal_use_settings.phases
 
 
 def test_a_slider_shows_one_picture_also_without_its_script():

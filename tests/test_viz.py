@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from minipaged.viz.script import load_script, run_script
 from minipaged.viz.show import show
 from minipaged.viz.snapshot import Snapshot
 from minipaged.viz.svg import Picture, to_svg
+from minipaged.viz.svg_parts import CHAR_WIDTH
 from minipaged.viz.terminal import draw
 from minipaged.viz.words import in_words, visible
 
@@ -416,6 +418,22 @@ def test_copies_are_arrows_and_changed_blocks_are_marked():
         classes = [node.get("class") for node in ET.fromstring(to_svg(snapshot)).iter(f"{SVG}path")]
         assert ("mp-copy" in classes) == bool(snapshot.copies)
         assert classes.count("mp-copy") == len(snapshot.copies)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4])
+def test_headings_of_narrow_blocks_do_not_run_into_each_other(block_size):
+    svg = to_svg(Snapshot(3, block_size, {"A": [0]}, {"A": 1}))
+    places = {node.text: float(node.get("x")) for node in ET.fromstring(svg).iter(f"{SVG}text")}
+    for left, right in (("Logical blocks", "Block table"), ("Physical blocks", "owners")):
+        assert places[left] + len(left) * CHAR_WIDTH < places[right]
+
+
+def test_a_state_before_the_first_step_has_no_step():
+    state = Snapshot(3, 4, {"A": [0]}, {"A": 1})
+    assert "step" not in to_svg(state).lower()
+    event = {"event": "allocate", "step": 0, "seq": "A", "logical": 0, "block": 0}
+    assert "Step 0" in texts_in(to_svg(replace(state, events=[event])))
+    assert "Step 3" in texts_in(to_svg(replace(state, step=3)))
 
 
 def test_a_notebook_shows_a_picture_and_a_plain_shell_the_sentences():

@@ -162,7 +162,7 @@ def breaks(test: Callable[[], None], examples: int = 500) -> dict[str, Any]:
 
 def _recorded(test: Any, examples: int) -> list[dict[str, Any]]:
     """Set the property to repeatable examples, and return a list that grows by the arguments of each run."""
-    settings = needed("hypothesis").settings
+    settings, phase = needed("hypothesis").settings, needed("hypothesis").Phase
     ran: list[dict[str, Any]] = []
     inner = getattr(test.hypothesis, "original_test", test.hypothesis.inner_test)
 
@@ -176,6 +176,8 @@ def _recorded(test: Any, examples: int) -> list[dict[str, Any]]:
         max_examples=examples,
         derandomize=True,
         database=None,
+        # Without Phase.explain, which traces every line: an interpreted kernel then takes minutes and not seconds.
+        phases=[phase.explicit, phase.generate, phase.target, phase.shrink],
         deadline=None,
         print_blob=False,
         report_multiple_bugs=False,

@@ -22,6 +22,7 @@ FREE_ROWS_UP_TO = 24  # blocks in the pool: in a larger one, free blocks are cou
 SLOTS_UP_TO = 8  # tokens a block: a larger one is drawn as one box with its words or its fill
 SLOT_WIDTHS = (26, 78)  # pixels for one token, least and most
 BOX_WIDTH = 240  # pixels of a block that is drawn as one box
+HEADED = 124  # pixels: a block is at least as wide as the heading above its column
 ROW, HEADING = 32, 30  # pixels
 CELL, LINKS = 62, 100  # pixels: a cell of the block table, the space for the curves
 OWNERS_UP_TO = 6  # chips at one block
@@ -57,7 +58,7 @@ class _Page:
         longest = max((columns(visible(word)) for words in texts for word in words), default=0)
         self.in_slots = snapshot.block_size <= SLOTS_UP_TO
         least, most = SLOT_WIDTHS
-        self.slot = min(max(longest * parts.CHAR_WIDTH + 16, least), most)
+        self.slot = max(min(max(longest * parts.CHAR_WIDTH + 16, least), most), HEADED / snapshot.block_size)
         self.block_width = self.slot * snapshot.block_size if self.in_slots else BOX_WIDTH
         self.number = 30 + parts.CHAR_WIDTH * len(str(snapshot.num_blocks - 1))  # a dot, and a block's number
         self.table_x = MARGIN + self.number + self.block_width + 16

@@ -68,13 +68,16 @@ def page(snapshot: Snapshot, width: float, height: float, drawn: Sequence[str]) 
         f'aria-labelledby="{name}-title {name}-desc" viewBox="0 0 {width:.0f} {height:.0f}" '
         f'width="{width:.0f}" height="{height:.0f}" style="max-width:100%;height:auto">'
     )
-    title = f'<title id="{name}-title">Block tables and physical blocks, step {snapshot.step}</title>'
+    when = f", step {snapshot.step}" if snapshot.step or snapshot.events else ""
+    title = f'<title id="{name}-title">Block tables and physical blocks{when}</title>'
     told = f'<desc id="{name}-desc">{escape(description)}</desc>'
     return "\n".join([head, title, told, style(), box(0, 0, width, height, "mp-paper", 8), *drawn, "</svg>"])
 
 
 def heading(snapshot: Snapshot, width: float) -> tuple[list[str], float]:
-    """What happened last, in words. Returns the drawing, and the y below it."""
+    """What happened last, in words. Returns the drawing, and the y below it. Before the first step there is nothing."""
+    if not snapshot.step and not snapshot.events:
+        return [], MARGIN
     said = [in_words(event) for event in snapshot.events]
     shown = said if len(said) <= 3 else [*said[:2], f"and {len(said) - 2} more events"]
     drawn = [words(MARGIN, MARGIN + 14, f"Step {snapshot.step}", "mp-title")]
