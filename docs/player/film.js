@@ -1,0 +1,141 @@
+// A trace as a film: frame 0 is the empty pool, frame i the state after event i. Nothing here touches the page, so a
+// test can hold every frame against Python's own replay.
+//
+// The document is what minipaged/viz/export.py writes. An event carries the entries that it changed in five maps
+// (tables, host_tables, num_tokens, texts, cached), and null for an entry that is gone.
+
+const EMPTY = { tables: {}, host_tables: {}, num_tokens: {}, texts: {}, cached: {} };
+
+export class BlockFilm {
+  constructor(document) {
+    if (document.schema !== "minipaged.site" || document.version !== 1) {
+      throw new Error(`expected minipaged.site version 1, got ${document.schema} version ${document.version}`);
+    }
+    this.document = document;
+    this.pool = document.trace;
+    this.sequences = document.sequences;
+    this.byName = Object.fromEntries(document.sequences.map((seq) => [seq.name, seq]));
+    this.states = [EMPTY];
+    this.queues = [this.#firstQueue()];
+    for (const item of document.events) {
+      this.states.push(applied(this.states.at(-1), item.changes));
+      this.queues.push(this.#queueAfter(this.queues.at(-1), item.event, this.states.at(-1)));
+    }
+  }
+
+  get length() {
+    return this.states.length;
+  }
+
+  words(i) {
+    return i === 0 ? "The pool is empty." : this.document.events[i - 1].words;
+  }
+
+  step(i) {
+    return i === 0 ? 0 : this.document.events[i - 1].event.step ?? i;
+  }
+
+  event(i) {
+    return i === 0 ? null : this.document.events[i - 1].event;
+  }
+
+  // Who waits, who runs, who is done: told by the events, since a trace records no arrivals.
+  #firstQueue() {
+    return Object.fromEntries(this.sequences.map((seq) => [seq.name, "waiting"]));
+  }
+
+  #queueAfter(queue, event, state) {
+    const next = { ...queue };
+    if (event.event === "finish") next[event.seq] = "done";
+    else if (event.event === "preempt") next[event.seq] = "waiting";
+    else if (event.event === "swap_out") next[event.seq] = "waiting";
+    else if (["allocate", "share", "write", "swap_in"].includes(event.event)) next[event.seq] = "running";
+    else if (event.event === "free" && !(event.seq in state.tables) && next[event.seq] === "running") {
+      next[event.seq] = "done"; // a script has no `finish`; a beam that dies has none either
+    }
+    return next;
+  }
+
+  // Who names each block of a pool: block -> [{seq, logical, fill}].
+  owners(i, map = "tables") {
+    const named = new Map();
+    for (const [seq, blocks] of Object.entries(this.states[i][map])) {
+      blocks.forEach((block, logical) => {
+        if (block < 0) return;
+        if (!named.has(block)) named.set(block, []);
+        named.get(block).push({ seq, logical, fill: this.fill(i, seq, logical) });
+      });
+    }
+    return named;
+  }
+
+  fill(i, seq, logical) {
+    const size = this.pool.block_size;
+    return Math.max(0, Math.min(size, (this.states[i].num_tokens[seq] ?? 0) - logical * size));
+  }
+
+  // The words of one logical block, as many as are written.
+  texts(i, seq, logical) {
+    const start = logical * this.pool.block_size;
+    return (this.states[i].texts[seq] ?? []).slice(start, start + this.fill(i, seq, logical));
+  }
+
+  // The whole moment in sentences: what a screen reader is told, and what the page shows under the picture.
+  sentences(i) {
+    const state = this.states[i];
+    const lines = [];
+    for (const { name, label } of this.sequences) {
+      const tables = [state.tables[name] ?? [], state.host_tables[name] ?? []];
+      const count = Math.max(tables[0].length, tables[1].length);
+      if (!count) continue;
+      const places = Array.from({ length: count }, (_, logical) => place(tables, logical));
+      const who = label === name ? label : `${label} (${name})`;
+      lines.push(`${who} holds ${plural(state.num_tokens[name] ?? 0, "token")}, in ${places.join(", ")}.`);
+    }
+    const owners = this.owners(i);
+    for (const [block, named] of [...owners].sort((a, b) => a[0] - b[0])) {
+      if (named.length > 1) {
+        const names = named.map((owner) => this.byName[owner.seq].label).join(" and ");
+        lines.push(`Block ${block} is shared by ${names}.`);
+      }
+    }
+    const kept = Object.keys(state.cached).filter((block) => !owners.has(Number(block)));
+    if (kept.length) lines.push(`Kept with no owner, to be found again: ${kept.map((b) => `block ${b}`).join(", ")}.`);
+    const free = this.pool.num_blocks - owners.size - kept.length;
+    lines.push(`${owners.size} of ${this.pool.num_blocks} blocks are in use, ${free} are free.`);
+    return lines;
+  }
+
+  // The frame with most to draw: the player gives the picture its height, so that the page does not jump.
+  tallest() {
+    const rows = (i) =>
+      Object.values(this.states[i].tables).reduce((sum, blocks) => sum + blocks.length + 2, 0) +
+      Object.values(this.states[i].host_tables).reduce((sum, blocks) => sum + blocks.length + 2, 0);
+    let best = 0;
+    for (let i = 1; i < this.length; i++) if (rows(i) > rows(best)) best = i;
+    return best;
+  }
+}
+
+// A state with an event's changes in it. Maps that did not change are shared with the state before.
+export function applied(state, changes) {
+  const next = { ...state };
+  for (const [map, entries] of Object.entries(changes)) {
+    next[map] = { ...next[map] };
+    for (const [key, value] of Object.entries(entries)) {
+      if (value === null) delete next[map][key];
+      else next[map][key] = value;
+    }
+  }
+  return next;
+}
+
+export function plural(count, word) {
+  return count === 1 ? `1 ${word}` : `${count} ${word}s`;
+}
+
+function place([device, host], logical) {
+  if ((device[logical] ?? -1) >= 0) return `block ${device[logical]}`;
+  if ((host[logical] ?? -1) >= 0) return `host block ${host[logical]}`;
+  return "a block on its way";
+}

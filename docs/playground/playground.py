@@ -1,0 +1,231 @@
+"""What the playground's buttons run, in the browser and, by the site's tests, outside of it. Plain Python.
+
+    run(settings)         requests through our own scheduler and memory, with no model        -> the player's document
+    check(file, source)   chapter 6's own suite over an edited module, graded as a learner's  -> findings, and a film
+
+No model runs in a browser tab, so what a request answers is made up: its tokens are the numbers 1, 2, 3, ... What
+the memory does about it is not made up: it is done by minipaged/memory and minipaged/engine/scheduler.py.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+STEPS_UP_TO = 500
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LIMITS = {
+    "num_blocks": (1, 64),
+    "block_size": (1, 16),
+    "num_host_blocks": (0, 64),
+    "max_num_batched_tokens": (1, 512),
+    "max_num_seqs": (1, 32),
+}
+
+
+def run(settings):
+    """The player's document for a run. settings:
+
+    {"requests": [{"prompt": "...", "max_tokens": 8, "n": 1, "arrives": 0}, ...],
+     "num_blocks": 12, "block_size": 4, "num_host_blocks": 0, "preemption": "recompute" | "swap",
+     "prefix_caching": false, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+
+    A prompt is words, a word a token; a request arrives before step `arrives` + 1. Raises ValueError with the numbers
+    where something does not fit.
+    """
+    from minipaged.viz.export import to_json
+
+    return to_json(trace_of(settings))
+
+
+def trace_of(settings):
+    """The trace of a run."""
+    from minipaged.engine.scheduler import Scheduler
+    from minipaged.engine.sequence import CompletionOutput, SamplingParams, Sequence, SequenceGroup
+    from minipaged.memory.block_manager import BlockManager
+    from minipaged.memory.trace import Trace
+
+    sizes = {name: _whole(settings.get(name), name, *limits) for name, limits in LIMITS.items()}
+    swap = settings["preemption"] == "swap"
+    if swap and not sizes["num_host_blocks"]:
+        raise ValueError("preemption by swap needs blocks of the host: num_host_blocks is 0")
+    trace = Trace(sizes["num_blocks"], sizes["block_size"], sizes["num_host_blocks"] if swap else 0)
+    memory = BlockManager(
+        trace.num_blocks,
+        trace.block_size,
+        num_host_blocks=trace.num_host_blocks,
+        enable_prefix_caching=bool(settings["prefix_caching"]),
+        trace=trace,
+    )
+    scheduler = Scheduler(
+        memory,
+        max_model_len=512,
+        max_num_seqs=sizes["max_num_seqs"],
+        max_num_batched_tokens=sizes["max_num_batched_tokens"],
+        preemption=settings["preemption"],
+        watermark=0.0,
+        trace=trace,
+    )
+    words = {}  # word -> token id, so that equal words are equal tokens
+    letters = iter(LETTERS)  # the names of sequences, one a sample
+
+    def group_of(number, request):
+        prompt = [words.setdefault(word, len(words)) for word in str(request["prompt"]).split()]
+        n, tokens = _whole(request["n"], "n", 1, 8), _whole(request["max_tokens"], "max_tokens", 1, 64)
+        params = SamplingParams(n=n, temperature=1.0, max_tokens=tokens)
+        seqs = [Sequence(name, prompt, params, CompletionOutput(i)) for i, name in zip(range(n), letters, strict=False)]
+        if len(seqs) < n:
+            raise ValueError(f"there are more than {len(LETTERS)} sequences")
+        return SequenceGroup(str(number), seqs[:1], seqs[1:])
+
+    requests = list(enumerate(settings["requests"]))
+    if not requests:
+        raise ValueError("there is no request")
+    groups = []
+    for number, request in requests:
+        try:
+            group = group_of(number, request)
+            first = group.seqs[0]
+            scheduler.check(len(first.prompt_token_ids), first.params.max_tokens, group.num_places)
+        except ValueError as error:
+            raise ValueError(f"request {number + 1}: {error}") from error
+        groups.append((_whole(request.get("arrives", 0), "arrives", 0, 100), group))
+    groups.sort(key=lambda item: item[0])
+    shown = list(words)
+    for step in range(STEPS_UP_TO):
+        while groups and groups[0][0] <= step:
+            scheduler.add(groups.pop(0)[1])
+        if not scheduler.has_unfinished():
+            if not groups:
+                return trace
+            continue  # nobody is here yet
+        output = scheduler.schedule()
+        for work in output.work:
+            tokens = work.seq.tokens(work.start, work.start + work.count)
+            text = [shown[token] if token >= 0 else str(-token) for token in tokens]
+            trace.record("write", seq=work.seq.seq_id, start=work.start, count=work.count, tokens=text)
+        for _, group, seq in scheduler.computed(output):
+            made = seq.output.token_ids
+            made.append(-len(made) - 1)  # the answer: 1, 2, 3, ...
+            if len(made) == seq.params.max_tokens:
+                scheduler.finish(group, seq, "length")
+    raise ValueError(f"not finished after {STEPS_UP_TO} steps")
+
+
+def _whole(value, name, least, most):
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+    return value
+
+
+# ---- the suite of chapter 6 ------------------------------------------------------------------------------------------
+
+EXERCISES = {"block_allocator.py": "ch06_block_allocator.py", "block_table.py": "ch06_block_table.py"}
+
+
+def check(file, source, root=".", folder="exercises"):
+    """Grade an edited block_allocator.py or block_table.py by chapter 6's suite, in this process.
+
+    Returns JSON: {"holds": 12, "wrong": 1, "findings": [...], "errors": [...], "film": document or null}. The film is
+    the smallest counterexample, call by call. A process grades once: the modules are imported then.
+    """
+    if file not in EXERCISES:
+        raise ValueError(f"file is one of {', '.join(EXERCISES)}, got {file!r}")
+    root = Path(root).resolve()
+    where, report = root / folder, root / "report.json"
+    where.mkdir(exist_ok=True)
+    (where / EXERCISES[file]).write_text(source, encoding="utf-8")
+    os.environ |= {"MINIPAGED_COURSE_REPORT": str(report), "HYPOTHESIS_PROFILE": "course", "MINIPAGED_EXAMPLES": "50"}
+    os.environ["MINIPAGED_STOP"] = "1"
+    os.chdir(root)
+    sys.path.insert(0, str(root))
+    import pytest
+
+    plugins = ["-p", "minipaged.course.plugin", "-p", "no:cacheprovider", "-p", "no:terminal"]
+    options = [*plugins, "-o", "addopts=", "--rootdir", str(root), "-m", "ch06", "--impl", str(where)]
+    pytest.main([*options, str(root / "tests" / "test_ch06_block_table.py")])
+    found = json.loads(report.read_text(encoding="utf-8"))
+    findings, errors = found["findings"], found["errors"]
+    wrong = [finding for finding in findings if finding["outcome"] == "wrong"]
+    first = min(wrong, key=lambda finding: max(finding["events"], 6), default=None)
+    return json.dumps(
+        {
+            "holds": sum(finding["outcome"] == "holds" for finding in findings),
+            "wrong": len(wrong),
+            "tried": len(findings),
+            "first": first and {name: first[name] for name in ("property", "about", "message")},
+            "errors": [str(error).strip().splitlines()[-1] for error in errors],
+            "film": first and film_of(first),
+        }
+    )
+
+
+def film_of(finding):
+    """The script of a finding as the player's document: a frame a call, with the block tables after it.
+
+    Unlike a trace it may contradict itself (a block with two owners that do not share): that is what it must show.
+    """
+    from minipaged.viz.colours import PALETTE
+
+    script = finding["script"]
+    if any(call.get("state") for call in script):
+        states, sizes = _states_of_tables(script)
+    else:
+        states, sizes = _states_of_an_allocator(script)
+    names = list(dict.fromkeys(name for tables, _ in states for name in tables))
+    if not names:
+        return None
+    before, events = ({}, {}), []
+    for call, after in zip(script, states, strict=True):
+        changes = {
+            name: _changed(b, a) for name, b, a in zip(("tables", "num_tokens"), before, after, strict=True) if b != a
+        }
+        events.append({"event": {"event": "call", "step": len(events) + 1}, "words": call["call"], "changes": changes})
+        before = after
+    return {
+        "schema": "minipaged.site",
+        "version": 1,
+        "title": "The smallest script that breaks it",
+        "trace": {**sizes, "num_host_blocks": 0},
+        "sequences": [{"name": n, "label": n, "colour": PALETTE[i % len(PALETTE)]} for i, n in enumerate(names)],
+        "events": events,
+    }
+
+
+def _states_of_tables(script):
+    """(tables, tokens) after each call, as the course's recorder read them from the learner's own tables."""
+    states, sizes = [], {"num_blocks": 1, "block_size": 1}
+    for call in script:
+        state = call.get("state")
+        if state is None:
+            states.append(states[-1] if states else ({}, {}))
+            continue
+        tables = {name: blocks for name, blocks in state["tables"].items() if blocks}
+        states.append((tables, {name: state["num_tokens"][name] for name in tables}))
+        blocks = max(size for _, size in state["pools"].values())
+        sizes = {"num_blocks": max(blocks, sizes["num_blocks"]), "block_size": state["block_size"]}
+    return states, sizes
+
+
+def _states_of_an_allocator(script):
+    """The same where there is an allocator alone: whoever was given a block, or shares it, is drawn as one owner."""
+    owners, states, num_blocks = {}, [], 1
+    letters = iter(LETTERS)
+    for call in script:
+        if made := re.search(r"BlockAllocator\((?:num_blocks=)?(\d+)", call["call"]):
+            num_blocks = int(made[1])
+        did = re.match(r"\w+\.(allocate|share|free)\((\d*)\)(?:  -> (\d+))?$", call["call"])
+        if did and did[1] == "free":
+            leaving = next((name for name, (block,) in owners.items() if block == int(did[2])), None)
+            owners = {name: blocks for name, blocks in owners.items() if name != leaving}
+        elif did and (did[2] or did[3]) and (letter := next(letters, None)):
+            owners = {**owners, letter: [int(did[3] or did[2])]}
+        states.append((owners, dict.fromkeys(owners, 1)))
+    return states, {"num_blocks": num_blocks, "block_size": 1}
+
+
+def _changed(before, after):
+    """Entries that are new or different, and null for those that are gone."""
+    gone = {name: None for name in before if name not in after}
+    return {**gone, **{name: value for name, value in after.items() if before.get(name) != value}}
