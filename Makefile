@@ -73,6 +73,7 @@ reproduce: $(VENV)/.tutorials ## the paper's figures again, into docs/paper (thr
 
 pictures: $(READY) ## draw the pictures of the README and the site again
 	@$(BIN)/minipaged trace tutorials/traces/two_requests.json --step 8 --svg docs/two_requests.svg > /dev/null
+	@$(BIN)/python tools/website/moving.py tutorials/traces/two_requests.json docs/two_requests_moving.svg
 
 traces: $(READY) ## record the runs that the site plays: real ones of SmolLM2, into docs/traces
 	@$(BIN)/minipaged fetch

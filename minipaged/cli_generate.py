@@ -1,6 +1,7 @@
 """`minipaged generate` and `minipaged chat`: the engine on the command line."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from enum import StrEnum
@@ -38,6 +39,9 @@ BlockSizeOption = Annotated[int, typer.Option(help="tokens in a block of the pag
 BackendOption = Annotated[Backend, typer.Option(help="of the paged cache; Triton on a CPU is interpreted, and slow")]
 NumBlocksOption = Annotated[int | None, typer.Option(help="blocks in the pool (default: at most 1 GiB of them)")]
 MaxModelLenOption = Annotated[int | None, typer.Option(help="longest request, in tokens (default: the model's)")]
+RanksOption = Annotated[
+    int | None, typer.Option(help="processes to divide the model's heads over (default: as many as torchrun started)")
+]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64")]
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied")]
 TopPOption = Annotated[float, typer.Option(help="draw from the likeliest tokens that make up this probability")]
@@ -72,6 +76,7 @@ def generate(
     ] = Preemption.recompute,
     backend: BackendOption = Backend.auto,
     dtype: DtypeOption = "float32",
+    tensor_parallel_size: RanksOption = None,
     trace: Annotated[Path | None, typer.Option(help="write who held which block to this file: see minipaged trace")] = (
         None
     ),
@@ -79,6 +84,11 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end, not the text")] = False,
 ) -> None:
     """Continue a text, token by token; with --n or --beams, in several ways."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started us, perhaps with others: rank 0 alone reads and writes
+        from minipaged.distributed.launch import serve_if_worker, torchrun_rank_and_size
+
+        serve_if_worker()
+        tensor_parallel_size = tensor_parallel_size or torchrun_rank_and_size()[1]
     from minipaged import LLM, BeamSearchParams, SamplingParams
 
     if beams is not None and (n > 1 or temperature > 0):
@@ -110,6 +120,7 @@ def generate(
         backend=backend.value,
         dtype=dtype,
         trace=trace or False,
+        tensor_parallel_size=1 if tensor_parallel_size is None else tensor_parallel_size,
     )
     text = _standard_input() if prompt == "-" else prompt
     if chat:
@@ -127,6 +138,7 @@ def generate(
         _print_pieces(new.text for new in tokens)
     if metrics:
         _print_metrics(llm)
+    llm.close()
 
 
 def chat(

@@ -244,6 +244,13 @@ def test_no_policy_reserves_more_than_the_model_can_use():
     assert ReservationPool(4096, "pow2", max_model_len=2048).reservation(1500, 513) == 2048
 
 
+@pytest.mark.parametrize("lengths", [(3, 3), (5, 1), (1, 5), (2, 4)])
+def test_prompt_and_output_together_fit_the_context(lengths):
+    pool = ReservationPool(8, "oracle", max_model_len=5)
+    with pytest.raises(ValueError, match="exceed max_model_len"):
+        pool.reservation(*lengths)
+
+
 # --- the account ------------------------------------------------------------------------------------------------------
 
 

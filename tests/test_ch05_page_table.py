@@ -303,7 +303,7 @@ class ProcessesAgainstCells(RuleBasedStateMachine):
             with pytest.raises(ValueError):
                 self.processes[who].unmap(page)
 
-    @rule(mapping=mappings, offset=st.integers(0, 1), byte=st.integers(1, 255))
+    @rule(mapping=mappings, offset=st.integers(0, 1), byte=st.integers(0, 255))
     def store(self, mapping, offset, byte):
         who, page = mapping
         address = page * self.layout.page_bytes + offset
@@ -396,6 +396,9 @@ def test_what_a_process_may_not_do_changes_nothing():
         (PageFault, lambda: a.store(4, 1)),
         (ValueError, lambda: a.load(16)),
         (ValueError, lambda: a.store(0, 256)),
+        (ValueError, lambda: memory.num_mappings(3)),
+        (ValueError, lambda: Process(PhysicalMemory(2, 2), FlatPageTable(SMALL))),
+        (ValueError, lambda: Process(PhysicalMemory(2, 8), FlatPageTable(SMALL))),
         (ValueError, lambda: a.store(0, -1)),
     ]
     for error, call in refused:

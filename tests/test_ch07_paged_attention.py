@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from minipaged.attention import paged_attention, paged_attention_gathered, paged_attention_online, write_kv
 from minipaged.attention import plan as planning
+from minipaged.attention.paged import slot_rows
 from strategies import BLOCK_SIZES, generators, paged_batches
 
 pytestmark = pytest.mark.ch07
@@ -210,3 +211,15 @@ def test_a_refused_write_changes_nothing(name, wrong, said):
     assert said in str(error.value)
     assert not arguments["key_cache"].any()
     assert not arguments["value_cache"].any()
+
+
+@pytest.mark.parametrize("slots", [[0, 5, 3], [-1, 0, 7], [2, -1, -1]])
+def test_rows_of_slots_are_where_write_kv_stores(slots):
+    """Slot 0 is a slot like any other, and -1 is none."""
+    slot_mapping = torch.tensor(slots)
+    key = torch.arange(1.0, 19.0).view(3, 2, 3)  # [num_tokens, num_kv_heads, head_dim]
+    expected, cache = torch.zeros(4, 2, 2, 3), torch.zeros(4, 2, 2, 3)  # blocks of 2 tokens
+    write_kv(key, key, expected, torch.zeros_like(expected), slot_mapping)
+    rows, stored = slot_rows(slot_mapping, num_kv_heads=2, block_size=2)
+    cache.view(-1, 3)[rows] = key if stored is None else key[stored]
+    assert torch.equal(cache, expected)

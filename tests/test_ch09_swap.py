@@ -230,3 +230,27 @@ def test_a_swapped_out_prefix_goes_leaf_first():
 
 # Appends, forks, truncations, releases, prefix hits, evictions and swaps, all in one script.
 TestPagedMemory = PagedMemoryMachine.TestCase
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_table_moves_to_as_many_blocks_as_it_has(count):
+    device, host = BlockAllocator(4), BlockAllocator(4)
+    table = BlockTable(device, 2)
+    table.append_tokens(4)
+    before = table.blocks
+    with pytest.raises(ValueError):
+        table.move(host, [host.allocate() for _ in range(count)])
+    assert table.blocks == before and table.allocator is device
+
+
+def test_a_large_group_moves_as_a_small_one():
+    """Numbers above 256, which Python keeps apart even where they are equal."""
+    device, host = BlockAllocator(300), BlockAllocator(300)
+    tables = [BlockTable(device, 1) for _ in range(300)]
+    for table in tables:
+        table.append_tokens(1)
+    assert len(Swap(device, host).swap_out(tables)) == 300 == device.num_free
+    tables[0].append_tokens(0)
+    alone = BlockTable(device, 1)
+    alone.append_tokens(300)
+    assert len(alone.blocks) == 300

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from minipaged.engine.scheduler import Scheduler
 from minipaged.engine.sequence import CompletionOutput, SamplingParams, Sequence, SequenceGroup
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.trace import Trace
 from minipaged.memory.unpaged import NoMemory
 from serving_model import ALPHABET, Engine
 
@@ -222,6 +223,7 @@ def test_nobody_waits_for_a_block_that_it_could_not_use(prompt, block_size, salt
 
 
 @given(prompt=prompts, block_size=st.sampled_from((1, 2, 4)), copies=st.integers(2, 4), known=st.integers(0, 8))
+@example(prompt=[0, 0, 0], block_size=1, copies=2, known=1)
 def test_equal_prompts_that_come_together_are_computed_once(prompt, block_size, copies, known):
     """Admitted in one step, they would each compute all of it (nano-vllm #219 then counts the block twice). Some of
     their first tokens may be known from an earlier request."""
@@ -279,6 +281,32 @@ def test_a_prompt_that_is_wholly_cached_leaves_a_token_to_compute(prompt, block_
         engine.add(prompt, max_tokens)
         engine.finish_all()
     assert engine.scheduler.num_found == (len(prompt) - 1) // block_size * block_size
+
+
+@given(prompt=prompts, block_size=st.sampled_from((1, 2, 4)), max_tokens=st.integers(1, 6))
+def test_an_answer_is_found_again_when_the_conversation_goes_on(prompt, block_size, max_tokens):
+    """Also the block that was filled in the last step but one. The last token of an answer is never stored."""
+    engine = Engine(64, block_size, prefix_caching=True, max_model_len=2 * MAX_MODEL_LEN)
+    request_id = engine.add(prompt, max_tokens)
+    engine.finish_all()
+    text = prompt + engine.answers[request_id][0]
+    engine.add(text, 1)
+    engine.finish_all()
+    assert engine.scheduler.num_found == (len(text) - 1) // block_size * block_size
+
+
+@given(prompt=prompts.filter(lambda p: len(p) > 1), block_size=st.sampled_from((1, 2, 4)), data=st.data())
+def test_who_goes_on_from_a_prompt_that_is_being_computed_waits_for_it(prompt, block_size, data):
+    """The first prompt ends with its last block, and the second one has the same tokens and some more."""
+    edge = data.draw(st.integers(0, (len(prompt) - 1) // block_size), label="full blocks") * block_size
+    engine = Engine(64, block_size, prefix_caching=True, max_model_len=MAX_MODEL_LEN, watermark=0.0)
+    for text in (prompt[:edge], prompt):
+        if text:
+            engine.add(text, 1)
+    computed = 0
+    while engine.scheduler.has_unfinished():
+        computed += sum(item.count for item in engine.step().work)
+    assert computed == len(prompt)
 
 
 @given(n=st.integers(2, 4), prompt=prompts, block_size=st.sampled_from((1, 2, 3, 4)))
@@ -367,6 +395,63 @@ def test_what_enters_leaves_the_watermark_free():
     engine.finish_all()
 
 
+def test_what_leaves_the_watermark_free_enters():
+    engine = Engine(10, 2, max_model_len=16, watermark=0.3)
+    engine.add([0] * 8, 2)
+    engine.add([1] * 6, 2)  # 3 blocks of the 6 that are free: 3 are left
+    engine.step()
+    assert len(engine.scheduler.running) == 2
+    engine.finish_all()
+
+
+def test_a_trace_tells_who_computed_how_much_in_which_step():
+    trace = Trace(num_blocks=8, block_size=2)
+    scheduler = Scheduler(BlockManager(8, 2, trace=trace), 16, max_num_seqs=2, max_num_batched_tokens=4, trace=trace)
+    seq = Sequence("a", [0] * 6, SamplingParams(max_tokens=2), CompletionOutput(0))
+    scheduler.add(SequenceGroup("a", [seq]))
+    for _ in range(3):
+        for _, group, ready in scheduler.computed(scheduler.schedule()):
+            ready.output.token_ids.append(0)
+            if len(ready.output.token_ids) == 2:
+                scheduler.finish(group, ready, "length")
+    told = [(event["step"], event["seqs"]) for event in trace.events if event["event"] == "schedule"]
+    assert told == [(1, {"a": 4}), (2, {"a": 2}), (3, {"a": 1})]
+    assert ("finish", 3) in [(event["event"], event["step"]) for event in trace.events]
+
+
+def test_a_pool_that_came_through_unharmed_keeps_what_it_knows_and_another_is_built_anew():
+    memory = BlockManager(4, 2, enable_prefix_caching=True)
+    memory.begin("a", [], 4)
+    memory.insert("a", [0, 1, 2, 0])
+    memory.free("a")
+    memory.recover()
+    assert len(memory.find([0, 1, 2, 0, 1])) == 2
+    memory.allocator.allocate()  # an interrupt came before a table could name it
+    memory.recover()
+    assert memory.num_free == 4
+
+
+def test_a_host_with_as_many_blocks_as_are_held_takes_them():
+    memory = BlockManager(4, 2, num_host_blocks=2)
+    memory.begin("a", [], 3)
+    memory.begin("b", [], 1)
+    assert memory.can_swap_out(["a"]) and not memory.can_swap_out(["a", "b"])
+
+
+def test_blocks_of_no_token_are_refused():
+    with pytest.raises(ValueError, match="got 0"):
+        BlockManager(4, 0)
+
+
+def test_long_prompts_are_as_short_ones():
+    """Numbers above 256, which Python keeps apart even where they are equal."""
+    engine = Engine(4, 300, prefix_caching=True, max_model_len=600, watermark=0.0)
+    for _ in range(2):
+        engine.add([0] * 300, 1)
+    assert [(item.count, item.reaches_end) for item in engine.step().work] == [(300, True)] * 2
+    engine.finish_all()
+
+
 def test_a_request_may_come_and_go_by_its_id():
     engine = Engine(8, 2, max_model_len=16)
     request_id = engine.add([0, 1], 3, n=2)
@@ -413,3 +498,6 @@ def test_what_can_never_run_is_refused_at_once_with_the_numbers(request_, said):
         engine.add(*request_)
     assert said in str(error.value)
     assert not engine.scheduler.has_unfinished()
+    if len(request_) == 2:
+        with pytest.raises(ValueError):
+            engine.scheduler.check(len(request_[0]), request_[1])  # one sequence, where nothing else is said

@@ -10,7 +10,7 @@ from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.swap import Swap
-from minipaged.memory.trace import EVENTS, SCHEMA, VERSION, Trace
+from minipaged.memory.trace import EVENTS, VERSION, Trace
 from sharing_model import PagedMemoryMachine
 
 
@@ -264,7 +264,8 @@ def test_a_header_has_sizes(sizes):
         Trace(*sizes)
 
 
-HEADER = {"schema": SCHEMA, "version": VERSION, "num_blocks": 2, "block_size": 2, "num_host_blocks": 0}
+# Written out: traces are kept in files, and a reader of this version must read them.
+HEADER = {"schema": "minipaged.trace", "version": 1, "num_blocks": 2, "block_size": 2, "num_host_blocks": 0}
 
 
 @pytest.mark.parametrize(
@@ -274,6 +275,9 @@ HEADER = {"schema": SCHEMA, "version": VERSION, "num_blocks": 2, "block_size": 2
         (1, ["[1, 2]"]),
         (1, [json.dumps({"event": "cache", "step": 0, "block": 1})]),
         (1, [json.dumps({**HEADER, "version": VERSION + 1})]),
+        (1, [json.dumps({**HEADER, "version": VERSION - 1})]),
+        (1, [json.dumps({**HEADER, "schema": "another"})]),
+        (1, [json.dumps({**HEADER, "schema": "other"})]),
         (1, [json.dumps({**HEADER, "num_blocks": 0})]),
         (1, [json.dumps({key: value for key, value in HEADER.items() if key != "block_size"})]),
         (2, [json.dumps(HEADER), "{"]),
@@ -286,6 +290,20 @@ HEADER = {"schema": SCHEMA, "version": VERSION, "num_blocks": 2, "block_size": 2
 def test_a_damaged_trace_names_the_line(line, lines):
     with pytest.raises(ValueError, match=f"line {line} "):
         Trace.loads("\n".join(lines))
+
+
+def test_a_header_is_read_and_written_as_it_is():
+    assert Trace.loads(json.dumps(HEADER)).header() == HEADER
+
+
+def test_a_step_that_falls_behind_the_last_one_is_refused():
+    trace = Trace(2, 2)
+    for step in (0, 3):
+        trace.step = step
+        trace.record("cache", block=0)
+    trace.step = 1
+    with pytest.raises(ValueError, match="only rise"):
+        trace.record("cache", block=0)
 
 
 def test_an_empty_trace():

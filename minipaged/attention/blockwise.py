@@ -1,19 +1,17 @@
 """Chapter 7. Paged attention, inside out: not each query over its blocks, but each block with its owner's query.
 
-    pool        [  b0  |  b1  |  b2  |  b3  |  b4  ]        one batched product, the pool read as it lies
+    pool        [  b0  |  b1  |  b2  |  b3  |  b4  ]        keys: one batched product, the pool read as it lies
     owner          A      B      A     free    B
     query          qA     qB     qA     -      qB
-    partial       m,l,o  m,l,o  m,l,o         m,l,o         softmax over the slots of a block alone
-    answer A = merge of b0 and b2        answer B = merge of b1 and b4
+    scores         s0     s1     s2     -      s4
+    in order    A [ s0 s2 ]   B [ s1 s4 ]                   softmax of each sequence; scores are small beside K and V
+    answer A =  sum of weight * value over the slots of b0 and b2, which are rows of the pool named by their numbers
 
-No context is copied, and none is padded to the longest. What makes it right is the online softmax of this chapter: for
-block b let m_b be its greatest score, l_b = sum exp(score - m_b) and o_b = sum exp(score - m_b) v. With M = max m_b,
-
-    weight_b = exp(m_b - M) / sum_c exp(m_c - M) l_c            answer = sum_b weight_b o_b
-
-which is split-KV with the block as the split (FlashAttention's "Flash-Decoding", 2023; chapter 8 does it in Triton).
-What is read how, is worked out once a step: `plan.py`. A block with several owners is read once, for all their queries
-(as in "Hydragen", Juravsky et al. 2024); blocks of which a query sees a part are copied to a workspace and cleaned.
+No context is copied. K is read block by block, since a product wants its tiles: a block with several owners is read
+once, for all their queries (as in "Hydragen", Juravsky et al. 2024), and blocks of which a query sees a part are copied
+to a workspace. V is read row by row: a weighted sum of rows chosen by their numbers is what an embedding bag does, for
+which torch has one fast call. It also merges the blocks of a sequence, so nothing is rescaled (`online_softmax.py`, and
+chapter 8's split-KV, must: they have no room for the scores). What is read how, is worked out once a step: `plan.py`.
 """
 
 import torch
@@ -83,13 +81,14 @@ def _decode(
     num_decodes, num_heads, head_dim = query.shape
     _, num_kv_heads, block_size, _ = key_cache.shape
     group, num_rows = num_heads // num_kv_heads, len(plan.row_query)
-    # Sums of many terms are kept in float32 at least; the products take and give the dtype of the cache.
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
 
     by_kv_head = (query * scale).reshape(num_decodes * num_kv_heads, group * head_dim)
     queries = workspace.take("queries", (num_rows, group, head_dim), query)
     torch.index_select(by_kv_head, 0, plan.row_query, out=queries.view(num_rows, -1))
-    scores = workspace.take("scores", (num_rows, group, block_size), query)
+    # A line is the scores of one query head for the slots of one block; one more stands for a block that is not there.
+    lines = workspace.take("lines", (num_rows * group + 1, block_size), query)
+    lines[-1] = -torch.inf
+    scores = lines[:-1].view(num_rows, group, block_size)
     for part in plan.passes:
         keys = _blocks(key_cache, part, workspace)  # [num_blocks * num_kv_heads, block_size, head_dim]
         mine = _rows(scores, part, len(keys))  # [num_blocks * num_kv_heads, owners * group, block_size]
@@ -97,43 +96,17 @@ def _decode(
         if part.hidden is not None:
             mine.view(part.num_blocks, -1, block_size).masked_fill_(part.hidden[:, None], -torch.inf)
 
-    # Softmax of each block's slots alone: its greatest score, and the sum of what is left when that is taken away.
-    weights = scores if scores.dtype == wide else workspace.take("weights", scores.shape, query, wide).copy_(scores)
-    maxima = workspace.take("maxima", (num_rows + 1, group), query, wide)
-    torch.amax(weights, -1, out=maxima[:num_rows])
-    weights.sub_(maxima[:num_rows, :, None]).exp_()
-    totals = torch.sum(weights, -1, out=workspace.take("totals", (num_rows, group), query, wide))
-    if weights is not scores:
-        scores.copy_(weights)
-
-    partial = workspace.take("partial", (num_rows, group, head_dim), query)
-    for part in plan.passes:
-        values = _blocks(value_cache, part, workspace)  # [num_blocks * num_kv_heads, block_size, head_dim]
-        if part.hidden is not None:  # a weight of 0 does not help against NaN: 0 * NaN is NaN
-            of_block = values.view(part.num_blocks, num_kv_heads, block_size, head_dim)
-            of_block.masked_fill_(part.hidden[:, None, :, None], 0.0)
-        mine = _rows(scores, part, len(values))
-        torch.bmm(mine, values, out=_rows(partial, part, len(values)))
-
-    # The merge: rescale each block's sums from its own maximum to that of its sequence, and add them up.
-    maxima[num_rows] = -torch.inf  # for the places where a sequence has fewer blocks than the longest
-    padded = workspace.take("padded", (plan.padded_rows.numel(), group), query, wide)
-    torch.index_select(maxima, 0, plan.padded_rows.view(-1), out=padded)
-    greatest = padded.view(num_decodes * num_kv_heads, -1, group).amax(1)  # [num_decodes * num_kv_heads, group]
-    rescale = workspace.take("rescale", (num_rows, group), query, wide)
-    torch.sub(maxima[:num_rows], greatest.index_select(0, plan.row_query), out=rescale).exp_()
-    total = _sums(totals.view(-1, 1), rescale, plan).view_as(greatest)
-    rescale.div_(total.index_select(0, plan.row_query))
-    return _sums(partial.view(-1, head_dim), rescale.to(query.dtype), plan).view_as(query)
-
-
-def _sums(table: Tensor, weights: Tensor, plan: Plan) -> Tensor:
-    """For each (decode, head) the weighted sum of its rows of the table, [num_rows * group, width].
-
-    It is what an embedding bag does, which torch has in one call that copies nothing. Returns [num_bags, width].
-    """
-    of_bag = weights.view(-1).index_select(0, plan.bag_rows)
-    return F.embedding_bag(plan.bag_rows, table, plan.bag_starts, mode="sum", per_sample_weights=of_bag)
+    # In the order of their sequence, filled up to the longest, scores go through an ordinary softmax.
+    padded = workspace.take("padded", (len(plan.padded_lines), block_size), query)
+    torch.index_select(lines, 0, plan.padded_lines, out=padded)
+    of_heads = padded.view(num_decodes * num_heads, -1)  # [num_decodes * num_heads, max_blocks * block_size]
+    weights = torch.softmax(of_heads, -1, out=workspace.take("weights", of_heads.shape, query))
+    # The weights of the places that were filled up are left out again, and each row of V is taken by its weight.
+    in_bags = workspace.take("in_bags", (len(plan.bag_lines), block_size), query)
+    torch.index_select(weights.view(-1, block_size), 0, plan.bag_lines, out=in_bags)
+    values = value_cache.reshape(-1, head_dim)  # [num_blocks * num_kv_heads * block_size, head_dim]
+    out = F.embedding_bag(plan.bag_values, values, plan.bag_starts, mode="sum", per_sample_weights=in_bags.view(-1))
+    return out.view_as(query)
 
 
 def _rows(tensor: Tensor, part: Pass, num_tiles: int) -> Tensor:

@@ -7,10 +7,11 @@
     not wholly visible      1 7     copied to a small workspace, so that no slot past the end is computed with
 
 Every layer has the same tables, so this is done once a step, in NumPy and in bulk, with no loop over blocks.
-A row is one KV head's query heads of one sequence, met with one block: `row_query` says whose, `bag_rows` which rows
-make up the answer of a sequence. Only sequences with one query (decode) are read in this way. One with several queries
-computes so much with what it reads that a copy of its context costs nothing beside it, and where there are few blocks
-in all, the dozen operations of the other way take longer than a copy: those are `Gathered`.
+A row is one KV head's query heads of one sequence, met with one block: `row_query` says whose, `padded_lines` where its
+scores go in the softmax, `bag_values` which values its weights are for. Only sequences with one query (decode) are read
+in this way. One with several queries computes so much with what it reads that a copy of its context costs nothing
+beside it; where there are few blocks in all, the dozen operations of the other way take longer than a copy; and one
+sequence that is much longer than all others would have their scores padded to its own length. Those are `Gathered`.
 """
 
 from dataclasses import dataclass
@@ -22,10 +23,13 @@ from torch import Tensor
 from minipaged.attention.contiguous import visible
 from minipaged.attention.passes import Ints, Layout, Pass, runs
 
-# With fewer blocks in all, decodes are gathered too. (One sequence of 400 tokens: 66 us against 131, in float32.)
-MIN_BLOCKS = 192
+# With fewer blocks in all, decodes are gathered too. (One sequence of 400 tokens, float32: 80 us against 104. From 8 of
+# 200 tokens on, the other way is quicker: 490 us against 520 in float32, 370 against 460 in bfloat16. One thread.)
+MIN_BLOCKS = 96
 # And where more than this share of the blocks would have to be copied one by one: in one piece they are read quicker.
 MAX_COPIED_SHARE = 0.5
+# Scores are padded to the longest sequence that is read inside out, to at most so many times what they are.
+MAX_PADDING = 4
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,18 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Plan:
-    """Invariant: what a query may not see is in no row of its bag, or is hidden by that row's pass."""
+    """Invariant: what a query may not see has the score -inf, and no row of `bag_values`."""
 
     num_tokens: int
     passes: list[Pass]
     gathered: list[Gathered]
     decode_tokens: Tensor  # int64 [num_decodes], rows of `query`
     row_query: Tensor  # int64 [num_rows], decode * num_kv_heads + kv_head; 0 for a row that nobody wants
-    padded_rows: Tensor  # int64 [num_decodes, num_kv_heads, max_blocks], filled up with num_rows
-    bag_rows: Tensor  # int64 [...], for each (decode, query head): row * group + head of the group, block by block
-    bag_starts: Tensor  # int64 [num_decodes * num_heads], where each one's part of bag_rows begins
+    padded_lines: Tensor  # int64 [num_decodes * num_heads * max_blocks], row * group + head of the group, filled up
+    bag_lines: Tensor  # int64 [num_lines], which of the padded lines are of a block, in their order
+    # int [num_lines * block_size], the slots of each line, as rows of the cache seen as [..., head_dim]
+    bag_values: Tensor
+    bag_starts: Tensor  # like bag_values, [num_decodes * num_heads], where each one's part of it begins
 
 
 def make_plan(
@@ -68,6 +74,7 @@ def make_plan(
     num_queries = np.diff(starts)
     decodes = np.flatnonzero(num_queries == 1)
     window = sliding_window or int(lens.max(initial=1))
+    decodes = decodes[_alike(np.minimum(lens[decodes], window))]
     seen_from = np.maximum(lens[decodes] - window, 0)  # [num_decodes], the first position each query sees
     # One entry for each block that a query sees, sequence by sequence, in logical order.
     first, last = seen_from // block_size, (lens[decodes] - 1) // block_size
@@ -93,14 +100,24 @@ def make_plan(
     rows = layout.rows  # [num_entries, num_kv_heads]
     row_query = np.zeros(num_rows, dtype=np.int64)
     row_query[rows] = decode[:, None] * num_kv_heads + np.arange(num_kv_heads)
-    padded = np.full((len(decodes), num_kv_heads, counts.max(initial=0)), num_rows)
-    padded[decode, :, nth] = rows
-    # A bag for each query head of a decode: its row of every entry. The heads of a sequence lie one after the other.
+    # Where the scores of each query head are, block by block. Who has fewer blocks than the longest is filled up with a
+    # line after the last.
     head = np.arange(num_heads)
-    ends = (counts * num_heads).cumsum()
-    bag_starts = (ends - counts * num_heads)[:, None] + head * counts[:, None]  # [num_decodes, num_heads]
-    bag_rows = np.empty(len(block) * num_heads, dtype=np.int64)
-    bag_rows[bag_starts[decode] + nth[:, None]] = rows[:, head // group] * group + head % group
+    padded_lines = np.full((len(decodes), num_heads, counts.max(initial=0)), num_rows * group)
+    padded_lines[decode, :, nth] = rows[:, head // group] * group + head % group
+    is_block = padded_lines < num_rows * group  # [num_decodes, num_heads, max_blocks]
+    # And where its values are, in the same order.
+    entry = np.zeros((len(decodes), 1, is_block.shape[2]), dtype=np.int64)
+    entry[decode, 0, nth] = np.arange(len(block))
+    tile = ((block * num_kv_heads)[entry] + (head // group)[:, None])[is_block]  # [num_lines]
+    small = np.int32 if (tile.max(initial=0) + 1) * block_size < 2**31 else np.int64  # half to read, in every layer
+    bag_values = (tile * block_size).astype(small)[:, None] + slots.astype(small)  # [num_lines, block_size]
+    # A slot that is hidden has weight 0, but 0 * NaN is NaN: one of its block that is seen stands in for it.
+    of_line = np.broadcast_to(entry, is_block.shape)[is_block]
+    partly = np.flatnonzero(~whole[of_line])
+    of_line = of_line[partly, None]
+    bag_values[partly] = bag_values[partly, :1] + np.clip(slots, low[of_line], high[of_line] - 1)
+    bag_starts = np.repeat(counts * block_size, num_heads).cumsum() - np.repeat(counts * block_size, num_heads)
 
     def tensor(array: Ints) -> Tensor:
         return torch.from_numpy(array).to(device)
@@ -116,10 +133,19 @@ def make_plan(
         ],
         decode_tokens=tensor(starts[decodes]),
         row_query=tensor(row_query),
-        padded_rows=tensor(padded),
-        bag_rows=tensor(bag_rows),
-        bag_starts=tensor(bag_starts.reshape(-1)),
+        padded_lines=tensor(padded_lines.reshape(-1)),
+        bag_lines=tensor(np.flatnonzero(is_block)),
+        bag_values=tensor(bag_values.reshape(-1)),
+        bag_starts=tensor(bag_starts.astype(small)),
     )
+
+
+def _alike(lengths: Ints) -> Ints:
+    """Places of the lengths, in order, that are padded to the longest among them by MAX_PADDING times at most."""
+    order = np.argsort(lengths, kind="stable")
+    rising = lengths[order]
+    alike = rising * np.arange(1, len(rising) + 1) <= MAX_PADDING * rising.cumsum()
+    return np.sort(order[: np.flatnonzero(alike).max(initial=-1) + 1])
 
 
 def _worth_turning_inside_out(block: Ints) -> bool:

@@ -99,7 +99,7 @@ def vllm(model: str, dtype: str) -> Run:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm import LLM, SamplingParams
 
     loaded = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=2048, enable_prefix_caching=False, seed=0)
 

@@ -1,32 +1,46 @@
 """Mutation: change our own code one operator at a time, and see whether a suite notices (`make mutation`).
 
 The museum's bugs are what people made; these are what a machine makes: `<` for `<=`, `+` for `-`, a branch left out.
-cosmic-ray makes them and runs the tests, in a copy of the repository, for it changes files in place. A mutant that
-survives is either equivalent (it changes nothing that can be seen) and named so below, or a property is missing.
+cosmic-ray makes them. Each is written into a copy of the repository, and the module's own suite runs there, a few
+examples first, and many more where it survives. A mutant that still lives is either equivalent (it changes nothing
+that can be seen) and named so in equivalent_mutants.py, or a property is missing. docs/mutation.md keeps the count.
 
     python -m minipaged.course.mutation                                   memory/, engine/scheduler.py, attention/
     python -m minipaged.course.mutation block_allocator block_table       of these modules alone
+    python -m minipaged.course.mutation scheduler --sample 60             60 of its mutants, always the same ones
 """
 
-import json
+import ast
+import difflib
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from minipaged.course.chapters import repository
+from minipaged.course.equivalent_mutants import EQUIVALENT
 
 LEAST_KILLED = 0.95
-SECONDS = 60  # of one mutant: an endless loop counts as killed
+SECONDS = 60  # of one run of a suite: an endless loop counts as killed
+EXAMPLES = (40, 400)  # of each property: of the first run, and of the second for what survives it
+SEED = 9  # of the samples
 
-# Module -> the tests that must notice.
+# Module -> the tests that must notice; a survivor meets them again with more examples.
 TARGETS: dict[str, tuple[str, ...]] = {
     "minipaged/memory/block_allocator.py": ("test_ch06_block_table.py",),
-    "minipaged/memory/block_table.py": ("test_ch06_block_table.py", "test_ch09_sharing.py", "test_memory_trace.py"),
+    "minipaged/memory/block_table.py": (
+        "test_ch06_block_table.py",
+        "test_memory_trace.py",
+        "test_ch09_sharing.py",
+        "test_ch09_swap.py",
+    ),
     "minipaged/memory/prefix_cache.py": ("test_ch09_prefix_cache.py", "test_memory_trace.py"),
     "minipaged/memory/swap.py": ("test_ch09_swap.py", "test_memory_trace.py"),
     "minipaged/memory/block_manager.py": ("test_ch10_scheduler.py", "test_ch03_contiguous_cache.py"),
@@ -34,109 +48,206 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "minipaged/memory/page_table.py": ("test_ch05_page_table.py",),
     "minipaged/memory/process.py": ("test_ch05_page_table.py",),
     "minipaged/memory/sizes.py": ("test_ch05_page_table.py",),
+    "minipaged/memory/trace.py": ("test_memory_trace.py",),
     "minipaged/engine/scheduler.py": ("test_ch10_scheduler.py",),
-    "minipaged/attention/contiguous.py": ("test_ch03_contiguous_cache.py", "test_ch07_paged_attention.py"),
+    "minipaged/attention/contiguous.py": ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
     "minipaged/attention/paged.py": ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
     "minipaged/attention/online_softmax.py": ("test_ch07_paged_attention.py",),
+    "minipaged/attention/blockwise.py": ("test_ch07_blockwise.py",),
+    "minipaged/attention/passes.py": ("test_ch07_blockwise.py",),
+    "minipaged/attention/plan.py": ("test_ch07_blockwise.py",),
 }
 
-# Survivors that were looked at and change nothing that can be seen: (module, the mutated line, stripped) -> why.
-_ALLOCATOR, _NEVER_NEGATIVE = "minipaged/memory/block_allocator.py", "a count never falls below 0: `_in_use` saw to it"
-EQUIVALENT: dict[tuple[str, str], str] = {
-    (_ALLOCATOR, "if self._owners[block] <= 0:"): _NEVER_NEGATIVE,
-    (_ALLOCATOR, "if self._owners[self._known(block)] <= 0:"): _NEVER_NEGATIVE,
-    (
-        "minipaged/memory/block_table.py",
-        'def fork(self, /, seq: str | None = None) -> "BlockTable":',
-    ): "the name may be given without its keyword, too: nothing that was allowed is refused",
-}
+# Which counterexample kills a mutant is of no interest, so none is made smaller.
+PLUGIN = """
+from hypothesis import HealthCheck, Phase, settings
+
+
+def pytest_configure(config):
+    phases, quiet = [Phase.explicit, Phase.generate], list(HealthCheck)
+    settings.register_profile(
+        "mutation", settings.default, database=None, phases=phases, suppress_health_check=quiet
+    )
+    settings.load_profile("mutation")
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A module's text with one change, and that change: the lines taken out and put in."""
+
+    source: str
+    line: int
+    removed: str
+    added: str
+
+
+class _Behaviour(ast.NodeTransformer):
+    """Takes out what no property pins: docstrings, annotations, the words of an error, class decorators, and whether
+    an argument goes by its place or its name."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        self.generic_visit(node)
+        given = node.args
+        for arg in (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg):
+            if arg is not None:
+                arg.annotation = None
+        given.args = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+        given.defaults = [*given.defaults, *(default for default in given.kw_defaults if default)]
+        given.posonlyargs, given.kwonlyargs, given.kw_defaults = [], [], []
+        node.returns = None
+        return _without_docstring(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        self.generic_visit(node)
+        node.decorator_list = []
+        return _without_docstring(node)
+
+    def visit_Module(self, node: ast.Module) -> ast.AST:
+        self.generic_visit(node)
+        return _without_docstring(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        self.generic_visit(node)
+        node.annotation = ast.Constant(None)
+        return node
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        if isinstance(node.exc, ast.Call):
+            node.exc.args, node.exc.keywords = [], []
+        return node
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        node.msg = None
+        return node
+
+
+def _without_docstring(node: ast.FunctionDef | ast.ClassDef | ast.Module) -> ast.AST:
+    first = node.body[0] if node.body else None
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        node.body = node.body[1:] or [ast.Pass()]
+    return node
+
+
+def behaviour(source: str) -> str:
+    """Equal for two texts that differ only in what no property pins. Raises SyntaxError."""
+    return ast.dump(_Behaviour().visit(ast.parse(source)))
+
+
+def mutants(source: str) -> Iterator[Mutant]:
+    """All that cosmic-ray makes of one module, each once, without those that no property could tell from it."""
+    plugins, trees, mutating = (import_module(f"cosmic_ray.{name}") for name in ("plugins", "ast", "mutating"))
+    nodes = list(trees.ast_nodes(trees.get_ast(source)))
+    seen = {behaviour(source)}
+    for name in sorted(plugins.operator_names()):
+        if plugins.get_operator(name).arguments():
+            continue  # it wants to be told which names to change
+        operator = plugins.get_operator(name)()
+        for occurrence in range(sum(len(list(operator.mutation_positions(node))) for node in nodes)):
+            changed = mutating.mutate_code(source, operator, occurrence)
+            try:
+                key = behaviour(changed)
+            except SyntaxError:
+                continue
+            if key not in seen:
+                seen.add(key)
+                yield _mutant(source, changed)
+
+
+def _mutant(source: str, changed: str) -> Mutant:
+    before, after = source.splitlines(), changed.splitlines()
+    steps = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    _, start, end, new_start, new_end = next(step for step in steps if step[0] != "equal")
+    removed, added = ("\n".join(lines).strip() for lines in (before[start:end], after[new_start:new_end]))
+    return Mutant(changed, start + 1, removed, added)
 
 
 def copy_of(root: Path, target: Path) -> None:
-    """What the tests need of the working tree: cosmic-ray writes its mutants into this copy."""
+    """What the tests need of the working tree: the mutants are written into this copy."""
     for name in ("minipaged", "kernels", "tests", "tutorials"):
         ignored = shutil.ignore_patterns("__pycache__", "*.ipynb")
         shutil.copytree(root / name, target / name, ignore=ignored)
     shutil.copy(root / "pyproject.toml", target)
+    (target / "without_shrinking.py").write_text(PLUGIN)
 
 
-def mutate(module: str, suites: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
-    """All mutants of one module: {"killed", "outcome", "line", "diff"}."""
-    tests = " ".join(f"tests/{suite}" for suite in suites)
-    session, config = folder / "session.sqlite", folder / "cosmic-ray.toml"
-    session.unlink(missing_ok=True)
-    config.write_text(
-        f'[cosmic-ray]\nmodule-path = "{module}"\ntimeout = {SECONDS}.0\nexcluded-modules = []\n'
-        f'test-command = "{sys.executable} -m pytest -x -q -p no:cacheprovider {tests}"\n'
-        '[cosmic-ray.distributor]\nname = "local"\n'
-    )
+def passes(suites: tuple[str, ...], folder: Path, examples: int) -> bool:
+    """Whether the suites are content with the copy as it is. One that does not end is not."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONDONTWRITEBYTECODE": "1",
         "HYPOTHESIS_PROFILE": "course",
+        "MINIPAGED_EXAMPLES": str(examples),
     }
-
-    def cosmic_ray(*arguments: str) -> str:
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "without_shrinking"]
+    try:
         done = subprocess.run(
-            [sys.executable, "-m", "cosmic_ray.cli", *arguments],
+            [sys.executable, "-m", "pytest", *options, *(f"tests/{suite}" for suite in suites)],
             cwd=folder,
             env=environment,
             capture_output=True,
-            text=True,
             check=False,
+            timeout=SECONDS * examples / EXAMPLES[0],
         )
-        if done.returncode:
-            raise RuntimeError(f"cosmic-ray {arguments[0]} ended with {done.returncode}: {done.stderr[-500:]}")
-        return done.stdout
-
-    cosmic_ray("init", config.name, session.name)
-    cosmic_ray("baseline", config.name)  # the suite must pass where nothing is changed
-    cosmic_ray("exec", config.name, session.name)
-    return [_mutant(line) for line in cosmic_ray("dump", session.name).splitlines() if line.strip()]
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
-def _mutant(line: str) -> dict[str, Any]:
-    item, result = json.loads(line)
-    mutation = item["mutations"][0]
-    diff = (result or {}).get("diff") or ""
-    added = [text[1:].strip() for text in diff.splitlines() if text.startswith("+") and not text.startswith("+++")]
-    return {
-        "killed": (result or {}).get("test_outcome") == "killed",
-        "outcome": (result or {}).get("test_outcome"),
-        "line": mutation["start_pos"][0],
-        "added": added[0] if added else "",
-        "diff": "\n".join(text for text in diff.splitlines() if text[:1] in "+-" and text[:3] not in ("+++", "---")),
-    }
+def survivors(module: str, chosen: list[Mutant], folder: Path) -> list[Mutant]:
+    """Those that the module's suites do not notice. Raises RuntimeError where they fail with nothing changed."""
+    suites, file = TARGETS[module], folder / module
+    source = file.read_text()
+    for examples in EXAMPLES:
+        if not passes(suites, folder, examples):
+            raise RuntimeError(f"{' and '.join(suites)} must pass where nothing is changed, and do not")
+        left = []
+        for mutant in chosen:
+            file.write_text(mutant.source)
+            if passes(suites, folder, examples):
+                left.append(mutant)
+        file.write_text(source)
+        chosen = left
+    return chosen
 
 
-def main(names: list[str]) -> int:
-    """Returns 0 where enough are killed and every survivor is explained, 1 where not, 2 where it cannot be run."""
+def main(arguments: list[str]) -> int:
+    """Returns 0 where enough are killed, 1 where not, 2 where it cannot be run."""
+    names, sample = arguments, None
+    if "--sample" in arguments:
+        at = arguments.index("--sample")
+        names, number = [*arguments[:at], *arguments[at + 2 :]], arguments[at + 1 : at + 2]
+        if not number or not number[0].isdecimal() or not int(number[0]):
+            print("error: --sample needs a number of mutants, at least 1", file=sys.stderr)
+            return 2
+        sample = int(number[0])
+    known = [Path(module).stem for module in TARGETS]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        print(f"error: {unknown[0]} is none of {', '.join(known)}", file=sys.stderr)
+        return 2
     if find_spec("cosmic_ray") is None:
         print("error: cosmic-ray is not installed: pip install -e '.[mutation]'", file=sys.stderr)
         return 2
-    unknown = [name for name in names if not any(name == Path(target).stem for target in TARGETS)]
-    if unknown:
-        print(f"error: {unknown[0]} is none of {', '.join(Path(target).stem for target in TARGETS)}", file=sys.stderr)
-        return 2
     failed = False
-    for module, suites in TARGETS.items():
+    for module in TARGETS:
         if names and Path(module).stem not in names:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             copy_of(repository(), Path(scratch))
-            mutants = mutate(module, suites, Path(scratch))
-        # The words of an error are for people, and no property pins them.
-        words = [m for m in mutants if m["added"].startswith("raise ") and not m["killed"]]
-        survivors = [m for m in mutants if not m["killed"] and m not in words]
-        unexplained = [m for m in survivors if (module, m["added"]) not in EQUIVALENT]
-        counted = len(mutants) - len(words) - (len(survivors) - len(unexplained))
-        share = 1.0 - len(unexplained) / max(1, counted)
-        counts = f"{len(mutants)} mutants, {len(words)} change the words of an error, {len(survivors)} others survive"
-        print(f"{module}: {counts}, {len(survivors) - len(unexplained)} equivalent: {share:.1%} killed", flush=True)
+            chosen = list(mutants((Path(scratch) / module).read_text()))
+            made = len(chosen)
+            random.Random(SEED).shuffle(chosen)
+            chosen = chosen[:sample]
+            left = survivors(module, chosen, Path(scratch))
+        unexplained = [mutant for mutant in left if (module, mutant.added) not in EQUIVALENT]
+        equivalent = len(left) - len(unexplained)
+        share = 1.0 - len(unexplained) / max(1, len(chosen) - equivalent)
+        counts = f"{len(chosen)} of {made} mutants, {len(chosen) - len(left)} killed, {equivalent} equivalent"
+        print(f"{module}: {counts}, {len(unexplained)} not noticed: {share:.1%} killed", flush=True)
         for mutant in unexplained:
-            print(f"  line {mutant['line']} ({mutant['outcome']}):")
-            print("    " + mutant["diff"].replace("\n", "\n    "))
+            print(f"  line {mutant.line}:\n    - {mutant.removed}\n    + {mutant.added}")
         failed |= share < LEAST_KILLED
     return int(failed)
 

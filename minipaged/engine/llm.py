@@ -52,6 +52,10 @@ class LLM:
     host's memory (by default as many as the pool has). watermark: the share of the pool that stays free when a request
     enters. trace: True keeps every change of ownership in `llm.trace`; a path also saves it there at the end of each
     `generate`, `stream` and `beam_search`. Raises ValueError for an argument that does not fit.
+
+    tensor_parallel_size: ranks that the model's heads are divided over (chapter 13), each a process with a device of
+    its own, or a share of the CPU's cores. This process is rank 0 and starts the others, or torchrun did. They end with
+    `close`, or with this object. distributed_timeout: seconds that a rank may let the others wait in a step.
     """
 
     def __init__(
@@ -73,19 +77,28 @@ class LLM:
         watermark: float = 0.01,
         trace: bool | str | Path = False,
         seed: int = 0,
+        tensor_parallel_size: int = 1,
+        distributed_timeout: float = 60.0,
     ):
         if trace and cache != "paged":
             raise ValueError(f"a trace shows the blocks of the paged cache, and cache is {cache!r}")
-        if not isinstance(model, Model):
+        parts = None
+        if tensor_parallel_size != 1:
+            # One floor up, and imported by those who ask for it alone.
+            from minipaged.distributed.runner import ParallelRunner, Parts
+
+            parts = Parts(model, tensor_parallel_size, dtype, seed, device, distributed_timeout)
+            model = parts.model
+        elif not isinstance(model, Model):
             model = load_model(model, dtype or "float32", seed, device or default_device())
         transformer, self.tokenizer = model
-        self.config, self.seed = transformer.config, seed
+        self.config, self.seed = parts.loaded.config if parts else transformer.config, seed
         weights = transformer.embed_tokens.weight
         for name, wanted, has in (("dtype", dtype, str(weights.dtype)[6:]), ("device", device, str(weights.device))):
             if wanted is not None and wanted not in (has, has.partition(":")[0]):
                 raise ValueError(f"{name} {wanted!r} was asked for, and the loaded model has {has!r}")
         settings = cache_settings(
-            self.config,
+            transformer.config,
             weights,
             cache=cache,
             backend=backend,
@@ -99,7 +112,7 @@ class LLM:
         )
         self.trace = Trace(settings.num_blocks, block_size, settings.num_host_blocks) if trace else None
         self._trace_path = Path(trace) if isinstance(trace, str | Path) else None
-        runner = Runner(transformer, settings, self.trace)
+        runner = ParallelRunner(parts, settings, self.trace) if parts else Runner(transformer, settings, self.trace)
         self.cache, self.memory = runner.cache, runner.memory
         self.device, self.dtype, self.bytes_per_token = runner.device, runner.dtype, runner.bytes_per_token
         self.scheduler = Scheduler(
@@ -114,6 +127,11 @@ class LLM:
         self.engine = LLMEngine(runner, self.scheduler, self.tokenizer, self.trace)
         self._request_ids = count()
         self._boxes: dict[str, deque[StreamOutput]] = {}  # request -> tokens that its caller has not taken yet
+        runner.start()  # the last thing: where an argument was wrong, no process was started
+
+    def close(self) -> None:
+        """End the other ranks, where there are any. It cannot generate any more then; without other ranks it can."""
+        self.engine.runner.close()
 
     # ---- many prompts at once ----------------------------------------------------------------------------------
 

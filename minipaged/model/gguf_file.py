@@ -36,15 +36,28 @@ class GGUFFile:
         field = self._reader.get_field(name)
         return default if field is None else field.contents()
 
-    def tensor(self, name: str) -> NDArray[np.float32]:
-        """The numbers of a tensor, dequantised. Raises ValueError for a type that the package does not read."""
+    def tensor(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> NDArray[np.float32]:
+        """The numbers of a tensor, dequantised. Raises ValueError for a type that the package does not read.
+
+        rows, columns: of a matrix, this part alone (chapter 13), and no more of the file is touched. Only a cut that
+        falls inside a block of a quantised row has to read those rows whole.
+        """
         entry = self.tensors[name]
+        block, num_bytes = gguf.GGML_QUANT_SIZES[entry.tensor_type]  # numbers of a block, and bytes that hold them
+        data, then = entry.data[rows], slice(None)
+        if columns != slice(None):
+            if data.dtype != np.uint8:
+                data = data[:, columns]
+            elif columns.start % block or columns.stop % block:
+                then = columns
+            else:
+                data = data[:, columns.start // block * num_bytes : columns.stop // block * num_bytes]
         try:
-            numbers = gguf.dequantize(entry.data, entry.tensor_type)
+            numbers = gguf.dequantize(np.ascontiguousarray(data), entry.tensor_type)[..., then]
         except (NotImplementedError, ValueError) as error:
             raise ValueError(f"tensor {name} cannot be read as {entry.tensor_type.name}: {error}") from error
         # float32 ones are views of the file, which is mapped to be read only.
-        return numbers if numbers.flags.writeable else numbers.copy()
+        return np.ascontiguousarray(numbers) if numbers.flags.writeable else numbers.copy()
 
 
 class _CheckedReader(gguf.GGUFReader):

@@ -112,7 +112,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> Model:
     try:
         config = config_from_gguf(file)
         transformer = build_transformer(config, tensors_from_gguf(file, config), dtype)
-        return _checked(Model(transformer, tokenizer_from_gguf(file)))
+        return checked(Model(transformer, tokenizer_from_gguf(file)))
     except ValueError as error:
         raise ModelFileError(f"{path}: {error}") from error
 
@@ -123,12 +123,12 @@ def _load_folder(path: Path, dtype: torch.dtype) -> Model:
     config = config_from_json(path / "config.json")
     try:
         transformer = build_transformer(config, tensors_from_safetensors(path), dtype)
-        return _checked(Model(transformer, tokenizer_from_folder(path)))
+        return checked(Model(transformer, tokenizer_from_folder(path)))
     except ValueError as error:
         raise ModelFileError(f"{path}: {error}") from error
 
 
-def _checked(model: Model) -> Model:
+def checked(model: Model) -> Model:
     """Raises ModelFileError where the tokenizer could name a token that the model has no embedding for."""
     largest, vocab_size = model.tokenizer.largest_token_id, model.transformer.config.vocab_size
     if largest >= vocab_size:

@@ -99,12 +99,12 @@ def tensors_from_gguf(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
     """Every tensor, dequantised to float32, under its Hugging Face name."""
     tensors = {}
     for gguf_name in file.tensors:
-        name = _hugging_face_name(gguf_name)
+        name = hugging_face_name(gguf_name)
         tensor = torch.from_numpy(file.tensor(gguf_name))
         if name.endswith("q_proj.weight"):
-            tensor = _halves_from_pairs(tensor, config.num_heads, config.head_dim)
+            tensor = halves_from_pairs(tensor, config.num_heads, config.head_dim)
         elif name.endswith("k_proj.weight"):
-            tensor = _halves_from_pairs(tensor, config.num_kv_heads, config.head_dim)
+            tensor = halves_from_pairs(tensor, config.num_kv_heads, config.head_dim)
         tensors[name] = tensor
     return tensors
 
@@ -228,7 +228,7 @@ def assemble(config: ModelConfig, state: dict[str, Tensor]) -> Transformer:
     return model.requires_grad_(False).eval()
 
 
-def _hugging_face_name(name: str) -> str:
+def hugging_face_name(name: str) -> str:
     if name in _GGUF_NAMES:
         return _GGUF_NAMES[name]
     prefix, _, rest = name.partition(".")
@@ -238,7 +238,7 @@ def _hugging_face_name(name: str) -> str:
     raise ModelFileError(f"the GGUF file has a tensor that a Llama does not: {name}")
 
 
-def _halves_from_pairs(weight: Tensor, num_heads: int, head_dim: int) -> Tensor:
+def halves_from_pairs(weight: Tensor, num_heads: int, head_dim: int) -> Tensor:
     """Undo llama.cpp's permutation of W^Q and W^K.
 
     llama.cpp turns neighbouring pairs (0, 1), (2, 3), ...; `rotate` turns (0, d/2), (1, d/2 + 1), ... So the even rows

@@ -1,0 +1,183 @@
+"""Mutants that were looked at and change nothing that can be seen. docs/mutation.md tells how they were found.
+
+Module -> the mutated line, stripped -> why. An empty line: lines were taken out and none was put in.
+"""
+
+# `is` for `==`.
+_SAME_OBJECT = "names in the code and the version's small number are one object in CPython"
+
+EQUIVALENT: dict[tuple[str, str], str] = {
+    (
+        "minipaged/memory/block_allocator.py",
+        "if self._owners[block] <= 0:",
+    ): "a count never falls below 0: `_in_use` saw to it",
+    (
+        "minipaged/memory/block_allocator.py",
+        "if self._owners[self._known(block)] <= 0:",
+    ): "a count never falls below 0: `_in_use` saw to it",
+    (
+        "minipaged/engine/scheduler.py",
+        "self.watermark_blocks = int(watermark * memory.num_slots // memory.block_size) if memory.block_size else 0",
+    ): "`int` rounds down too",
+    (
+        "minipaged/engine/scheduler.py",
+        "self.watermark_blocks = int(watermark * memory.num_slots / memory.block_size) if memory.block_size else -1",
+    ): "without blocks nothing costs a block, and one spare block changes nothing",
+    (
+        "minipaged/engine/scheduler.py",
+        "if end == len(seq):  # the last token is computed in any case",
+    ): "behind the end no other text is equal, being longer",
+    (
+        "minipaged/engine/scheduler.py",
+        'swap = self.preemption is "swap" and self.memory.can_swap_out(seq_ids)',
+    ): _SAME_OBJECT,
+    (
+        "minipaged/engine/scheduler.py",
+        "for other in group.seqs[: 2]",
+    ): "waits for a second sample too, one step: allowed",
+    (
+        "minipaged/engine/scheduler.py",
+        'each = f"each of {num_seqs} sequences" if num_seqs != 1 else "the request"',
+    ): "the words of an error",
+    (
+        "minipaged/engine/scheduler.py",
+        'each = f"each of {num_seqs} sequences" if num_seqs > 0 else "the request"',
+    ): "the words of an error",
+    (
+        "minipaged/engine/scheduler.py",
+        "if self.memory.finds_prefixes and end ** self.memory.block_size > start // self.memory.block_size:",
+    ): "inserts more often, and what is inserted already stays as it is",
+    (
+        "minipaged/engine/scheduler.py",
+        "if self.memory.finds_prefixes and end // self.memory.block_size > start >> self.memory.block_size:",
+    ): "inserts more often, and what is inserted already stays as it is",
+    (
+        "minipaged/engine/scheduler.py",
+        "if self.memory.finds_prefixes and end // self.memory.block_size > start / self.memory.block_size:",
+    ): "a whole number is above a quotient where it is above its whole part",
+    (
+        "minipaged/engine/scheduler.py",
+        "first, prompt_len = group.seqs[ -1], len(group.seqs[0].prompt_token_ids)",
+    ): "who enters anew has one sequence, the others are unborn",
+    (
+        "minipaged/engine/scheduler.py",
+        "return {group.seqs[0].seq_id: len(group.seqs[ -1].prompt_token_ids)}",
+    ): "all have one prompt",
+    (
+        "minipaged/engine/scheduler.py",
+        "output.work.append(Work(group, seq, seq.num_computed, count, count >= seq.num_missing))",
+    ): "count is at most num_missing",
+    (
+        "minipaged/engine/scheduler.py",
+        "room = self.memory.num_free - (self.watermark_blocks if self.running else -1)",
+    ): "where nobody runs the whole pool is free, and `add` saw that the request fits it",
+    (
+        "minipaged/memory/block_manager.py",
+        "return sum(table.num_tokens for table in self._tables.values() if table.allocator == self.allocator)",
+    ): "a pool is equal to itself alone",
+    (
+        "minipaged/memory/block_manager.py",
+        "if len(lengths) != 1 and more and table.num_tokens % self.block_size:",
+    ): "of no sequence there is nothing to count",
+    ("minipaged/memory/block_manager.py", ""): "`Memory` is a protocol: its property is never called",
+    (
+        "minipaged/memory/block_table.py",
+        "return num_new_tokens > 0 and partly_full and self.allocator.ref_count(self._blocks[-1]) != 1",
+    ): "a block of the table has an owner at least",
+    (
+        "minipaged/memory/block_table.py",
+        "while len(self._blocks) != self._blocks_for(self.num_tokens):",
+    ): "the table has never more blocks than its tokens take",
+    (
+        "minipaged/memory/block_table.py",
+        "return num_new_tokens != 0 and partly_full and self.allocator.ref_count(self._blocks[-1]) > 1",
+    ): "a negative number was refused before",
+    (
+        "minipaged/memory/block_table.py",
+        "while len(self._blocks) != self._blocks_for(num_tokens):",
+    ): "the table has never fewer blocks than its tokens take",
+    (
+        "minipaged/memory/swap.py",
+        "if len({id(table) for table in tables}) < len(tables):",
+    ): "a set is never larger than what it is made of",
+    (
+        "minipaged/memory/swap.py",
+        'device, host = (block, new[block]) if event >= "swap_out" else (new[block], block)',
+    ): 'of the two names, "swap_in" is the smaller',
+    (
+        "minipaged/memory/swap.py",
+        'device, host = (block, new[block]) if event is "swap_out" else (new[block], block)',
+    ): _SAME_OBJECT,
+    ("minipaged/memory/swap.py", "if device == host:"): "a pool is equal to itself alone",
+    (
+        "minipaged/memory/swap.py",
+        "if any(table.allocator != source for table in tables):",
+    ): "a pool is equal to itself alone",
+    (
+        "minipaged/memory/prefix_cache.py",
+        "continue",
+    ): "no block is findable behind one that is not: a leaf goes before its parent",
+    (
+        "minipaged/memory/prefix_cache.py",
+        "if table.allocator != self or table.block_size != self.block_size:",
+    ): "a pool is equal to itself alone",
+    (
+        "minipaged/memory/prefix_cache.py",
+        "ROOT = bytes( 31)  # the parent of a first block",
+    ): "any root will do, if it is always the same",
+    (
+        "minipaged/memory/prefix_cache.py",
+        "while first != 0 and self._block_at(table, first - 1) not in self._key_of:",
+    ): "it counts down by 1 from a number that is not negative",
+    (
+        "minipaged/memory/process.py",
+        "self._bytes = bytearray(num_frames >> page_bytes)",
+    ): "`take` writes the frames in their order at first, and lengthens what is too short",
+    (
+        "minipaged/memory/process.py",
+        "self._bytes = bytearray(num_frames << page_bytes)",
+    ): "`take` writes the frames in their order at first, and lengthens what is too short",
+    (
+        "minipaged/memory/process.py",
+        "self._bytes = bytearray(num_frames % page_bytes)",
+    ): "`take` writes the frames in their order at first, and lengthens what is too short",
+    (
+        "minipaged/memory/process.py",
+        "self._bytes = bytearray(num_frames ** page_bytes)",
+    ): "`take` writes the frames in their order at first, and lengthens what is too short",
+    (
+        "minipaged/memory/process.py",
+        "self._bytes = bytearray(num_frames + page_bytes)",
+    ): "`take` writes the frames in their order at first, and lengthens what is too short",
+    ("minipaged/memory/process.py", "if not 0 <= byte <= 256:"): "a bytearray refuses 256 with the same error",
+    ("minipaged/memory/process.py", "if owner.memory != self.memory:"): "a memory is equal to itself alone",
+    (
+        "minipaged/memory/process.py",
+        "if self._mappings[frame] <= 0:",
+    ): "a count never falls below 0: `_check_in_use` saw to it",
+    (
+        "minipaged/memory/trace.py",
+        'if fields.get("schema") != SCHEMA or fields.get("version") is not VERSION:',
+    ): _SAME_OBJECT,
+    (
+        "minipaged/attention/contiguous.py",
+        "if num_queries == 0 and sliding_window is None:",
+    ): "the special case is for speed: the general one has the same answer",
+    (
+        "minipaged/attention/contiguous.py",
+        "if num_queries <= num_keys or sliding_window is not None:",
+    ): "the mask says what `is_causal` says",
+    (
+        "minipaged/attention/contiguous.py",
+        "if num_queries <= 1 and sliding_window is None:",
+    ): "nobody asks with no query: every caller leaves such a sequence out",
+    (
+        "minipaged/attention/online_softmax.py",
+        "scores = q @ key.transpose(-1, 2) * scale  # [num_kv_heads, group, num_queries, tokens]",
+    ): "of four axes, 2 and -2 are one",
+    (
+        "minipaged/attention/online_softmax.py",
+        "finite = new_maximum.masked_fill(new_maximum == -torch.inf, -1.0)",
+    ): "any finite number will do: exp(-inf) is 0",
+    ("minipaged/attention/paged.py", "if rows.start >= rows.stop:"): "a checked query_start_loc never falls",
+}

@@ -1,0 +1,88 @@
+r"""Chapter 13. Linear layers over several ranks: divide the columns, then the rows, and add up once.
+
+    Y = X W^T with W [out, in].  Two layers in a row, with something elementwise between them, on two ranks:
+
+    column-parallel    W = [ W_1 ]     X W^T   = [ X W_1^T | X W_2^T ]     each rank has some outputs; nothing is sent
+                           [ W_2 ]
+    row-parallel       V = [ V_1 V_2 ] Y V^T   = Y_1 V_1^T + Y_2 V_2^T     each rank has some inputs; one all-reduce
+
+(The names are those of the transposed matrix that Megatron-LM multiplies with from the right.) Attention is such a
+pair: heads are outputs of W^Q, W^K, W^V and inputs of W^O, and a head is attended to by itself. SwiGLU is one too. So
+a layer needs two all-reduces, and everything between a column-parallel layer and its row-parallel one is the code of
+one device, with fewer heads.
+
+A column-parallel layer that keeps its outputs to itself is an `nn.Linear` with some of the rows. It needs no class.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipaged.distributed.group import Group
+from minipaged.distributed.shares import Share, parts
+from minipaged.model.transformer import Transformer
+
+
+class RowParallelLinear(nn.Module):
+    """`linear` holds some of the columns, and gets those inputs. Returns the product of all ranks, on every rank."""
+
+    def __init__(self, linear: nn.Module, group: Group):
+        super().__init__()
+        self.linear, self.group = linear, group
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.group.all_reduce(self.linear(input))  # [num_tokens, out_features]
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows start, start + 1, ... of the table. A token has its row on one rank, and zeros elsewhere: they add up."""
+
+    def __init__(self, weight: nn.Parameter, start: int, group: Group):
+        super().__init__()
+        self.weight, self.start, self.group = weight, start, group
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids [num_tokens] of the whole vocabulary. Returns [num_tokens, hidden_size], the same on every rank."""
+        row = token_ids - self.start
+        elsewhere = (row < 0) | (row >= len(self.weight))
+        found = F.embedding(row.masked_fill(elsewhere, 0), self.weight)  # [num_tokens, hidden_size]
+        return self.group.all_reduce(found.masked_fill(elsewhere[:, None], 0))
+
+
+class VocabParallelHead(nn.Module):
+    """Column-parallel: each rank scores its own words. Rank 0 chooses tokens, so rank 0 alone gets all scores.
+
+    Other ranks get their own. Shares differ by a word at most, and are sent at the length of the longest.
+    """
+
+    def __init__(self, linear: nn.Module, vocab_size: int, group: Group):
+        super().__init__()
+        self.linear, self.group = linear, group
+        self.lengths = [len(part) for part in parts(vocab_size, group.size)]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [num_rows, hidden_size]. Returns [num_rows, vocab_size] on rank 0."""
+        scores: Tensor = self.linear(hidden)  # [num_rows, words of this rank]
+        if self.group.size == 1 or not len(scores):  # a step that ends no prompt: nobody has anything to say
+            return scores if self.group.size == 1 else scores.new_empty(0, sum(self.lengths))
+        sent = F.pad(scores, (0, self.lengths[0] - scores.shape[1])).contiguous()
+        brought = self.group.gather(sent)
+        if not brought:
+            return scores
+        return torch.cat([part[:, :length] for part, length in zip(brought, self.lengths, strict=True)], dim=1)
+
+
+def parallelise(transformer: Transformer, share: Share, vocab_size: int, group: Group) -> None:
+    """Make one rank's part of a model (of shape `local_config`) one that works together with the others, in place.
+
+    Attention, norms, rotary positions and SwiGLU are untouched: the file of chapter 2 runs on every rank as it is.
+    """
+    transformer.lm_head = VocabParallelHead(transformer.lm_head, vocab_size, group)  # type: ignore[assignment]
+    transformer.embed_tokens = VocabParallelEmbedding(
+        transformer.embed_tokens.weight,
+        share.vocab.start,
+        group,
+    )
+    for layer in transformer.layers:
+        layer.o_proj = RowParallelLinear(layer.o_proj, group)  # type: ignore[arg-type]
+        layer.down_proj = RowParallelLinear(layer.down_proj, group)  # type: ignore[arg-type]
