@@ -202,7 +202,7 @@ def flashinfer(problem: Problem, seed: int) -> Call:
 
 
 def vllm_flash_attn(problem: Problem, seed: int) -> Call:
-    from vllm.vllm_flash_attn import flash_attn_varlen_func, is_fa_version_supported  # type: ignore[import-not-found]
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, is_fa_version_supported
 
     key_cache, value_cache, tables = problem.paged(seed, 16, "NHD")
     query, (seq_lens, starts) = problem.query(seed), problem.lengths()
