@@ -370,7 +370,13 @@ while sys.argv[1] != "exit":
 
 @pytest.mark.parametrize("how", ["exit", signal.SIGINT, signal.SIGKILL])
 def test_however_rank_0_ends_its_worker_does(how):
-    rank_0 = subprocess.Popen([sys.executable, "-c", SCRIPT, str(how)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    rank_0 = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(how)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell that runs us in the background lets its children ignore Ctrl-C; nobody who presses it starts us so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     pid = int(rank_0.stdout.readline())
     if how != "exit":
         time.sleep(0.3)
