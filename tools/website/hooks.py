@@ -166,18 +166,7 @@ def edit_url(page: Page, config: MkDocsConfig) -> str | None:
 def packages() -> dict[str, list[str]]:
     """Package -> its modules, as they are imported."""
     found: dict[str, list[str]] = {}
-    for package in (
-        "memory",
-        "attention",
-        "kvcache",
-        "model",
-        "engine",
-        "simulator",
-        "distributed",
-        "viz",
-        "course",
-        "kernels",
-    ):
+    for package in PACKAGES:
         folder = ROOT / "kernels" if package == "kernels" else ROOT / "minipaged" / package
         prefix = "kernels" if package == "kernels" else f"minipaged.{package}"
         modules = [f"{prefix}.{path.stem}" for path in sorted(folder.glob("*.py")) if path.stem != "__init__"]
