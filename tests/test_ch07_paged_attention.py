@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ch07
 
 def inside_out(*arguments, **named):
     """The fast form gathers where there are few blocks, as in every example here: let it not."""
-    with patch.multiple(planning, MIN_BLOCKS=0, MAX_COPIED_SHARE=1.0):
+    with patch.multiple(planning, MIN_BLOCKS=0):
         return paged_attention(*arguments, **named)
 
 

@@ -87,14 +87,12 @@ def _decode(
     torch.index_select(by_kv_head, 0, plan.row_query, out=queries.view(num_rows, -1))
     # A line is the scores of one query head for the slots of one block; one more stands for a block that is not there.
     lines = workspace.take("lines", (num_rows * group + 1, block_size), query)
-    lines[-1] = -torch.inf
     scores = lines[:-1].view(num_rows, group, block_size)
     for part in plan.passes:
         keys = _blocks(key_cache, part, workspace)  # [num_blocks * num_kv_heads, block_size, head_dim]
         mine = _rows(scores, part, len(keys))  # [num_blocks * num_kv_heads, owners * group, block_size]
         torch.bmm(_rows(queries, part, len(keys)), keys.transpose(1, 2), out=mine)
-        if part.hidden is not None:
-            mine.view(part.num_blocks, -1, block_size).masked_fill_(part.hidden[:, None], -torch.inf)
+    lines.view(-1).index_fill_(0, plan.hidden, -torch.inf)
 
     # In the order of their sequence, filled up to the longest, scores go through an ordinary softmax.
     padded = workspace.take("padded", (len(plan.padded_lines), block_size), query)

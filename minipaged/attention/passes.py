@@ -3,8 +3,8 @@
     pool    [ A | B | . | A | B | A | . . . . . . | B ]
               ------- a run, in place ---------       a copy: alone, it is not worth a product over the gap
 
-A block with several owners is read once, with all their queries as rows of its product. Blocks of which a query must
-not see every slot are copied, so that they can be cleaned. See `plan.py` for the whole.
+A block with several owners is read once, with all their queries as rows of its product. What a query must not see of
+a block is computed too, and thrown away. See `plan.py` for the whole.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ MAX_GAP_BLOCKS = 16
 # from the processor's cache). So a run is read in place where at least two thirds of its blocks are wanted.
 MIN_RUN_BLOCKS, MIN_RUN_SHARE = 16, 2 / 3
 # So many blocks are copied at a time: they stay in the processor's cache until they are read.
-CHUNK_BLOCKS = 128
+CHUNK_BLOCKS = 256
 
 Ints = NDArray[np.int64]
 
@@ -34,7 +34,6 @@ class Pass:
     owners: int
     run: slice | None  # a run of the pool, read in place; or
     chosen: Tensor | None  # int64 [num_blocks], blocks that are copied to the workspace
-    hidden: Tensor | None  # bool [num_blocks, block_size], slots the query must not see; None where it sees all
 
 
 class Layout:
@@ -46,9 +45,9 @@ class Layout:
         self.num_rows = 0
         self._device = device
 
-    def add_whole(self, entries: Ints, block: Ints) -> None:
-        """Entries whose whole block is seen: each block is read once, for all its owners."""
-        entries = entries[np.argsort(block[entries], kind="stable")]
+    def add(self, block: Ints) -> None:
+        """Entry i meets block[i]. Each block is read once, for all its owners."""
+        entries = np.argsort(block, kind="stable")
         blocks, first, counts = np.unique(block[entries], return_index=True, return_counts=True)
         place = np.repeat(np.arange(len(blocks)), counts)  # [num_entries]: the block of each entry
         owner = np.arange(len(entries)) - first[place]  # 0, 1, ... among the entries of its block
@@ -62,33 +61,13 @@ class Layout:
         width = 1 << np.ceil(np.log2(counts)).astype(np.int64)
         for owners in np.unique(width[~in_run]):
             chosen = np.flatnonzero(~in_run & (width == owners))
-            among = np.full(len(blocks), -1)
-            among[chosen] = np.arange(len(chosen))
-            mine = among[place] >= 0
-            self.add_copied(entries[mine], among[place[mine]], owner[mine], blocks[chosen], owners=int(owners))
-
-    def add_copied(
-        self,
-        entries: Ints,
-        place: Ints,
-        owner: Ints,
-        blocks: Ints,
-        owners: int,
-        hidden: NDArray[np.bool_] | None = None,
-    ) -> None:
-        """Entry i is query owner[i] of the block blocks[place[i]], copied to the workspace with CHUNK_BLOCKS others."""
-        for start in range(0, len(blocks), CHUNK_BLOCKS):
-            chunk = slice(start, min(start + CHUNK_BLOCKS, len(blocks)))
-            mine = (place >= chunk.start) & (place < chunk.stop)
-            self._add(
-                entries[mine],
-                place[mine] - start,
-                owner[mine],
-                chunk.stop - start,
-                owners=owners,
-                chosen=torch.from_numpy(blocks[chunk]).to(self._device),
-                hidden=None if hidden is None else torch.from_numpy(hidden[chunk]).to(self._device),
-            )
+            for start in range(0, len(chosen), CHUNK_BLOCKS):
+                chunk = chosen[start : start + CHUNK_BLOCKS]
+                among = np.full(len(blocks), -1)
+                among[chunk] = np.arange(len(chunk))
+                mine = among[place] >= 0
+                copied = torch.from_numpy(blocks[chunk]).to(self._device)
+                self._add(entries[mine], among[place[mine]], owner[mine], len(chunk), owners=int(owners), chosen=copied)
 
     def _add(
         self,
@@ -99,12 +78,11 @@ class Layout:
         owners: int,
         run: slice | None = None,
         chosen: Tensor | None = None,
-        hidden: Tensor | None = None,
     ) -> None:
         num_kv_heads = self.rows.shape[1]
         tile = place[:, None] * num_kv_heads + np.arange(num_kv_heads)  # [num_entries, num_kv_heads]
         self.rows[entries] = self.num_rows + tile * owners + np.asarray(owner).reshape(-1, 1)
-        self.passes.append(Pass(self.num_rows, num_blocks, owners, run, chosen, hidden))
+        self.passes.append(Pass(self.num_rows, num_blocks, owners, run, chosen))
         self.num_rows += num_blocks * num_kv_heads * owners
 
 

@@ -2,9 +2,9 @@
 
     block tables   A [ 4 1 ]   B [ 4 2 7 ]         A holds 9 tokens in blocks of 8, B holds 20
 
-    whole, one owner        2       read where it lies, in one product over a run of the pool
-    whole, several owners   4       read once, for A's query and B's together
-    not wholly visible      1 7     copied to a small workspace, so that no slot past the end is computed with
+    one owner        1 2 7   read where they lie, in one product over a run of the pool
+    several owners   4       read once, for A's query and B's together
+    in 1 and 7, slots past the end are computed with too, and what comes out is replaced by -inf
 
 Every layer has the same tables, so this is done once a step, in NumPy and in bulk, with no loop over blocks.
 A row is one KV head's query heads of one sequence, met with one block: `row_query` says whose, `padded_lines` where its
@@ -21,13 +21,11 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.contiguous import visible
-from minipaged.attention.passes import Ints, Layout, Pass, runs
+from minipaged.attention.passes import Ints, Layout, Pass
 
 # With fewer blocks in all, decodes are gathered too. (One sequence of 400 tokens, float32: 80 us against 104. From 8 of
 # 200 tokens on, the other way is quicker: 490 us against 520 in float32, 370 against 460 in bfloat16. One thread.)
 MIN_BLOCKS = 96
-# And where more than this share of the blocks would have to be copied one by one: in one piece they are read quicker.
-MAX_COPIED_SHARE = 0.5
 # Scores are padded to the longest sequence that is read inside out, to at most so many times what they are.
 MAX_PADDING = 4
 
@@ -44,13 +42,14 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Plan:
-    """Invariant: what a query may not see has the score -inf, and no row of `bag_values`."""
+    """Invariant: what a query may not see gets the score -inf, and no row of `bag_values`."""
 
     num_tokens: int
     passes: list[Pass]
     gathered: list[Gathered]
     decode_tokens: Tensor  # int64 [num_decodes], rows of `query`
     row_query: Tensor  # int64 [num_rows], decode * num_kv_heads + kv_head; 0 for a row that nobody wants
+    hidden: Tensor  # int64 [num_hidden], among num_rows * group + 1 lines of block_size scores: what must become -inf
     padded_lines: Tensor  # int64 [num_decodes * num_heads * max_blocks], row * group + head of the group, filled up
     bag_lines: Tensor  # int64 [num_lines], which of the padded lines are of a block, in their order
     # int [num_lines * block_size], the slots of each line, as rows of the cache seen as [..., head_dim]
@@ -83,26 +82,28 @@ def make_plan(
     nth = np.arange(len(decode)) - (counts.cumsum() - counts)[decode]  # 0, 1, ... within its sequence
     logical = nth + first[decode]
     block = tables[decodes[decode], logical]
-    if not _worth_turning_inside_out(block):
+    if len(block) < MIN_BLOCKS:
         decodes, counts, decode, nth, logical, block = (a[:0] for a in (decodes, counts, decode, nth, logical, block))
     low = np.maximum(seen_from[decode] - logical * block_size, 0)  # slots low to high - 1 of the block are seen
     high = np.minimum(lens[decodes][decode] - logical * block_size, block_size)
 
     layout = Layout(num_kv_heads, len(block), device)
-    whole = (low == 0) & (high == block_size)
-    layout.add_whole(np.flatnonzero(whole), block)
-    ragged = np.flatnonzero(~whole)
-    slots = np.arange(block_size)
-    hidden = (slots < low[ragged, None]) | (slots >= high[ragged, None])  # [num_ragged, block_size]
-    layout.add_copied(ragged, np.arange(len(ragged)), np.zeros_like(ragged), block[ragged], owners=1, hidden=hidden)
-
+    layout.add(block)
     group, num_rows = num_heads // num_kv_heads, layout.num_rows
     rows = layout.rows  # [num_entries, num_kv_heads]
     row_query = np.zeros(num_rows, dtype=np.int64)
     row_query[rows] = decode[:, None] * num_kv_heads + np.arange(num_kv_heads)
-    # Where the scores of each query head are, block by block. Who has fewer blocks than the longest is filled up with a
-    # line after the last.
-    head = np.arange(num_heads)
+    # Slots that are not seen: before the window, past the end, and the line after the last, which stands for no block.
+    slots, head = np.arange(block_size), np.arange(num_heads)
+    is_ragged = (low > 0) | (high < block_size)
+    ragged = np.flatnonzero(is_ragged)
+    unseen = (slots < low[ragged, None]) | (slots >= high[ragged, None])  # [num_ragged, block_size]
+    lines = rows[ragged][:, head // group] * group + head % group  # [num_ragged, num_heads]
+    unseen_slots = (lines[:, :, None] * block_size + slots)[
+        np.broadcast_to(unseen[:, None], (*lines.shape, block_size))
+    ]
+    # Where the scores of each query head are, block by block. Who has fewer blocks than the longest is filled up with
+    # that line.
     padded_lines = np.full((len(decodes), num_heads, counts.max(initial=0)), num_rows * group)
     padded_lines[decode, :, nth] = rows[:, head // group] * group + head % group
     is_block = padded_lines < num_rows * group  # [num_decodes, num_heads, max_blocks]
@@ -114,7 +115,7 @@ def make_plan(
     bag_values = (tile * block_size).astype(small)[:, None] + slots.astype(small)  # [num_lines, block_size]
     # A slot that is hidden has weight 0, but 0 * NaN is NaN: one of its block that is seen stands in for it.
     of_line = np.broadcast_to(entry, is_block.shape)[is_block]
-    partly = np.flatnonzero(~whole[of_line])
+    partly = np.flatnonzero(is_ragged[of_line])
     of_line = of_line[partly, None]
     bag_values[partly] = bag_values[partly, :1] + np.clip(slots, low[of_line], high[of_line] - 1)
     bag_starts = np.repeat(counts * block_size, num_heads).cumsum() - np.repeat(counts * block_size, num_heads)
@@ -133,6 +134,7 @@ def make_plan(
         ],
         decode_tokens=tensor(starts[decodes]),
         row_query=tensor(row_query),
+        hidden=tensor(np.concatenate([unseen_slots, num_rows * group * block_size + slots])),
         padded_lines=tensor(padded_lines.reshape(-1)),
         bag_lines=tensor(np.flatnonzero(is_block)),
         bag_values=tensor(bag_values.reshape(-1)),
@@ -146,15 +148,6 @@ def _alike(lengths: Ints) -> Ints:
     rising = lengths[order]
     alike = rising * np.arange(1, len(rising) + 1) <= MAX_PADDING * rising.cumsum()
     return np.sort(order[: np.flatnonzero(alike).max(initial=-1) + 1])
-
-
-def _worth_turning_inside_out(block: Ints) -> bool:
-    """Whether these entries are many, and most are of blocks that are read in place, or once for several owners."""
-    if len(block) < MIN_BLOCKS:
-        return False
-    blocks, counts = np.unique(block, return_counts=True)
-    copied = int((counts == 1).sum() - runs(blocks[counts == 1])[:, 2].sum())
-    return copied <= MAX_COPIED_SHARE * len(block)
 
 
 def _gathered(

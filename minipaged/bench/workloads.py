@@ -28,7 +28,6 @@ class Workload:
     new_tokens: list[int]
     arrivals: list[int] = field(default_factory=list)
     places: int = 32
-    budget: int = 256
 
     @property
     def num_new(self) -> int:

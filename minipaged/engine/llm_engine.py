@@ -198,7 +198,9 @@ class LLMEngine:
         """Choose and append the next token of everybody who reached its end."""
         sampled = [(row, group, seq) for row, group, seq in ready if not group.beam_width]
         if sampled:
-            rows = logits[[row for row, _, _ in sampled]]  # [len(sampled), vocab_size]
+            wanted = [row for row, _, _ in sampled]  # a prompt's samples all draw from its one row
+            # Megabytes, and nearly always each row once, in order: then they are not copied.
+            rows = logits if wanted == list(range(len(logits))) else logits[wanted]
             seqs = [seq for _, _, seq in sampled]
             tokens = sample(rows, seqs)
             self._keep_logprobs(rows, tokens, seqs)

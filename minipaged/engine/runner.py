@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minipaged.attention.workspace import keep_freed_memory
 from minipaged.engine.scheduler import SchedulerOutput
 from minipaged.engine.settings import CacheSettings
 from minipaged.kvcache import ContiguousCache, PagedCache, RecomputeCache
@@ -44,6 +45,8 @@ class Executor:
         self.transformer, self.settings = transformer, settings
         weights = transformer.embed_tokens.weight
         self.device, self.dtype = weights.device, weights.dtype
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.bytes_per_token = transformer.config.kv_bytes_per_token(self.dtype)
         self.cache: KVCache
         self.host: HostPool | None = None

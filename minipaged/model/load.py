@@ -7,6 +7,7 @@ import torch
 
 from minipaged.model import fetch
 from minipaged.model.linear import pack_linears
+from minipaged.model.norm import quicken_norms
 from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from minipaged.model.transformer import ModelConfig, Transformer
 from minipaged.model.weight_cache import load_through_cache
@@ -65,6 +66,7 @@ def load_model(name: str | Path, dtype: str = "float32", seed: int = 0, device: 
     transformer, tokenizer = _load(name, DTYPES[dtype], seed)
     transformer = transformer.to(device)
     pack_linears(transformer)
+    quicken_norms(transformer)
     return Model(transformer, tokenizer)
 
 
