@@ -3,10 +3,15 @@
 import ast
 import json
 import math
+import multiprocessing
+import os
 import random
+import select
+import signal
 import statistics
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -26,7 +31,7 @@ from minipaged.simulator.latency import HIGHEST, curve
 from minipaged.simulator.lengths import ALPACA, SHAREGPT, SPREAD, Lengths, fit_spread
 from minipaged.simulator.memory_use import FULL_RATE, measure
 from minipaged.simulator.report import Bars, Lines, Report, Row, cells, row, to_csv, to_json, to_markdown
-from minipaged.simulator.reproduce import ALL, EXPERIMENTS, chosen, reproduce, write
+from minipaged.simulator.reproduce import ALL, EXPERIMENTS, chosen, report_of, reproduce, write
 from minipaged.simulator.servers import NUM_SLOTS, SERVERS, Server
 from minipaged.simulator.simulate import Totals, load_of, simulate
 from minipaged.simulator.workloads import Request, arrivals, from_file, stream
@@ -329,11 +334,20 @@ def test_the_same_requests_at_another_rate():
         ({"rate": math.inf}, "rate"),
         ({"num_requests": -1}, "-1"),
         ({"n": 2, "beam_width": 2}, "not both"),
+        ({"prefix_len": -1}, "prefix_len"),
+        ({"prefix_len": 1025}, "prefix_len must be at most 1024"),
     ],
 )
 def test_a_wrong_stream_is_refused(change, says):
     with pytest.raises(ValueError, match=says):
         list(stream(**{"lengths": "alpaca", "rate": 1.0, "num_requests": 3, "seed": 0} | change))
+
+
+@pytest.mark.parametrize("name", ["sharegpt", "alpaca"])
+def test_a_request_fits_the_context_with_its_prefix(name):
+    requests = list(stream(name, 1.0, 3000, 0, prefix_len=1024))
+    assert all(request.prompt_len + request.output_len <= 2048 for request in requests)
+    assert all(request.prompt_len > request.prefix_len == 1024 for request in requests)
 
 
 @pytest.mark.parametrize("wrong", [{"prompt_mean": 2.0}, {"output_mean": 600.0}, {"spread": 3.0}])
@@ -496,6 +510,20 @@ def test_files_of_a_report(tmp_path):
     assert paths[3].read_bytes() == drawn, "the same numbers, and another picture"
 
 
+def test_an_interrupt_leaves_the_files_that_were_there(monkeypatch, tmp_path):
+    write(REPORT, [0], tmp_path, figures=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupted(report, path):
+        path.write_text("<svg")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minipaged.simulator.reproduce.draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(replace(REPORT, title="Another"), [0], tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install"):
@@ -516,14 +544,58 @@ def test_experiments_by_name():
     assert set(ALL) < set(EXPERIMENTS)
 
 
-def test_one_experiment_in_processes_and_in_one():
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_reports_come_in_order_with_the_results_of_their_own_jobs(monkeypatch, num_processes):
+    def squares(name, numbers):
+        def experiment(seeds):
+            results = yield [(pow, (number, 2 + seed)) for number in numbers for seed in seeds]
+            return Report(name, "", "", "", [row("power", "", [value]) for value in results], [])
+
+        return experiment
+
+    monkeypatch.setitem(EXPERIMENTS, "one", squares("one", range(7)))
+    monkeypatch.setitem(EXPERIMENTS, "two", squares("two", range(3, 9)))
     reports, progress = [], []
-    reproduce(["h"], [0], reports.append, lambda *seen: progress.append(seen), num_processes=1)
-    assert reports == [EXPERIMENTS["h"]([0], lambda jobs: [function(*arguments) for function, arguments in jobs])]
+    reproduce(["two", "one"], [0, 1], reports.append, lambda *seen: progress.append(seen), num_processes)
+    assert [report.name for report in reports] == ["two", "one"]
+    assert [each.ours for each in reports[1].rows] == [number**power for number in range(7) for power in (2, 3)]
+    assert [each.ours for each in reports[0].rows] == [number**power for number in range(3, 9) for power in (2, 3)]
+    expected = [("two", done, 12) for done in range(13)] + [("one", done, 14) for done in range(15)]
+    assert progress == expected
+
+
+def test_a_job_of_two_experiments_runs_once(monkeypatch, tmp_path):
+    def experiment(seeds):
+        yield [(_leave_a_line, (str(tmp_path / "lines"), seed)) for seed in (*seeds, *seeds)]
+        return REPORT
+
+    monkeypatch.setitem(EXPERIMENTS, "one", experiment)
+    monkeypatch.setitem(EXPERIMENTS, "two", experiment)
+    reproduce(["one", "two"], [0, 1], lambda report: None, lambda *seen: None, num_processes=2)
+    assert sorted((tmp_path / "lines").read_text().split()) == ["0", "1"]
+
+
+def test_a_job_that_fails_is_no_silence_and_leaves_no_worker(monkeypatch):
+    def experiment(seeds):
+        yield [(time.sleep, (0.01,)), (math.sqrt, (-1.0,)), (time.sleep, (60.0,))]
+
+    monkeypatch.setitem(EXPERIMENTS, "one", experiment)
+    before, start = multiprocessing.active_children(), time.monotonic()
+    with pytest.raises(ValueError, match="math domain error"):
+        reproduce(["one"], [0], lambda report: None, lambda *seen: None, num_processes=2)
+    assert time.monotonic() - start < 30, "it waited for a job whose result nobody wants"
+    assert multiprocessing.active_children() == before
+
+
+def _leave_a_line(path, number):
+    with open(path, "a") as file:
+        file.write(f"{number}\n")
 
 
 def test_a_table_costs_nothing_beside_its_pool():
-    report = EXPERIMENTS["h"]([0], lambda jobs: [])
+    experiment = EXPERIMENTS["h"]([0])
+    assert next(experiment) == [], "arithmetic needs no job"
+    report = report_of(experiment, [])
     values = {entry.what: entry.ours for entry in report.rows}
     assert values["OPT-13B, blocks of 16: all tables"] == 983 * 4
     assert values["500 tokens of 2,048, one level"] == 128 * 4
@@ -558,6 +630,34 @@ def test_the_command_refuses_in_one_line(monkeypatch, capsys, arguments, says):
     code, out, err = call(monkeypatch, capsys, *arguments)
     assert code == 2 and not out
     assert says in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a signal to one process is POSIX")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_ctrl_c_leaves_no_process_and_no_file(tmp_path, how):
+    """Each process of the run holds the writing end of one pipe: its end is read when the last of them has gone."""
+    command = [sys.executable, "-m", "minipaged", "reproduce", "c", "--out", str(tmp_path), "--processes", "2"]
+    reading, writing = os.pipe()
+    run = subprocess.Popen(
+        [*command, "--no-figures"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        pass_fds=[writing],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have it ignored
+    )
+    os.close(writing)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    while run.poll() is None and len(children.read_text().split() if children.exists() else "ab") < 2:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    run.send_signal(how)
+    _, errors = run.communicate(timeout=60)
+    ended, _, _ = select.select([reading], [], [], 60)
+    os.close(reading)
+    assert ended, "a worker is still there"
+    assert run.returncode == (130 if how == signal.SIGINT else -how), errors
+    assert b"Traceback" not in errors
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what it is made of ------------------------------------------------------------------------------------------

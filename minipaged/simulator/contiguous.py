@@ -24,6 +24,7 @@ class ReservedMemory:
     shares_blocks = False  # a run has one owner: samples of one prompt are requests of their own
     finds_prefixes = False
     block_size = 0  # there are no blocks, so no watermark of them either
+    num_free = 0  # blocks: `blocks_to_begin` alone says whether a run is free, and none is ever needed to grow
 
     def __init__(self, num_slots: int, policy: str, max_model_len: int):
         self.pool = ReservationPool(num_slots, policy, max_model_len)
@@ -42,11 +43,6 @@ class ReservedMemory:
     def num_slots(self) -> int:
         return self.pool.num_slots
 
-    @property
-    def num_free(self) -> int:
-        """Slots in no run. Whether a request finds room among them, `blocks_to_begin` says."""
-        return self.pool.account().free
-
     def fits(self, prompt_len: int, num_tokens: int, num_seqs: int = 1) -> bool:
         """Whether the empty pool could hold it. The token that is chosen last is never stored, but its slot is."""
         try:
@@ -59,9 +55,9 @@ class ReservedMemory:
         return []
 
     def blocks_to_begin(self, found: Sequence[int], lengths: Sequence[int], prompt_len: int) -> int:
-        """0 if the request that is first in the queue can have its run now, or else more than is free."""
+        """0 if the request that is first in the queue can have its run now, or else more than `num_free`."""
         _, prompt_len, output_len = self.expected[0]  # it alone is ever asked about: first come first served
-        return 0 if self.pool.can_allocate(prompt_len, output_len) else self.num_free + 1
+        return 0 if self.pool.can_allocate(prompt_len, output_len) else 1
 
     def begin(self, seq_id: str, found: Sequence[int], length: int) -> None:
         expected, prompt_len, output_len = self.expected.popleft()

@@ -65,14 +65,21 @@ def _bars(chart: Bars, axis: Any) -> None:
 
 
 def _lines(chart: Lines, axis: Any) -> None:
+    from matplotlib import ticker
+
     for number, (name, points) in enumerate(chart.series.items()):
         xs, ys = zip(*points, strict=True)
         axis.plot(xs, ys, marker=MARKS[number], ms=4, lw=1.5, label=name, color=COLOURS[number])
     axis.set_xlabel(chart.xlabel)
     if chart.log_x:
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
+        ticks = sorted({x for points in chart.series.values() for x, _ in points})
+        axis.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+        axis.minorticks_off()
     if chart.log_y:
         axis.set_yscale("log")
-    if chart.y_max is not None:
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+    else:
         axis.set_ylim(0, chart.y_max)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import count
 
 from minipaged.simulator import paper
-from minipaged.simulator.memory_use import LABELS, Job, Run, measure
+from minipaged.simulator.memory_use import LABELS, Experiment, Job, measure
 from minipaged.simulator.report import Lines, Report, row
 from minipaged.simulator.servers import SERVERS, Server
 from minipaged.simulator.simulate import simulate
@@ -28,16 +28,18 @@ HIGHEST = 0.3  # seconds a token: where a curve ends
 Curve = list[tuple[float, float]]
 
 
-def sustained_rates(seeds: Sequence[int], run: Run) -> Report:
+def sustained_rates(seeds: Sequence[int]) -> Experiment:
     """(c) Requests finished a second with a full queue, and curves of latency against rate, of the first seed."""
     cases = [(trace, server) for trace in FIRST for server in SERVERS]
+    curves_first: list[Job] = [(curve, (*case, seeds[0])) for case in reversed(cases)]  # the longest jobs of all
     full: list[Job] = [
         (measure, (trace, FULL_RATE[trace], server, seed, FULL_SECONDS[trace]))
         for trace, server in cases
         for seed in seeds
     ]
-    results = run(full + [(curve, (*case, seeds[0])) for case in cases])
-    curves: dict[tuple[str, str], Curve] = dict(zip(cases, results[len(full) :], strict=True))
+    results = yield curves_first + full
+    curves: dict[tuple[str, str], Curve] = dict(zip(reversed(cases), results, strict=False))
+    results = results[len(cases) :]
     rates = {
         case: [totals.throughput for totals in results[i * len(seeds) : (i + 1) * len(seeds)]]
         for i, case in enumerate(cases)

@@ -4,7 +4,7 @@ Figure 2 and Figure 13 of the paper. The lengths of a trace decide both, through
 the cost model decides only how fast a queue builds up at a given rate.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from minipaged.simulator import paper
@@ -14,7 +14,8 @@ from minipaged.simulator.simulate import Totals, simulate
 from minipaged.simulator.workloads import stream
 
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
-Run = Callable[[list[Job]], list[Any]]  # runs jobs in any order, and returns their results in the order of the jobs
+# Yields its jobs, once, is sent what they return, in their order, and returns its report.
+Experiment = Generator[list[Job], list[Any], Report]
 
 LABELS = {"max": "Orca (Max)", "pow2": "Orca (Pow2)", "oracle": "Orca (Oracle)", "paged": "paged (ours)"}
 
@@ -23,12 +24,12 @@ FULL_SECONDS = (100.0, 400.0)  # from when we look, and until when
 RATE_SECONDS = {"sharegpt": (200.0, 600.0), "alpaca": (50.0, 150.0)}
 
 
-def memory_use(seeds: Sequence[int], run: Run) -> Report:
+def memory_use(seeds: Sequence[int]) -> Experiment:
     """(a) The share of the KV memory that holds tokens, with a queue that is never empty."""
     jobs: list[Job] = [
         (measure, ("sharegpt", FULL_RATE, server, seed, FULL_SECONDS)) for server in SERVERS for seed in seeds
     ]
-    results = run(jobs)
+    results = yield jobs
     by_server = {s: results[i * len(seeds) : (i + 1) * len(seeds)] for i, s in enumerate(SERVERS)}
     rows = [
         row(f"{LABELS[s]}: holds tokens", "%", [totals.shares.held for totals in each], paper.MEMORY_HELD[s], 3.0)
@@ -55,7 +56,7 @@ def memory_use(seeds: Sequence[int], run: Run) -> Report:
     return Report("a", "Share of KV memory that holds tokens", "Figure 2", setting, rows, [chart])
 
 
-def batch_sizes(seeds: Sequence[int], run: Run) -> Report:
+def batch_sizes(seeds: Sequence[int]) -> Experiment:
     """(b) Mean number of requests that run at once, at the paper's rates."""
     cases = [(trace, server) for trace in paper.BATCH for server in SERVERS]
     jobs: list[Job] = [
@@ -63,7 +64,7 @@ def batch_sizes(seeds: Sequence[int], run: Run) -> Report:
         for trace, server in cases
         for seed in seeds
     ]
-    results = run(jobs)
+    results = yield jobs
     rows, charts = [], []
     means: dict[tuple[str, str], float] = {}
     for place, (trace, server) in enumerate(cases):

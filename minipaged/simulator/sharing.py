@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from minipaged.simulator import paper
 from minipaged.simulator.lengths import Lengths
-from minipaged.simulator.memory_use import Job, Run
+from minipaged.simulator.memory_use import Experiment, Job
 from minipaged.simulator.report import Bars, Report, row
 from minipaged.simulator.servers import Server
 from minipaged.simulator.simulate import simulate
@@ -26,7 +26,7 @@ PREFIX_RATE = 200.0  # requests a second, more than anybody serves
 PREFIX_SECONDS = (20.0, 50.0)
 
 
-def memory_saved(seeds: Sequence[int], run: Run) -> Report:
+def memory_saved(seeds: Sequence[int]) -> Experiment:
     """(d) Blocks that sharing saves, over the blocks that there would be without it."""
     printed: dict[tuple[str, str], dict[int, paper.Value]] = {
         ("alpaca", "parallel"): {**paper.SAVED_PARALLEL},
@@ -36,7 +36,7 @@ def memory_saved(seeds: Sequence[int], run: Run) -> Report:
     }
     cases = [(trace, mode, width) for trace, mode in printed for width in WIDTHS]
     jobs: list[Job] = [(saved, (*case, seed)) for case in cases for seed in seeds]
-    results = run(jobs)
+    results = yield jobs
     rows = []
     means: dict[tuple[str, str], list[float]] = {key: [] for key in printed}
     for place, (trace, mode, width) in enumerate(cases):
@@ -50,7 +50,8 @@ def memory_saved(seeds: Sequence[int], run: Run) -> Report:
     for mode, theirs in (("parallel", paper.SAVED_PARALLEL), ("beam", paper.SAVED_BEAM)):
         title = "Memory saved: " + ("parallel sampling" if mode == "parallel" else "beam search") + ", Alpaca"
         series = {"ours": means["alpaca", mode], "paper": [*theirs.values()]}
-        charts.append(Bars(title, "% of blocks", [str(width) for width in WIDTHS], series))
+        groups = [f"{width} samples" if mode == "parallel" else f"width {width}" for width in WIDTHS]
+        charts.append(Bars(title, "% of blocks", groups, series))
     setting = "OPT-13B, blocks of 16; near: within 30 % of the paper's value. ShareGPT: the paper prints a range."
     return Report("d", "Memory saved by sharing", "Figure 15 and section 6.3", setting, rows, charts)
 
@@ -67,11 +68,11 @@ def saved(trace: str, mode: str, width: int, seed: int) -> float:
     return result.totals.saved
 
 
-def shared_prefix(seeds: Sequence[int], run: Run) -> Report:
+def shared_prefix(seeds: Sequence[int]) -> Experiment:
     """(e) Requests a second with a prefix that all share, against a server that stores it once for each."""
     cases = [(prefix, server) for prefix in paper.PREFIX_FACTOR for server in ("oracle", "paged")]
     jobs: list[Job] = [(prefix_throughput, (*case, seed)) for case in cases for seed in seeds]
-    results = run(jobs)
+    results = yield jobs
     rates = {case: results[i * len(seeds) : (i + 1) * len(seeds)] for i, case in enumerate(cases)}
     rows = []
     for prefix, printed in paper.PREFIX_FACTOR.items():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from minipaged.simulator.lengths import ALPACA, MAX_MODEL_LEN, SHAREGPT, Lengths
+from minipaged.simulator.lengths import ALPACA, MAX_MODEL_LEN, MAX_PROMPT_LEN, SHAREGPT, Lengths
 
 STREAMS = {"sharegpt": SHAREGPT, "alpaca": ALPACA}
 
@@ -55,7 +55,10 @@ def stream(
     n: int = 1,
     beam_width: int = 0,
 ) -> Iterator[Request]:
-    """`num_requests` requests; `lengths` may be "sharegpt" or "alpaca". A shared prefix comes before the prompt."""
+    """`num_requests` requests; `lengths` may be "sharegpt" or "alpaca". A shared prefix comes before the prompt.
+
+    A request that would pass the model's context with its prefix is drawn again.
+    """
     if isinstance(lengths, str):
         if lengths not in STREAMS:
             raise ValueError(f"unknown stream {lengths!r}: it is one of {', '.join(STREAMS)}")
@@ -65,10 +68,14 @@ def stream(
             "num_requests, prefix_len and beam_width must be 0 or more, n at least 1, and not both n and beam_width: "
             f"got {num_requests}, {prefix_len}, {beam_width} and {n}"
         )
+    if prefix_len > MAX_PROMPT_LEN:
+        raise ValueError(f"prefix_len must be at most {MAX_PROMPT_LEN}, so that a request fits after it: {prefix_len}")
     # Two streams of random numbers, so that the same requests come at another rate.
     times, sizes = random.Random(f"arrivals {seed}"), random.Random(f"lengths {seed}")
     for arrival in islice(arrivals(rate, times), num_requests):
         prompt_len, output_len = lengths.draw(sizes)
+        while prefix_len + prompt_len + output_len > MAX_MODEL_LEN:
+            prompt_len, output_len = lengths.draw(sizes)
         yield Request(arrival, prefix_len + prompt_len, output_len, prefix_len, n, beam_width)
 
 
