@@ -68,7 +68,7 @@ mutation: $(VENV)/.mutation ## change our code one operator at a time: does a su
 exercises: $(READY) ## make the exercises from the reference again
 	@$(BIN)/python -m minipaged.course.generate
 
-reproduce: $(VENV)/.tutorials ## the paper's figures again, into docs/paper (three minutes on two cores)
+reproduce: $(VENV)/.tutorials ## the paper's figures again, into docs/paper (two minutes on two cores)
 	@$(BIN)/minipaged reproduce a b c d e f g h scale --out docs/paper
 
 pictures: $(READY) ## draw the pictures of the README and the site again
@@ -95,7 +95,7 @@ serve: $(VENV)/.docs $(VENV)/.tutorials ## the site on http://localhost:8000, re
 	@MINIPAGED_NOTEBOOKS=kept $(BIN)/mkdocs serve
 
 test-site: site $(VENV)/.site-test ## the built site in a headless Chromium (CHROMIUM=path): player, playground, links, axe
-	@$(BIN)/python -m pytest tools/website -p no:cacheprovider
+	@$(BIN)/python -m pytest tools/website -p no:cacheprovider -rs
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -44,7 +44,7 @@ def start(folder: Annotated[Path, typer.Argument(help="where to put them")] = Pa
 
 
 def check(
-    chapter: Annotated[int, typer.Argument(help="1 to 10")],
+    chapter: Annotated[int, typer.Argument(help="1 to 10, or 13")],
     impl: FolderOption = None,
     hint: Annotated[bool, typer.Option("--hint", help="show the next hint for the first thing that is wrong")] = False,
     properties: Annotated[bool, typer.Option("--properties", help="grade the properties you wrote yourself")] = False,

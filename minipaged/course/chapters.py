@@ -76,7 +76,19 @@ _SCHEDULER = tuple(
 )  # fmt: skip
 _SHAPES = (
     "Shapes: docs/design.md, section 3. Sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1 of\n"
-    "# query, perhaps none; its last query stands at position seq_lens[s] - 1. What no token owns is never read."
+    "# query, perhaps none; its last query stands at position seq_lens[s] - 1. What no token owns is never read.\n"
+    "# The promised errors: call check_write_kv or check_paged_attention (minipaged/attention/checks.py) first."
+)
+_WINDOW = "A query with a sliding_window of w sees the last w positions, its own included (minipaged/reference.py)."
+_STEP = (
+    "A step (minipaged/model/contract.py): sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1\n"
+    "# of query, key and value; its context, these tokens included, has seq_lens[s] tokens; its slab is\n"
+    "# block_tables[s, 0]. The scale is head_dim ** -0.5."
+)
+_CACHE = (
+    "attend: write_kv, then paged_attention of minipaged.attention, on the caches of the layer, with the scale\n"
+    "# head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None.\n"
+    "# _prepare, slot_rows and blockwise.attend are a faster way to the same: take it or leave it."
 )
 _POOL = ("ReservationPool.__init__", "ReservationPool.num_slots", "ReservationPool.num_requests")
 
@@ -101,12 +113,13 @@ CHAPTERS = {
             "the contiguous cache",
             ("test_ch03_contiguous_cache.py",),
             (
-                Exercise("ch03_causal_attention.py", "minipaged.attention.contiguous", 30),
+                Exercise("ch03_causal_attention.py", "minipaged.attention.contiguous", 30, note=_WINDOW),
                 Exercise(
                     "ch03_contiguous_cache.py",
                     "minipaged.kvcache.contiguous",
                     30,
                     blank=("ContiguousCache.__init__", "ContiguousCache.attend"),
+                    note=_STEP,
                 ),
             ),
             deselect=("paged]", "copies_are_made", "in_use_exactly", "translates_every_position"),
@@ -162,7 +175,10 @@ CHAPTERS = {
                         "BlockTable._must_copy",
                         "BlockTable._blocks_for",
                     ),
-                    note="Nothing is shared before chapter 9, so nothing is copied yet: append_tokens returns [].",
+                    note=(
+                        "Nothing is shared before chapter 9, so nothing is copied yet: append_tokens returns [].\n"
+                        "# Events need not be recorded here: `minipaged check` watches the calls by itself."
+                    ),
                 ),
             ),
         ),
@@ -184,7 +200,7 @@ CHAPTERS = {
                     "minipaged.kvcache.paged",
                     15,
                     blank=("PagedCache.attend", "PagedCache.copy_blocks"),
-                    note="attend: write_kv, then paged_attention of minipaged.attention, on the caches of the layer.",
+                    note=_CACHE,
                 ),
             ),
             deselect=("recompute", "contiguous]", "in_use_exactly", "translates_every_position"),
@@ -252,6 +268,37 @@ CHAPTERS = {
             (Exercise("ch10_scheduler.py", "minipaged.engine.scheduler", 60, blank=_SCHEDULER),),
             examples=40,
         ),
+        Chapter(
+            13,
+            "more than one device",
+            ("test_ch13_shares.py",),
+            (
+                Exercise(
+                    "ch13_shares.py",
+                    "minipaged.distributed.shares",
+                    40,
+                    blank=("parts", "shares", "local_config", "weight_bytes", "step_traffic"),
+                    left_out=("_heads",),
+                ),
+                Exercise(
+                    "ch13_layers.py",
+                    "minipaged.distributed.layers",
+                    40,
+                    blank=(
+                        "RowParallelLinear.forward",
+                        "VocabParallelEmbedding.forward",
+                        "VocabParallelHead.forward",
+                        "parallelise",
+                    ),
+                    note=(
+                        "`parts` of ch13_shares.py comes first. In this suite ranks are threads: all_reduce adds up\n"
+                        "# in place and returns the sum, gather returns all tensors on rank 0, and [] elsewhere."
+                    ),
+                ),
+            ),
+            deselect=("the_one_that_did_so_by_itself", "leaves_others_waiting"),
+            examples=25,
+        ),
     )
 }
 
@@ -259,7 +306,8 @@ CHAPTERS = {
 def chapter(number: int) -> Chapter:
     """Raises ValueError for a chapter without an exercise."""
     if number not in CHAPTERS:
-        raise ValueError(f"chapter {number} has no exercise: there are chapters {min(CHAPTERS)} to {max(CHAPTERS)}")
+        *first, last = CHAPTERS
+        raise ValueError(f"chapter {number} has no exercise: there are chapters 1 to {first[-1]}, and {last}")
     return CHAPTERS[number]
 
 

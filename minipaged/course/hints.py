@@ -556,6 +556,105 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             ),
         ),
     ),
+    13: (
+        Topic(
+            r"did not come|CollectiveError|calls|brings|pages_formula",
+            (
+                "Which calls does each rank make, and in which order? They must be the same on all.",
+                "One all-reduce after the embedding and two in each layer, on every rank; one gather, on every rank, "
+                "where there is a row. A rank that returns before its gather lets the others wait.",
+                "Call group.gather on every rank, and look at what it returned afterwards; (2 * num_layers + 1) "
+                "all-reduces of num_tokens * hidden_size numbers; num_ends * ceil(vocab_size / size) to rank 0.",
+            ),
+        ),
+        Topic(
+            r"test_parts",
+            (
+                "Deal 7 things to 3 ranks. How many does each get, and who gets the one that is left?",
+                "total // size for everybody, and one more for the first total % size of them.",
+                "Run i begins at i * (total // size) + min(i, total % size), and ends where the next one begins.",
+            ),
+        ),
+        Topic(
+            r"test_a_rank_has_the_kv_head|test_a_kv_head_is|divided_by_groups",
+            (
+                "Which KV head does query head 5 read, if there are 9 query heads and 3 KV heads? Is it on this rank?",
+                "Up to as many ranks as KV heads: divide the KV heads, and let their query heads follow. Beyond that: "
+                "divide the *ranks* over the KV heads, and then each group over its ranks.",
+                "size <= num_kv_heads: kv = parts(num_kv_heads, size), heads range(group * kv.start, group * kv.stop). "
+                "Else, for kv_head, ranks in enumerate(parts(size, num_kv_heads)): one rank for each of "
+                "parts(group, len(ranks)), moved by group * kv_head, with range(kv_head, kv_head + 1).",
+            ),
+        ),
+        Topic(
+            r"unit of|shares_partition",
+            (
+                "Four things are divided, and each of them by `parts`. Which of them is divided in whole units?",
+                "Words one by one, heads by groups, inner columns by units of 32 where 32 divides them and all ranks "
+                "get a unit.",
+                "parts(intermediate_size // unit, size), each range times unit; unit is INNER_UNIT or 1.",
+            ),
+        ),
+        Topic(
+            r"refused",
+            (
+                "Of what does each rank need at least one?",
+                "A query head, an inner column, a word; and there must be a rank. KV heads can be replicated.",
+                "Compare size with num_heads, intermediate_size and vocab_size before anything is divided, and say "
+                "both numbers in the ValueError.",
+            ),
+        ),
+        Topic(
+            r"its_bytes",
+            (
+                "List the matrices of a layer, and the shape of each on this rank.",
+                "Q and output have num_heads * head_dim rows of hidden_size numbers, K and V num_kv_heads * head_dim, "
+                "the MLP three times intermediate_size; norms are whole on every rank.",
+                "Rows: num_layers * ((2 * num_heads + 2 * num_kv_heads) * head_dim + 3 * intermediate_size + 2) + 1 + "
+                "vocab_size, and vocab_size again where the output layer is not the embedding. Times hidden_size, and "
+                "times dtype.itemsize.",
+            ),
+        ),
+        Topic(
+            r"row_parallel|o_proj|down_proj",
+            (
+                "Each rank multiplies some of the inputs. What is the product of all of them?",
+                "A row-parallel layer ends in one sum over ranks, and nothing else is summed in a layer. There are two "
+                "of them: one ends the attention, one the MLP.",
+                "return self.group.all_reduce(self.linear(input)); in parallelise, o_proj and down_proj of every layer "
+                "are wrapped, and qkv_proj and gate_up_proj stay as they are.",
+            ),
+        ),
+        Topic(
+            r"row_of_every_word|embed_tokens",
+            (
+                "Who has the row of word 7? What do the others bring to the sum?",
+                "Word w is row w - start of this rank's table, if that is from 0 to len(weight) - 1. All others bring "
+                "zeros, and they cannot look up a row that they do not have.",
+                "row = token_ids - start; elsewhere = (row < 0) | (row >= len(weight)); look up "
+                "row.masked_fill(elsewhere, 0), fill those rows with 0, and all-reduce. start is share.vocab.start.",
+            ),
+        ),
+        Topic(
+            r"score_of_every_word|other logits|gather",
+            (
+                "Ranks have unequal numbers of words. Can a gather take tensors of unequal shapes?",
+                "Everybody sends as many columns as the longest has; rank 0 cuts each to its length, and joins them in "
+                "the order of the ranks. A step in which nobody ends sends nothing.",
+                "sent = F.pad(scores, (0, self.lengths[0] - scores.shape[1])); torch.cat of part[:, :length] along "
+                "dim 1; with no row return scores.new_empty(0, sum(self.lengths)) before anybody calls gather.",
+            ),
+        ),
+        Topic(
+            r"",
+            (
+                "With one rank everything is as it was. What changes with the second?",
+                "Columns, then rows, then one sum. Everything between the two is the code of one device.",
+                "Compare one layer at a time with the whole model: embedding, attention up to o_proj, MLP up to "
+                "down_proj, output layer.",
+            ),
+        ),
+    ),
 }
 
 

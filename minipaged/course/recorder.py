@@ -242,6 +242,8 @@ def short(value: Any) -> str:
     kind = type(value).__name__
     if any(base.__name__ in _NAMES or base.__name__ == "BlockTable" for base in type(value).__mro__):
         return log.name(value)
+    if kind == "Transformer":
+        return "transformer"
     if kind == "Step":
         return f"step(seq_lens={value.seq_lens.tolist()}, query_start_loc={value.query_start_loc.tolist()})"
     if kind == "SequenceGroup":

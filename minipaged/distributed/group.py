@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+
+T = TypeVar("T")
 
 
 class CollectiveError(RuntimeError):
@@ -92,14 +94,48 @@ def process_group(store: Store, rank: int, size: int, timeout: float, device: to
 
 def thread_groups(size: int, timeout: float = 60.0) -> list[Group]:
     """Ranks that are threads of this process: each takes one of these, and uses it as it would the other kind."""
+    return _groups_at(threading.Barrier(size, timeout=timeout))
+
+
+def on_threads(size: int, work: Callable[[Group], T], timeout: float = 60.0) -> list[T]:
+    """work(group) on every rank at once, each a thread. Returns what each returned, by rank.
+
+    Raises what the first rank raised that failed by itself; CollectiveError where ranks did not call the same.
+    """
     barrier = threading.Barrier(size, timeout=timeout)
-    brought: list[Tensor] = [torch.empty(0)] * size
+    found: dict[int, T] = {}
+    errors: list[BaseException] = []
+
+    def run(group: Group) -> None:
+        try:
+            found[group.rank] = work(group)
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(group,)) for group in _groups_at(barrier)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.02)
+            has_ended = not all(other.is_alive() for other in threads)
+            if has_ended and barrier.n_waiting:  # in this order: who waits now waits for a rank that will not come
+                barrier.abort()
+    for error in sorted(errors, key=lambda error: isinstance(error, CollectiveError)):
+        raise error
+    return [found[rank] for rank in range(size)]
+
+
+def _groups_at(barrier: threading.Barrier) -> list[Group]:
+    """One group for each party of a barrier."""
+    brought: list[Tensor] = [torch.empty(0)] * barrier.parties
 
     def meet() -> None:
         try:
             barrier.wait()
         except threading.BrokenBarrierError as error:
-            raise RuntimeError("a thread did not come") from error
+            raise RuntimeError("another rank did not come") from error
 
     def group(rank: int) -> Group:
         def gather(tensor: Tensor) -> list[Tensor]:
@@ -115,9 +151,9 @@ def thread_groups(size: int, timeout: float = 60.0) -> list[Group]:
             tensor.copy_(torch.stack(brought).sum(dim=0))
             meet()
 
-        return Group(rank, size, all_reduce, gather)
+        return Group(rank, barrier.parties, all_reduce, gather)
 
-    return [group(rank) for rank in range(size)]
+    return [group(rank) for rank in range(barrier.parties)]
 
 
 @contextmanager

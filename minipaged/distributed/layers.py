@@ -31,7 +31,8 @@ class RowParallelLinear(nn.Module):
         self.linear, self.group = linear, group
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.group.all_reduce(self.linear(input))  # [num_tokens, out_features]
+        """input [num_tokens, this rank's columns]. Returns [num_tokens, out_features]. One all-reduce."""
+        return self.group.all_reduce(self.linear(input))
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -42,7 +43,10 @@ class VocabParallelEmbedding(nn.Module):
         self.weight, self.start, self.group = weight, start, group
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """token_ids [num_tokens] of the whole vocabulary. Returns [num_tokens, hidden_size], the same on every rank."""
+        """token_ids [num_tokens] of the whole vocabulary. Returns [num_tokens, hidden_size], the same on every rank.
+
+        One all-reduce. Invariant: for each token exactly one rank brings its row, and the others bring zeros.
+        """
         row = token_ids - self.start
         elsewhere = (row < 0) | (row >= len(self.weight))
         found = F.embedding(row.masked_fill(elsewhere, 0), self.weight)  # [num_tokens, hidden_size]
@@ -61,7 +65,10 @@ class VocabParallelHead(nn.Module):
         self.lengths = [len(part) for part in parts(vocab_size, group.size)]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [num_rows, hidden_size]. Returns [num_rows, vocab_size] on rank 0."""
+        """hidden [num_rows, hidden_size]. Returns [num_rows, vocab_size] on rank 0, words in their order.
+
+        One gather; none where there is no row, or one rank.
+        """
         scores: Tensor = self.linear(hidden)  # [num_rows, words of this rank]
         if self.group.size == 1 or not len(scores):  # a step that ends no prompt: nobody has anything to say
             return scores if self.group.size == 1 else scores.new_empty(0, sum(self.lengths))
@@ -74,6 +81,9 @@ class VocabParallelHead(nn.Module):
 
 def parallelise(transformer: Transformer, share: Share, vocab_size: int, group: Group) -> None:
     """Make one rank's part of a model (of shape `local_config`) one that works together with the others, in place.
+
+    transformer: its embedding, output layer and linear layers hold what `share` names. vocab_size: of the whole model.
+    Afterwards hidden states are the same on every rank, and `logits` of rank 0 are those of the whole model.
 
     Attention, norms, rotary positions and SwiGLU are untouched: the file of chapter 2 runs on every rank as it is.
     """

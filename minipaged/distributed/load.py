@@ -23,8 +23,8 @@ from torch import Tensor
 from minipaged.distributed.shares import Share, local_config, shares
 from minipaged.model import fetch
 from minipaged.model.linear import pack_linears
-from minipaged.model.norm import quicken_norms
 from minipaged.model.load import DTYPES, Model, checked, tiny_transformer
+from minipaged.model.norm import quicken_norms
 from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from minipaged.model.transformer import ModelConfig, Transformer
 from minipaged.model.weights import (

@@ -34,10 +34,20 @@ class Share:
     vocab: range  # rows of the embedding and of the output layer
 
 
+def parts(total: int, size: int) -> list[range]:
+    """0 to total - 1 in `size` runs, as equal as can be, the longer ones first."""
+    ends = [i * (total // size) + min(i, total % size) for i in range(size + 1)]
+    return [range(a, b) for a, b in pairwise(ends)]
+
+
 def shares(config: ModelConfig, size: int) -> list[Share]:
     """The share of each of `size` ranks. Invariant: but for replicated KV heads, they partition the whole.
 
-    Raises ValueError, with the numbers, where a rank would be left without a head.
+    Each kind is divided by `parts`: heads in whole groups, as long as there are KV heads for all ranks; inner columns
+    in whole units of INNER_UNIT, where they divide into such units and there are enough for all. With more ranks than
+    KV heads, `parts` of the ranks replicate each KV head, and its group of query heads is divided over them.
+
+    Raises ValueError, with the numbers, where a rank would be left without a head, an inner column or a word.
     """
     if size < 1:
         raise ValueError(f"tensor_parallel_size must be at least 1, got {size}")
@@ -53,12 +63,6 @@ def shares(config: ModelConfig, size: int) -> list[Share]:
     unit = unit if config.intermediate_size // unit >= size else 1
     inner = [range(unit * p.start, unit * p.stop) for p in parts(config.intermediate_size // unit, size)]
     return [Share(*found) for found in zip(*_heads(config, size), inner, parts(config.vocab_size, size), strict=True)]
-
-
-def parts(total: int, size: int) -> list[range]:
-    """0 to total - 1 in `size` runs, as equal as can be, the longer ones first."""
-    ends = [i * (total // size) + min(i, total % size) for i in range(size + 1)]
-    return [range(a, b) for a, b in pairwise(ends)]
 
 
 def _heads(config: ModelConfig, size: int) -> tuple[list[range], list[range]]:

@@ -77,7 +77,11 @@ CHAPTERS = (
     ),
     Chapter(11, "What did it buy?", ("minipaged/simulator/simulate.py", "minipaged/simulator/*.py")),
     Chapter(12, "What does the choice cost?", ("minipaged/simulator/blocks.py", "minipaged/memory/sizes.py")),
-    Chapter(13, "More than one device", ("minipaged/distributed/*.py",)),
+    Chapter(
+        13,
+        "More than one device",
+        ("minipaged/distributed/shares.py", "minipaged/distributed/layers.py", "minipaged/distributed/*.py"),
+    ),
 )
 
 
