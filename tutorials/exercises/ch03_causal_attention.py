@@ -12,6 +12,7 @@ value  [num_kv_heads, num_keys, head_dim]
 #   2. visible
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A query with a sliding_window of w sees the last w positions, its own included (minipaged/reference.py).
 # Made from minipaged/attention/contiguous.py by minipaged/course/generate.py.
 
 import torch

@@ -16,6 +16,9 @@ In the step's `block_tables` a row has one entry here, the number of the slab. C
 #   2. ContiguousCache.attend
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A step (minipaged/model/contract.py): sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1
+# of query, key and value; its context, these tokens included, has seq_lens[s] tokens; its slab is
+# block_tables[s, 0]. The scale is head_dim ** -0.5.
 # Made from minipaged/kvcache/contiguous.py by minipaged/course/generate.py.
 
 import torch

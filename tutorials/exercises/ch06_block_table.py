@@ -26,6 +26,7 @@ Chapter 9 comes back to the same class: a block that two tables name is shared, 
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # Nothing is shared before chapter 9, so nothing is copied yet: append_tokens returns [].
+# Events need not be recorded here: `minipaged check` watches the calls by itself.
 # Left out here, and met in a later chapter: fork, append_shared, replace, move.
 # Made from minipaged/memory/block_table.py by minipaged/course/generate.py.
 

@@ -17,7 +17,9 @@ and works out what they say, at the first layer, and keeps that for the others (
 #   2. PagedCache.copy_blocks
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
-# attend: write_kv, then paged_attention of minipaged.attention, on the caches of the layer.
+# attend: write_kv, then paged_attention of minipaged.attention, on the caches of the layer, with the scale
+# head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None.
+# _prepare, slot_rows and blockwise.attend are a faster way to the same: take it or leave it.
 # Made from minipaged/kvcache/paged.py by minipaged/course/generate.py.
 
 import os
