@@ -7,9 +7,9 @@
     in order    A [ s0 s2 ]   B [ s1 s4 ]                   softmax of each sequence; scores are small beside K and V
     answer A =  sum of weight * value over the slots of b0 and b2, which are rows of the pool named by their numbers
 
-No context is copied. K is read block by block, since a product wants its tiles: a block with several owners is read
-once, for all their queries (as in "Hydragen", Juravsky et al. 2024), and blocks of which a query sees a part are copied
-to a workspace. V is read row by row: a weighted sum of rows chosen by their numbers is what an embedding bag does, for
+No context is put together. K is read block by block, since a product wants its tiles: a block with several owners is
+read once, for all their queries (as in "Hydragen", Juravsky et al. 2024), and blocks that lie far apart pass through a
+small workspace. V is read row by row: a weighted sum of rows chosen by their numbers is what an embedding bag does, for
 which torch has one fast call. It also merges the blocks of a sequence, so nothing is rescaled (`online_softmax.py`, and
 chapter 8's split-KV, must: they have no room for the scores). What is read how, is worked out once a step: `plan.py`.
 """
