@@ -17,8 +17,8 @@ export function drawBlocks(film, i, stage) {
   const event = film.event(i);
   const owners = film.owners(i);
   const hosts = film.owners(i, "host_tables");
-  const parts = [queues(film, i), element("div", { class: "tp-columns" }, requests(film, i), pools(film, i, owners, hosts, event))];
-  const title = element("span", { class: "tp-step" }, i === 0 ? "Before the first event" : `Step ${film.step(i)}`);
+  const parts = [...(film.hasQueues ? [queues(film, i)] : []), element("div", { class: "tp-columns" }, requests(film, i), pools(film, i, owners, hosts, event))];
+  const title = element("span", { class: "tp-step" }, i === 0 ? "Before the first event" : `${film.hasQueues ? "Step" : "Call"} ${film.step(i)}`);
   stage.replaceChildren(title, ...parts);
   drawLinks(film, i, stage);
 }

@@ -39,6 +39,11 @@ export class BlockFilm {
     return i === 0 ? null : this.document.events[i - 1].event;
   }
 
+  // A counterexample is a script of calls: nobody waits and nobody runs.
+  get hasQueues() {
+    return this.document.events.some((item) => item.event.event !== "call");
+  }
+
   // Who waits, who runs, who is done: told by the events, since a trace records no arrivals.
   #firstQueue() {
     return Object.fromEntries(this.sequences.map((seq) => [seq.name, "waiting"]));

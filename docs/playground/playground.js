@@ -193,7 +193,6 @@ editor.addEventListener("submit", (event) => {
 place.querySelector("#pg-stop").addEventListener("click", stop);
 
 function showGrade(graded) {
-  const holds = `${graded.holds} properties hold`;
   const film = place.querySelector("#pg-counterexample");
   result.replaceChildren();
   result.dataset.wrong = graded.wrong;
@@ -204,10 +203,11 @@ function showGrade(graded) {
     return;
   }
   if (!graded.wrong) {
-    say(`Right: all ${holds}.`);
+    say(`Right: all ${graded.holds} properties hold.`);
     return;
   }
-  say(`Caught: ${holds}, and ${graded.wrong} found it wrong.`, true);
+  const before = graded.holds === 1 ? "1 property that holds" : `${graded.holds} properties that hold`;
+  say(graded.holds ? `Caught, after ${before}.` : "Caught by the first property that was tried.", true);
   const { property, about, message } = graded.first;
   result.append(
     element("p", {}, element("strong", {}, property), about ? ` (${about})` : ""),

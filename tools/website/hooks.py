@@ -2,8 +2,9 @@
 
     <!-- player: two_requests -->       the player with docs/traces/two_requests.json
     <!-- course map -->                 the table of chapters
-    <!-- measured: memory -->           a table from docs/measured/
-    <!-- in the wild -->                what the notebooks say of other systems
+    <!-- measured: memory -->           a command, and the tables and charts of what it wrote into docs/measured/
+    <!-- workloads -->                  what minipaged bench runs
+    <!-- in the wild: 9 -->             what a notebook says of other systems
     <!-- museum size -->                how many bugs there are
 
 A page's Markdown is made here and rendered by MkDocs like any other. The modules beside this file say how.
@@ -109,8 +110,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     fills = {
         "course map": lambda _: chapters.course_map(_ran, "" if page.url.startswith("course/") else "course/"),
-        "measured": measured.table,
-        "in the wild": lambda _: wild.collected(_ran),
+        "measured": measured.shown,
+        "workloads": lambda _: measured.workloads(),
+        "in the wild": lambda number: wild.collected(_ran, int(number)),
         "museum size": lambda _: str(len(museum.bugs())),
         "player": lambda name: player(name, here, frame="75%" if page.is_homepage else "50%"),
         "playground": lambda _: _kept["problem"],
@@ -143,6 +145,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """Formulas as MathML; and listings are not searched, or the index would be larger than all pages that are read."""
     html = to_mathml(html)
     html = re.sub(r'<div class="(highlight|nb-html)">', r'<div class="\1" data-search-exclude>', html)
+    html = re.sub(r"<(t[dh])>([^<]*[\u4e00-\u9fff][^<]*)</\1>", r'<\1 lang="zh-Hans">\2</\1>', html)
     html = html.replace('<div class="nb-html"', '<div class="nb-html" tabindex="0"')  # it may scroll
     return html.replace('<pre class="nb-text">', '<pre class="nb-text" tabindex="0" data-search-exclude>')
 

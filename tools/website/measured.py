@@ -1,62 +1,61 @@
-"""The tables of "Measured", each from a file that a command wrote. Without the file, the page says so.
+"""The tables and figures of "Measured", each from a file that a command wrote. Without it, the page names the command.
 
-docs/measured/NAME.json     what a benchmark wrote with --json
+docs/measured/NAME.json     what a benchmark wrote
 docs/measured/NAME.txt      what it printed, where it writes no JSON
+
+The commands stand here once: the page shows them from here, and a test holds the Makefile's `measured` against them.
 """
 
+import ast
 import json
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
+import measured_tables
 from course import ROOT, fenced
 
 FOLDER = ROOT / "docs" / "measured"
+COMMANDS = {
+    "bench": ".venv/bin/minipaged bench A B C D S --dtype float32 --dtype bfloat16 --out docs/measured/bench.json",
+    "growth": ".venv/bin/minipaged bench growth --out docs/measured/growth.json",
+    "attention": ".venv/bin/python -m minipaged.attention.bench --json docs/measured/attention.json",
+    "memory": ".venv/bin/python -m minipaged.memory.bench | tee docs/measured/memory.txt",
+    "engine": ".venv/bin/python -m minipaged.engine.bench | tee docs/measured/engine.txt",
+    "kernels-compile": (
+        ".venv/bin/python -m minipaged.kernels.compile --targets sm_80,sm_90,sm_100,gfx942 "
+        "| tee docs/measured/kernels-compile.txt"
+    ),
+    "kernels": ".venv/bin/python -m minipaged.kernels.bench --json docs/measured/kernels.json",
+}
+SHAPES: dict[str, Callable[[Any], str]] = {
+    "bench": measured_tables.bench,
+    "growth": measured_tables.growth,
+    "attention": measured_tables.attention,
+    "kernels": measured_tables.kernels,
+}
 
 
-def table(name: str) -> str:
-    """The figures of a file as Markdown, or the sentence that there are none."""
+def shown(name: str) -> str:
+    """The command of a file, and what is in the file: as Markdown, or the sentence that it is not there yet."""
+    return f"{fenced(COMMANDS[name])}\n{figures(name)}"
+
+
+def figures(name: str) -> str:
     data, text = FOLDER / f"{name}.json", FOLDER / f"{name}.txt"
     if data.is_file():
-        return "\n\n".join(_tables(json.loads(data.read_text(encoding="utf-8")))) + "\n"
+        found = json.loads(data.read_text(encoding="utf-8"))
+        try:
+            return SHAPES[name](found)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"docs/measured/{data.name} is not what its command writes now ({error!r})") from error
     if text.is_file():
         return fenced(text.read_text(encoding="utf-8"), "text")
-    return "*Not measured yet: no file of this command is in `docs/measured/`.*\n{: .not-measured }\n"
+    return "*Not measured yet: the command above writes the file that this page reads.*\n{: .not-measured }\n"
 
 
-def _tables(figures: Any, heading: str = "") -> list[str]:
-    """Whatever a benchmark wrote: plain values as one line, rows of equal keys as a table, and so on inwards."""
-    if isinstance(figures, list) and figures and all(isinstance(row, dict) for row in figures):
-        if all(_is_flat(row) for row in figures):
-            return [_rows(figures)]
-        return [part for row in figures for part in _tables(row)]
-    if not isinstance(figures, dict):
-        return []
-    plain = {key: value for key, value in figures.items() if not isinstance(value, dict | list)}
-    parts = [", ".join(f"{_words(key)}: **{_shown(value)}**" for key, value in plain.items())] if plain else []
-    for key, value in figures.items():
-        if isinstance(value, dict) and value and all(not isinstance(v, dict | list) for v in value.values()):
-            rows = [{_words(key): name, "": number} for name, number in value.items()]
-            parts.append(_rows(rows))
-        elif isinstance(value, dict | list):
-            parts += _tables(value, key)
-    return parts
-
-
-def _is_flat(row: dict[str, Any]) -> bool:
-    return not any(isinstance(value, dict | list) for value in row.values())
-
-
-def _rows(rows: list[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(map(_words, names)) + " |", "|" + " --- |" * len(names)]
-    lines += ["| " + " | ".join(_shown(row.get(name, "")) for name in names) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _words(name: str) -> str:
-    return str(name).replace("_", " ")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value).replace("|", "\\|")
+def workloads() -> str:
+    """What A to S are, from the module that makes them: the drawing in its header."""
+    header = ast.get_docstring(ast.parse((ROOT / "minipaged" / "bench" / "workloads.py").read_text(encoding="utf-8")))
+    assert header is not None
+    return fenced(textwrap.dedent(header.split("\n\n")[1]), "text")
