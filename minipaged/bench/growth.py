@@ -8,6 +8,9 @@ Each line is fitted by a straight one; its slope is what the course says in word
 """
 
 import json
+import os
+import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,8 @@ def growth(console: Console, out: Path | None) -> None:
     from minipaged.model.load import load_model
 
     model = load_model("smollm2-135m")
-    found: dict[str, Any] = {"token": {}, "step": {}, "memory": {}}
+    machine = {"platform": platform.platform(), "python": sys.version.split()[0], "cores": os.cpu_count()}
+    found: dict[str, Any] = {"machine": machine, "token": {}, "step": {}, "memory": {}}
     with console.status("measuring") as status:
         for cache in ("recompute", "contiguous", "paged"):
             contexts = CONTEXTS[:-1] if cache == "recompute" else CONTEXTS

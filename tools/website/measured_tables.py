@@ -104,7 +104,11 @@ def growth(found: dict[str, Any]) -> str:
     }
     units = {title: (of_x, of_y) for title, of_x, of_y, _ in GROWTH.values()}
     said = "Time a token against the context, time a step against the batch, slots reserved against tokens held."
-    parts = [figures.lines(panels, units, f"{said} The tables below hold the numbers.")]
+    machine = found["machine"]
+    parts = [
+        f"On {machine['platform']}, {machine['cores']} cores, Python {machine['python']}; the median of 12 tokens.\n",
+        figures.lines(panels, units, f"{said} The tables below hold the numbers."),
+    ]
     for title, panel in panels.items():
         of_x, of_y = units[title]
         longest = max(panel.values(), key=len)

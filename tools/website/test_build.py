@@ -39,6 +39,7 @@ FORMS = {  # what the benchmarks write, in small: the fields of minipaged/bench,
         ],
     },
     "growth": {
+        "machine": {"platform": "Linux", "python": "3.11.7", "cores": 2},
         "token": {"recompute": [[64, 0.1], [128, 0.2]], "paged": [[64, 0.02], [128, 0.02], [256, 0.021]]},
         "step": {"paged": [[1, 0.02], [2, 0.03]]},
         "memory": {"contiguous": [[140, 2048], [280, 4096]], "paged": [[140, 144], [280, 288]]},
