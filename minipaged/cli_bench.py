@@ -2,8 +2,6 @@
 
 import json
 import os
-import platform
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +32,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="also write all numbers as JSON")] = None,
 ) -> None:
     """Time the engine on SmolLM2 beside transformers and vLLM, where they are installed. Minutes to an hour."""
-    from minipaged.bench.compare import OURS, PEERS, compare, installed_peers
+    from minipaged.bench.compare import OURS, PEERS, compare, installed_peers, this_machine
     from minipaged.bench.workloads import workload
 
     if workloads == ["growth"]:
@@ -72,11 +70,9 @@ def bench(
                 _table(f"Workload {work.name}, {name}, {len(work.prompts)} prompts, {work.num_new} new tokens", these)
             )
     if out is not None:
-        machine = {"platform": platform.platform(), "python": sys.version.split()[0], "cores": os.cpu_count()}
         fields = [vars(timing) | {"tokens_per_second": timing.tokens_per_second} for timing in timings]
-        out.write_text(
-            json.dumps({"machine": machine, "threads": threads, "rounds": rounds, "timings": fields}, indent=1)
-        )
+        found = {"machine": this_machine(), "threads": threads, "rounds": rounds, "timings": fields}
+        out.write_text(json.dumps(found, indent=1))
 
 
 def _table(title: str, timings: list[Any]) -> Table:

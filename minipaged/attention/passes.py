@@ -52,7 +52,7 @@ class Layout:
         place = np.repeat(np.arange(len(blocks)), counts)  # [num_entries]: the block of each entry
         owner = np.arange(len(entries)) - first[place]  # 0, 1, ... among the entries of its block
         in_run = np.zeros(len(blocks), dtype=bool)
-        for low, high, _ in runs(blocks[counts == 1]):
+        for low, high in runs(blocks[counts == 1]):
             mine = (blocks >= low) & (blocks < high) & (counts == 1)
             in_run |= mine
             run = slice(int(low), int(high))
@@ -89,12 +89,12 @@ class Layout:
 def runs(blocks: Ints) -> Ints:
     """Runs of the pool that are worth reading in place, among these ascending blocks. What is left over is copied.
 
-    Returns int64 [num_runs, 3]: where a run begins, where it ends, and how many of its blocks are wanted.
+    Returns int64 [num_runs, 2]: where a run begins, and where it ends.
     """
     if not len(blocks):
-        return np.empty((0, 3), dtype=np.int64)
+        return np.empty((0, 2), dtype=np.int64)
     ends = np.flatnonzero(np.diff(blocks) > MAX_GAP_BLOCKS) + 1
     first, last = np.concatenate([[0], ends]), np.concatenate([ends, [len(blocks)]]) - 1
     low, high, count = blocks[first], blocks[last] + 1, last - first + 1
     worth = (count >= MIN_RUN_BLOCKS) & (count >= MIN_RUN_SHARE * (high - low))
-    return np.stack([low, high, count], axis=1)[worth]
+    return np.stack([low, high], axis=1)[worth]

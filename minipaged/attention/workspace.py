@@ -41,8 +41,9 @@ class Workspace:
 def keep_freed_memory() -> bool:
     """Have the C library keep up to 512 MiB of freed memory for the next tensor. False where it is not glibc.
 
-    By default it maps every larger tensor anew and unmaps it again: of a step with 2,048 tokens (SmolLM2-135M), a fifth
-    of the time went into pages that were handed out, zeroed and taken back. Pools, above 64 MiB, are still given back.
+    By default it maps every larger tensor anew and unmaps it again. Steps of 2,048 tokens of SmolLM2-135M spent 5 % of
+    their time in float32, and 22 % in bfloat16, on pages that were handed out, zeroed and taken back. Pools, being
+    above 64 MiB, are still given back.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of <malloc.h>
     if sys.platform != "linux":

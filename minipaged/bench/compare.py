@@ -6,6 +6,7 @@ workload goes round them again and again, and what is reported is the median, an
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -90,6 +91,11 @@ def workers(systems: list[str], dtype: str, pythons: dict[str, str], threads: in
     finally:
         for worker in running.values():
             worker.close()
+
+
+def this_machine() -> dict[str, Any]:
+    """What a file of figures says of where they were taken."""
+    return {"platform": platform.platform(), "python": sys.version.split()[0], "cores": os.cpu_count()}
 
 
 def installed_peers(pythons: dict[str, str]) -> list[str]:

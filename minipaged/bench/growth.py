@@ -8,9 +8,6 @@ Each line is fitted by a straight one; its slope is what the course says in word
 """
 
 import json
-import os
-import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from minipaged.bench.compare import this_machine
 
 CONTEXTS = (64, 128, 256, 512, 1024)  # tokens already there when the timed ones are written
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -29,8 +28,7 @@ def growth(console: Console, out: Path | None) -> None:
     from minipaged.model.load import load_model
 
     model = load_model("smollm2-135m")
-    machine = {"platform": platform.platform(), "python": sys.version.split()[0], "cores": os.cpu_count()}
-    found: dict[str, Any] = {"machine": machine, "token": {}, "step": {}, "memory": {}}
+    found: dict[str, Any] = {"machine": this_machine(), "token": {}, "step": {}, "memory": {}}
     with console.status("measuring") as status:
         for cache in ("recompute", "contiguous", "paged"):
             contexts = CONTEXTS[:-1] if cache == "recompute" else CONTEXTS

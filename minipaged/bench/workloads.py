@@ -21,7 +21,7 @@ FIRST_TOKEN, LAST_TOKEN = 1_000, 40_000  # ordinary tokens of SmolLM2's vocabula
 @dataclass(frozen=True)
 class Workload:
     """prompts: token ids. new_tokens: of each prompt. arrivals: the engine step before which each one comes; none where
-    all are there from the start. places: sequences that may run at once. budget: tokens of a step at most."""
+    all are there from the start. places: sequences that may run at once."""
 
     name: str
     prompts: list[list[int]]

@@ -22,9 +22,7 @@ from torch import Tensor
 
 from minipaged.distributed.shares import Share, local_config, shares
 from minipaged.model import fetch
-from minipaged.model.linear import pack_linears
-from minipaged.model.load import DTYPES, Model, checked, tiny_transformer
-from minipaged.model.norm import quicken_norms
+from minipaged.model.load import DTYPES, Model, checked, quicken, tiny_transformer
 from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from minipaged.model.transformer import ModelConfig, Transformer
 from minipaged.model.weights import (
@@ -68,8 +66,7 @@ def load_slice(name: str | Path, rank: int, size: int, dtype: str, seed: int, de
     try:
         transformer = slice_of(source, share, DTYPES[dtype])
         transformer = transformer.to(device)
-        pack_linears(transformer)
-        quicken_norms(transformer)
+        quicken(transformer)
         tokenizer = checked(Model(transformer, source.tokenizer())).tokenizer if rank == 0 else None
     except ValueError as error:
         raise ModelFileError(f"{name}: {error}") from error

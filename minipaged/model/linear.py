@@ -33,12 +33,12 @@ class PackedLinear(nn.Linear):
         self.weight = weight
         self.register_parameter("bias", None)
         self._packed = _pack(weight)
-        self._packed_of = _stamp(weight)
+        self._packed_of = stamp(weight)
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
-        learning = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        if self._packed is None or learning or self._packed_of != _stamp(weight) or input.dtype != weight.dtype:
+        is_stale = self._packed_of != stamp(weight)
+        if self._packed is None or is_stale or input.dtype != weight.dtype or is_learning(input, weight):
             return F.linear(input, weight)
         return torch.ops.mkldnn._linear_pointwise(input, self._packed, None, "none", [], "")
 
@@ -77,6 +77,11 @@ def _pack(weight: Tensor) -> Tensor | None:
     return packed
 
 
-def _stamp(weight: Tensor) -> tuple[int, int]:
-    """Changes when the parameter moves (another device or dtype) and when it is written to."""
+def is_learning(input: Tensor, weight: Tensor) -> bool:
+    """Whether this call's gradient is wanted: then the plain operation is taken, which has one."""
+    return torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+
+
+def stamp(weight: Tensor) -> tuple[int, int]:
+    """Changes when the parameter moves (another device or dtype) and when it is written to: a copy of it is stale."""
     return weight.data_ptr(), weight._version

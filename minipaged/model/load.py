@@ -65,9 +65,14 @@ def load_model(name: str | Path, dtype: str = "float32", seed: int = 0, device: 
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     transformer, tokenizer = _load(name, DTYPES[dtype], seed)
     transformer = transformer.to(device)
+    quicken(transformer)
+    return Model(transformer, tokenizer)
+
+
+def quicken(transformer: Transformer) -> None:
+    """Put the quicker forms of its layers in their places, once its weights lie where they will be used."""
     pack_linears(transformer)
     quicken_norms(transformer)
-    return Model(transformer, tokenizer)
 
 
 def _load(name: str | Path, dtype: torch.dtype, seed: int) -> Model:

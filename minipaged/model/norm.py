@@ -12,12 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipaged.model.linear import is_learning, stamp
+
 
 class QuickRMSNorm(nn.RMSNorm):
     """`nn.RMSNorm` over the same parameter. Invariant: the doubled weight is that of the parameter as it is now."""
 
+    eps: float  # never None: see `quicken_norms`
+
     def __init__(self, norm: nn.RMSNorm):
         nn.Module.__init__(self)  # not nn.RMSNorm's: it would make a weight, and one is here already
+        assert norm.eps is not None
         self.normalized_shape, self.eps, self.elementwise_affine = norm.normalized_shape, norm.eps, True
         self.weight = norm.weight  # [hidden_size]
         self._doubled: Tensor | None = None
@@ -25,15 +30,13 @@ class QuickRMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if learning or x.device.type != "cpu":  # a GPU has a kernel for it
+        if is_learning(x, weight) or x.device.type != "cpu":  # a GPU has a kernel for it
             return F.rms_norm(x, self.normalized_shape, weight, self.eps)
-        stamp = weight.data_ptr(), weight._version  # they change when the parameter moves, and when it is written to
-        if self._doubled is None or self._doubled_of != stamp:
-            self._doubled, self._doubled_of = torch.cat([weight, weight]).detach(), stamp
-        size, eps = x.shape[-1], self.eps or 0.0
+        if self._doubled is None or self._doubled_of != stamp(weight):
+            self._doubled, self._doubled_of = torch.cat([weight, weight]).detach(), stamp(weight)
+        size = x.shape[-1]
         both = torch.cat([x, -x], dim=-1)  # [num_tokens, 2 * hidden_size]
-        return F.layer_norm(both, (2 * size,), self._doubled, None, eps)[..., :size]
+        return F.layer_norm(both, (2 * size,), self._doubled, None, self.eps)[..., :size]
 
 
 def quicken_norms(model: nn.Module) -> None:

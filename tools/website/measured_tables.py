@@ -19,15 +19,19 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def where(machine: dict[str, Any]) -> str:
+    return f"On {machine['platform']}, {machine['cores']} cores, Python {machine['python']}"
+
+
 # ---- minipaged bench --------------------------------------------------------------
 
 
 def bench(found: dict[str, Any]) -> str:
     """Each workload through each system: a table a workload, and bars of tokens a second for each type of number."""
-    machine, timings = found["machine"], found["timings"]
+    timings = found["timings"]
     parts = [
-        f"On {machine['platform']}, {machine['cores']} cores, Python {machine['python']}. Threads of each system: "
-        f"{found['threads']}. They took turns, and each figure is the median of its rounds: {found['rounds']}.\n"
+        f"{where(found['machine'])}. Threads of each system: {found['threads']}. They took turns, and each figure is "
+        f"the median of its rounds: {found['rounds']}.\n"
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for timing in timings:
@@ -104,9 +108,8 @@ def growth(found: dict[str, Any]) -> str:
     }
     units = {title: (of_x, of_y) for title, of_x, of_y, _ in GROWTH.values()}
     said = "Time a token against the context, time a step against the batch, slots reserved against tokens held."
-    machine = found["machine"]
     parts = [
-        f"On {machine['platform']}, {machine['cores']} cores, Python {machine['python']}; the median of 12 tokens.\n",
+        f"{where(found['machine'])}; the median of 12 tokens.\n",
         figures.lines(panels, units, f"{said} The tables below hold the numbers."),
     ]
     for title, panel in panels.items():
