@@ -249,7 +249,7 @@ def test_slots_translated_once_are_the_slots_of_write_kv(drawn, num_kv_heads):
     slot_mapping = torch.tensor(slots, dtype=torch.int64)
     write_kv(key, key, plain, plain.clone(), slot_mapping)
     rows, stored = slot_rows(slot_mapping, num_kv_heads, block_size)
-    bulk.view(-1, 4)[rows] = key if stored is None else key[stored]
+    bulk.view(-1, 4)[rows] = (key if stored is None else key[stored]).reshape(-1, 4)
     assert torch.equal(plain, bulk)
 
 

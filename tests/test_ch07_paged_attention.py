@@ -221,5 +221,5 @@ def test_rows_of_slots_are_where_write_kv_stores(slots):
     expected, cache = torch.zeros(4, 2, 2, 3), torch.zeros(4, 2, 2, 3)  # blocks of 2 tokens
     write_kv(key, key, expected, torch.zeros_like(expected), slot_mapping)
     rows, stored = slot_rows(slot_mapping, num_kv_heads=2, block_size=2)
-    cache.view(-1, 3)[rows] = key if stored is None else key[stored]
+    cache.view(-1, 3)[rows] = (key if stored is None else key[stored]).reshape(-1, 3)
     assert torch.equal(cache, expected)

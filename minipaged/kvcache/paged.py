@@ -69,7 +69,8 @@ class PagedCache:
             self._prepare(query, key, value, step)
         rows, stored = self._rows
         for cache, new in ((key_cache, key), (value_cache, value)):
-            cache.view(-1, cache.shape[-1])[rows] = new if stored is None else new[stored]
+            new = new if stored is None else new[stored]
+            cache.view(-1, cache.shape[-1])[rows] = new.reshape(-1, cache.shape[-1])
         return attend(query, key_cache, value_cache, self._plan, self._workspace, scale=scale)
 
     def _prepare(self, query: Tensor, key: Tensor, value: Tensor, step: Step) -> None:

@@ -1,23 +1,35 @@
-"""Chapter 2. Linear layers at a decode step's few rows, as fast as memory allows: weights packed once for oneDNN.
+"""Chapter 2. Linear layers at a decode step's few rows, as fast as memory allows: weights packed once.
 
 A decode step multiplies a handful of rows by every weight of the model, so it takes as long as reading the weights
 does. A plain `linear` takes longer: the library that does the product wants the weight in tiles of its own shape, and
-lays it out anew at every call. oneDNN, which torch brings, can lay it out once and keep it. On two CPU cores all linear
-layers of SmolLM2-135M but the head took, plain against packed, at 32 rows 114 against 49 ms in float32 and 43 against
-31 ms in bfloat16. One packing serves every number of rows. Results differ by rounding alone (4e-6).
+lays it out anew at every call. Both libraries that torch brings for it can lay it out once and keep it: MKL, which is
+the better in float32, and oneDNN, which also takes bfloat16 and float16. On two CPU cores all linear layers of
+SmolLM2-135M but the head took, in milliseconds:
 
-torch offers this through two operators without a public name, those that its compiler writes into CPU code
+    rows                       1      8     32    256
+    float32    plain        15.9   33.0   45.8    172
+               oneDNN       18.9   23.2   40.3    168
+               MKL          15.9   23.2   34.7    154
+    bfloat16   plain        17.8   18.1   19.8     42
+               oneDNN       11.9   11.4   13.8     31
+
+One packing serves every number of rows. Results differ by rounding alone (4e-6).
+
+torch offers this through operators without a public name, those that its compiler writes into CPU code
 (`torch/_inductor/mkldnn_lowerings.py`). So they are named here and nowhere else, and whatever they do not take (another
 device, float64, a build of torch without them, a gradient) goes the plain way.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_PACKED_FOR_ROWS = 32  # a hint to oneDNN; with it, the tiles were good from 1 row to 256
+# Hints of how many rows there will be: with these, the tiles were good from 1 row on.
+_ROWS_FOR_MKL, _ROWS_FOR_ONEDNN = 256, 32
 _MIN_SIZE = 1 << 16  # numbers in a weight: a smaller one stays in the processor's cache, and nothing is gained
 
 
@@ -32,7 +44,7 @@ class PackedLinear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.weight = weight
         self.register_parameter("bias", None)
-        self._packed = _pack(weight)
+        self._product, self._packed = _pack(weight)
         self._packed_of = stamp(weight)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -40,10 +52,10 @@ class PackedLinear(nn.Linear):
         is_stale = self._packed_of != stamp(weight)
         if self._packed is None or is_stale or input.dtype != weight.dtype or is_learning(input, weight):
             return F.linear(input, weight)
-        return torch.ops.mkldnn._linear_pointwise(input, self._packed, None, "none", [], "")
+        return self._product(input, self._packed, weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # oneDNN's layout cannot be copied or saved; the parameter can
+        return {**self.__dict__, "_packed": None}  # a packed copy cannot be copied or saved; the parameter can
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -60,21 +72,31 @@ def pack_linears(model: nn.Module) -> None:
                     setattr(module, name, packed)
 
 
-def _pack(weight: Tensor) -> Tensor | None:
-    """The weight in oneDNN's layout; None where it cannot be, or its product cannot be taken."""
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype == torch.float64
-        or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
-        return None
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_FOR_ROWS)
-        # Not every processor has products of bfloat16 or float16: ask for one, and see.
-        torch.ops.mkldnn._linear_pointwise(weight.new_zeros(1, weight.shape[1]), packed, None, "none", [], "")
-    except (RuntimeError, AttributeError):
-        return None
-    return packed
+def _mkl(input: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
+    rows = input.numel() // input.shape[-1]  # were it not what is packed for, torch would take the plain weight instead
+    return torch.ops.mkl._mkl_linear(input, packed, weight, None, rows)
+
+
+def _onednn(input: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(input, packed, None, "none", [], "")
+
+
+def _pack(weight: Tensor) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Tensor | None]:
+    """The product of an input with the packed weight, and that weight: None where it cannot be packed, or multiplied.
+
+    Not every torch has both libraries, and not every processor has products of bfloat16: ask for one, and see.
+    """
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        with suppress(RuntimeError, AttributeError):
+            packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), _ROWS_FOR_MKL)
+            _mkl(weight.new_zeros(1, weight.shape[1]), packed, weight)
+            return _mkl, packed
+    if weight.device.type == "cpu" and weight.dtype != torch.float64:
+        with suppress(RuntimeError, AttributeError):
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS_FOR_ONEDNN)
+            _onednn(weight.new_zeros(1, weight.shape[1]), packed, weight)
+            return _onednn, packed
+    return _onednn, None
 
 
 def is_learning(input: Tensor, weight: Tensor) -> bool:
