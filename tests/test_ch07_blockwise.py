@@ -28,14 +28,14 @@ from test_ch07_paged_attention import writes
 pytestmark = pytest.mark.ch07
 
 THRESHOLDS = (
-    (planning, "MIN_BLOCKS"),
+    (planning, "MIN_DECODES"),
     (passes, "MAX_GAP_BLOCKS"),
     (passes, "MIN_RUN_BLOCKS"),
     (passes, "MIN_RUN_SHARE"),
     (passes, "CHUNK_BLOCKS"),
 )
 thresholds = st.tuples(
-    st.sampled_from((0, 0, 0, 4)),
+    st.sampled_from((1, 1, 1, 4)),
     st.sampled_from((0, 1, 2, 100)),
     st.sampled_from((1, 2, 3)),
     st.sampled_from((0.0, 0.5, 1.0)),
@@ -51,7 +51,7 @@ def reading_by(values):
         yield
 
 
-def plan_of(batch, window=None):
+def plan_of(batch, window=None, by_slot=False):
     return make_plan(
         batch.block_tables,
         batch.seq_lens,
@@ -60,6 +60,7 @@ def plan_of(batch, window=None):
         num_kv_heads=batch.key_cache.shape[1],
         block_size=batch.key_cache.shape[2],
         sliding_window=window,
+        by_slot=by_slot,
     )
 
 
@@ -74,12 +75,13 @@ class PoisonedWorkspace(Workspace):
         return super().take(*arguments, **named).fill_(torch.nan)
 
 
+@pytest.mark.parametrize("by_slot", [True, False])
 @pytest.mark.parametrize("decode_only", [True, False])
 @given(data=st.data(), values=thresholds, scale=st.floats(0.05, 2.0), window=st.none() | st.integers(1, 20))
-def test_equals_the_oracle_however_the_blocks_are_read(decode_only, data, values, scale, window):
+def test_equals_the_oracle_however_the_blocks_are_read(decode_only, by_slot, data, values, scale, window):
     batch = data.draw(paged_batches(decode_only=decode_only, max_seqs=6))
     with reading_by(values):
-        plan = plan_of(batch, window)
+        plan = plan_of(batch, window, by_slot)
     out = by_plan(batch, plan, PoisonedWorkspace(), scale)
     torch.testing.assert_close(out, batch.expected(scale, window), rtol=1e-9, atol=1e-10)
 
@@ -93,11 +95,11 @@ def test_bfloat16_is_near_the_oracle(batch, values):
     torch.testing.assert_close(out.double(), batch.expected(0.25), rtol=0.05, atol=0.05)
 
 
-@given(first=paged_batches(), second=paged_batches(), values=thresholds)
-def test_a_workspace_that_was_used_before_changes_nothing(first, second, values):
+@given(first=paged_batches(), second=paged_batches(), values=thresholds, by_slot=st.booleans())
+def test_a_workspace_that_was_used_before_changes_nothing(first, second, values, by_slot):
     workspace = Workspace()
     with reading_by(values):
-        plans = plan_of(first), plan_of(second)
+        plans = plan_of(first, by_slot=by_slot), plan_of(second, by_slot=by_slot)
     for batch, plan in ((first, plans[0]), (second, plans[1]), (first, plans[0])):
         assert torch.equal(by_plan(batch, plan, workspace, 0.5), by_plan(batch, plan, Workspace(), 0.5))
 
@@ -127,7 +129,7 @@ def test_free_blocks_are_hardly_read(num_blocks, seq_lens, shared, window, rng):
     for row, count in zip(tables, counts, strict=True):
         row[:count] = torch.tensor(prefix + [free.pop() for _ in range(count - shared)])
     starts = torch.arange(len(seq_lens) + 1, dtype=torch.int32)
-    with patch.multiple(planning, MIN_BLOCKS=0):
+    with patch.multiple(planning, MIN_DECODES=1):
         plan = make_plan(
             tables,
             torch.tensor(seq_lens, dtype=torch.int32),
@@ -144,7 +146,7 @@ def test_free_blocks_are_hardly_read(num_blocks, seq_lens, shared, window, rng):
         assert len(plan.row_query) <= 2 * sum(counts), "more rows than twice the pairs of a block and its owner"
 
 
-def test_few_blocks_are_gathered_and_many_are_not():
+def test_one_decode_is_gathered_and_two_are_not():
     def plan(num_seqs):
         return make_plan(
             torch.arange(num_seqs * 8, dtype=torch.int32).view(num_seqs, 8),
@@ -155,9 +157,9 @@ def test_few_blocks_are_gathered_and_many_are_not():
             block_size=4,
         )
 
-    few, many = plan(2), plan(planning.MIN_BLOCKS)
-    assert len(few.gathered) == 2 and not few.passes
-    assert not many.gathered and many.passes
+    one, two = plan(1), plan(2)
+    assert len(one.gathered) == 1 and not one.passes
+    assert not two.gathered and two.passes
 
 
 def test_blocks_that_lie_far_apart_are_copied_and_no_others_with_them():
@@ -165,9 +167,9 @@ def test_blocks_that_lie_far_apart_are_copied_and_no_others_with_them():
 
     def plan(stride):
         return make_plan(
-            (torch.arange(planning.MIN_BLOCKS * 8) * stride).to(torch.int32).view(-1, 8),
-            torch.full((planning.MIN_BLOCKS,), 8 * 4, dtype=torch.int32),
-            torch.arange(planning.MIN_BLOCKS + 1, dtype=torch.int32),
+            (torch.arange(32 * 8) * stride).to(torch.int32).view(-1, 8),
+            torch.full((32,), 8 * 4, dtype=torch.int32),
+            torch.arange(32 + 1, dtype=torch.int32),
             num_heads=1,
             num_kv_heads=1,
             block_size=4,
@@ -175,9 +177,9 @@ def test_blocks_that_lie_far_apart_are_copied_and_no_others_with_them():
 
     together, apart = plan(1), plan(100)
     assert not together.gathered and not apart.gathered
-    assert [part.run for part in together.passes] == [slice(0, planning.MIN_BLOCKS * 8)]
+    assert [part.run for part in together.passes] == [slice(0, 32 * 8)]
     assert all(part.run is None and part.num_blocks <= passes.CHUNK_BLOCKS for part in apart.passes)
-    assert sum(part.num_blocks for part in apart.passes) == planning.MIN_BLOCKS * 8
+    assert sum(part.num_blocks for part in apart.passes) == 32 * 8
 
 
 def plan_of_decodes(seq_lens):
@@ -185,7 +187,7 @@ def plan_of_decodes(seq_lens):
     tables = torch.full((len(seq_lens), max(seq_lens)), -1, dtype=torch.int32)
     for row, last, count in zip(tables, accumulate(seq_lens), seq_lens, strict=True):
         row[:count] = torch.arange(last - count, last)
-    with patch.multiple(planning, MIN_BLOCKS=0):
+    with patch.multiple(planning, MIN_DECODES=1):
         return make_plan(
             tables,
             torch.tensor(seq_lens, dtype=torch.int32),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.attention import paged_attention, paged_attention_gathered, paged_attention_online, write_kv
+from minipaged.attention import blockwise, paged_attention, paged_attention_gathered, paged_attention_online, write_kv
 from minipaged.attention import plan as planning
 from minipaged.attention.paged import slot_rows
 from strategies import BLOCK_SIZES, generators, paged_batches
@@ -18,17 +18,24 @@ from strategies import BLOCK_SIZES, generators, paged_batches
 pytestmark = pytest.mark.ch07
 
 
-def inside_out(*arguments, **named):
-    """The fast form gathers where there are few blocks, as in every example here: let it not."""
-    with patch.multiple(planning, MIN_BLOCKS=0):
+def by_slot(*arguments, **named):
+    """The fast form gathers a decode that is alone: let it not."""
+    with patch.multiple(planning, MIN_DECODES=1):
         return paged_attention(*arguments, **named)
+
+
+def by_block(*arguments, **named):
+    """And it reads by block only what torch has no sampled product for: let it have none for float64."""
+    with patch.multiple(blockwise, can_read_by_slot=lambda cache: False):
+        return by_slot(*arguments, **named)
 
 
 FORMS = {
     "gather": paged_attention_gathered,
     "online": paged_attention_online,
     "fast": paged_attention,
-    "inside out": inside_out,
+    "by slot": by_slot,
+    "by block": by_block,
 }
 every_form = pytest.mark.parametrize("attend", FORMS.values(), ids=FORMS.keys())
 scales = st.floats(0.05, 2.0)

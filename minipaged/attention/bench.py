@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from minipaged.attention.bench_peers import Batch, Run, bandwidth_floor, flex, gathered, one_by_one, padded
-from minipaged.attention.blockwise import attend
+from minipaged.attention.blockwise import attend, can_read_by_slot
 from minipaged.attention.plan import Plan, make_plan
-from minipaged.attention.workspace import Workspace
+from minipaged.attention.workspace import Workspace, keep_freed_memory
 
 NUM_SEQS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 9, 3, 64, 16
 SHORTEST, LONGEST = 128, 2048  # tokens
@@ -73,6 +73,7 @@ def plan_of(batch: Batch) -> Plan:
         num_heads=NUM_HEADS,
         num_kv_heads=NUM_KV_HEADS,
         block_size=BLOCK_SIZE,
+        by_slot=can_read_by_slot(batch.key_cache),
     )
 
 
@@ -161,6 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.threads < 1:
             parser.error(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
+    keep_freed_memory()  # for everyone, as the engine does
     console = Console()
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor()}
     console.print(f"torch {machine['torch']}, {machine['threads']} threads, median of {options.runs} runs in turn\n")

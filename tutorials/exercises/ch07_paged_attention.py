@@ -42,16 +42,17 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
 def slot_rows(slot_mapping: Tensor, num_kv_heads: int, block_size: int) -> tuple[Tensor, Tensor | None]:
     """The same translation, done once for all layers: which rows of a cache seen as [-1, head_dim] the tokens go to.
 
-    Returns int64 [num_stored, num_kv_heads], and which tokens are stored (bool [num_tokens]; None for all of them).
-    `cache.view(-1, head_dim)[rows] = key[stored]` is then what write_kv does. Row of (block, head, offset):
-    (block * num_kv_heads + head) * block_size + offset.
+    Returns int64 [num_stored * num_kv_heads], and which tokens are stored (bool [num_tokens]; None for all of them).
+    `cache.view(-1, head_dim)[rows] = key[stored].reshape(-1, head_dim)` is then what write_kv does. Row of (block,
+    head, offset): (block * num_kv_heads + head) * block_size + offset.
     """
     stored = slot_mapping >= 0
     everything = bool(stored.all())
     slots = slot_mapping if everything else slot_mapping[stored]
     head = torch.arange(num_kv_heads, device=slots.device)
     block, offset = slots[:, None] // block_size, slots[:, None] % block_size  # [num_stored, 1] each
-    return (block * num_kv_heads + head) * block_size + offset, None if everything else stored
+    rows = (block * num_kv_heads + head) * block_size + offset  # [num_stored, num_kv_heads]
+    return rows.flatten(), None if everything else stored
 
 
 def paged_attention_gathered(

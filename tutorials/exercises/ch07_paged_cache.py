@@ -29,7 +29,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minipaged.attention.blockwise import attend
+from minipaged.attention.blockwise import attend, can_read_by_slot
 from minipaged.attention.checks import check_paged_attention, check_write_kv
 from minipaged.attention.paged import slot_rows
 from minipaged.attention.plan import Plan, make_plan
@@ -77,7 +77,13 @@ class PagedCache:
         check_paged_attention(query, key_cache, value_cache, *tables, sliding_window=None)
         _, num_kv_heads, block_size, _ = key_cache.shape
         self._rows = slot_rows(step.slot_mapping, num_kv_heads, block_size)
-        self._plan = make_plan(*tables, num_heads=query.shape[1], num_kv_heads=num_kv_heads, block_size=block_size)
+        self._plan = make_plan(
+            *tables,
+            num_heads=query.shape[1],
+            num_kv_heads=num_kv_heads,
+            block_size=block_size,
+            by_slot=can_read_by_slot(key_cache),
+        )
         self._step = step
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
