@@ -206,6 +206,35 @@ def test_a_pool_is_in_use_exactly_as_far_as_its_tables_say():
         assert memory.num_slots_reserved == memory.num_tokens == 0
 
 
+def test_a_slab_takes_what_fits_into_it_whole_and_has_one_owner():
+    slabs = SlabManager(2, 16)
+    assert [slabs.fits(1, num_tokens) for num_tokens in (1, 15, 16, 17)] == [True, True, True, False]
+    assert not slabs.shares_blocks
+
+
+@given(prompts=st.lists(st.integers(1, 10**6), max_size=5), num_seqs=st.integers(1, 100))
+def test_where_nothing_is_kept_there_is_always_room_and_never_a_block(prompts, num_seqs):
+    memory = NoMemory()
+    for number, length in enumerate(prompts):
+        name = str(number)
+        assert memory.fits(length, 2 * length, num_seqs)
+        assert memory.find([0] * 3) == []
+        assert memory.blocks_to_begin([], [length], length) == 0
+        memory.begin(name, [], length)
+        memory.insert(name, [0] * 3)
+        assert memory.blocks_to_grow({name: 2 * length}) == 0
+        assert memory.grow({name: 2 * length}) == []
+        memory.fork(name, f"{name}'")
+        assert not memory.can_swap_out([name])
+        assert memory.blocks_to_swap_in({name: 2 * length}) == 0
+        assert memory.blocks(name) == []
+        assert memory.length(name) == 0
+    assert memory.shares_blocks, "any number of samples share nothing"
+    assert not memory.keeps_tokens
+    assert (memory.block_size, memory.num_slots, memory.num_free) == (0, 0, 0)
+    assert (memory.num_slots_reserved, memory.num_tokens) == (0, 0)
+
+
 @given(
     data=st.data(),
     copies=st.lists(

@@ -490,6 +490,7 @@ def test_one_level_is_enough_for_a_kv_pool(shape, pool_bytes, block_bytes, num_b
     assert (cost.block_bytes, cost.num_blocks, cost.seq_entries) == (block_bytes, num_blocks, seq_entries)
     assert cost.seq_bytes == 4 * seq_entries <= 2 * KIB, "few pages: a sequence's longest table is less than a page"
     assert cost.all_bytes == 4 * num_blocks < 128 * KIB, "all tables together, where every block has one owner"
+    assert cost.bytes_for_one == block_bytes / 4
     assert cost.bytes_for_one >= 512 * KIB > 1000 * (4 * KIB / 8), "a block is big: a page has 512 for one byte"
     layout = block_table_layout(shape.max_model_len, 16)
     assert layout.flat_bytes == cost.seq_bytes, "the same arithmetic as a page table's"
@@ -497,14 +498,20 @@ def test_one_level_is_enough_for_a_kv_pool(shape, pool_bytes, block_bytes, num_b
     assert as_two.dense_bytes(seq_entries) > layout.flat_bytes, "no holes: a directory has nothing to leave out"
 
 
-@given(position=st.integers(0, 2047), blocks=st.permutations(range(128)))
-def test_a_block_table_is_a_page_table_of_one_level(position, blocks):
+def test_the_pool_of_llama_3_8b_is_nine_tenths_of_80_gib_less_its_parameters():
+    assert LLAMA_3_8B_POOL_BYTES == 77_309_411_328 - 16_060_522_496 == 61_248_888_832
+
+
+@given(data=st.data(), block_size=st.sampled_from([1, 2, 4, 8, 16]))
+def test_a_block_table_is_a_page_table_of_one_level(data, block_size):
     """A position is a virtual address, a slot a physical one: block * block_size + offset."""
-    table = FlatPageTable(block_table_layout(max_model_len=2048, block_size=16))
+    position = data.draw(st.integers(0, 128 * block_size - 1), label="position")
+    blocks = data.draw(st.permutations(range(128)), label="blocks")
+    table = FlatPageTable(block_table_layout(max_model_len=128 * block_size, block_size=block_size))
     for logical, physical in enumerate(blocks):
         table.map(logical, physical)
-    assert table.layout.split(position) == ((position // 16,), position % 16)
-    assert table.translate(position) == blocks[position // 16] * 16 + position % 16
+    assert table.layout.split(position) == ((position // block_size,), position % block_size)
+    assert table.translate(position) == blocks[position // block_size] * block_size + position % block_size
 
 
 @given(

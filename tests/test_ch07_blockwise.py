@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import accumulate
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -25,7 +26,8 @@ from minipaged.model.transformer import ModelConfig
 from strategies import paged_batches
 from test_ch07_paged_attention import writes
 
-pytestmark = pytest.mark.ch07
+# A buffer of another size than is asked for would be made anew by torch, with a warning, at every call.
+pytestmark = [pytest.mark.ch07, pytest.mark.filterwarnings("error")]
 
 THRESHOLDS = (
     (planning, "MIN_DECODES"),
@@ -180,6 +182,22 @@ def test_blocks_that_lie_far_apart_are_copied_and_no_others_with_them():
     assert [part.run for part in together.passes] == [slice(0, 32 * 8)]
     assert all(part.run is None and part.num_blocks <= passes.CHUNK_BLOCKS for part in apart.passes)
     assert sum(part.num_blocks for part in apart.passes) == 32 * 8
+
+
+@given(blocks=st.sets(st.integers(0, 60)), values=thresholds)
+def test_runs_are_the_dense_parts_between_wide_gaps(blocks, values):
+    with reading_by(values):
+        parts = [[]]
+        for block in sorted(blocks):
+            if parts[-1] and block - parts[-1][-1] > passes.MAX_GAP_BLOCKS:
+                parts.append([])
+            parts[-1].append(block)
+        expected = [
+            [part[0], part[-1] + 1]
+            for part in parts
+            if len(part) >= passes.MIN_RUN_BLOCKS and len(part) >= passes.MIN_RUN_SHARE * (part[-1] + 1 - part[0])
+        ]
+        assert passes.runs(np.array(sorted(blocks), dtype=np.int64)).tolist() == expected
 
 
 def plan_of_decodes(seq_lens):

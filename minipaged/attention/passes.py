@@ -50,7 +50,7 @@ class Layout:
 
         Each block is read once, for all its owners.
         """
-        rows = np.full((len(block), self._num_kv_heads), -1, dtype=np.int64)
+        rows = np.empty((len(block), self._num_kv_heads), dtype=np.int64)
         entries = np.argsort(block, kind="stable")
         blocks, first, counts = np.unique(block[entries], return_index=True, return_counts=True)
         place = np.repeat(np.arange(len(blocks)), counts)  # [num_entries]: the block of each entry
