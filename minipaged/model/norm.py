@@ -5,7 +5,7 @@
 
 On a CPU torch computes an RMSNorm as seven operations, each with a tensor of its own, and a LayerNorm as one. At a
 decode step's few rows an operation takes as long to begin as to do. With 61 norms a step, a single request of
-SmolLM2-135M got its tokens 4 to 6 % sooner in this way, and a batch of 32 in bfloat16 3 %.
+SmolLM2-135M got its tokens 4 to 5 % sooner in this way, and a batch of 32 about 1 %.
 """
 
 import torch
@@ -25,8 +25,9 @@ class QuickRMSNorm(nn.RMSNorm):
         assert norm.eps is not None
         self.normalized_shape, self.eps, self.elementwise_affine = norm.normalized_shape, norm.eps, True
         self.weight = norm.weight  # [hidden_size]
-        self._doubled: Tensor | None = None
+        self._doubled: Tensor | None = None  # [2 * hidden_size]
         self._doubled_of = (0, 0)
+        self._signs: Tensor  # [2, 1]: 1 and -1
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -34,8 +35,9 @@ class QuickRMSNorm(nn.RMSNorm):
             return F.rms_norm(x, self.normalized_shape, weight, self.eps)
         if self._doubled is None or self._doubled_of != stamp(weight):
             self._doubled, self._doubled_of = torch.cat([weight, weight]).detach(), stamp(weight)
+            self._signs = weight.new_tensor([[1.0], [-1.0]])
         size = x.shape[-1]
-        both = torch.cat([x, -x], dim=-1)  # [num_tokens, 2 * hidden_size]
+        both = (x.unsqueeze(-2) * self._signs).flatten(-2)  # [num_tokens, 2 * hidden_size]
         return F.layer_norm(both, (2 * size,), self._doubled, None, self.eps)[..., :size]
 
 
