@@ -4,7 +4,7 @@
     B   8 prompts of 16 to 256                         a small server
     C   32 prompts of 16 to 256                        a batch
     D   C, behind 512 tokens that all share            a system prompt
-    S   64 requests that arrive over 96 steps          16 places, 8 to 128 new tokens: batches that change
+    S   64 requests that arrive over 96 steps          16 places, 8 to 256 new tokens, short ones more often
 
 Each has 128 new tokens a prompt unless said otherwise, greedy, and does not end at the end of a text. Prompts are
 random tokens of a fixed seed: what is timed does not depend on what they say.
@@ -60,7 +60,7 @@ def workload(name: str, scale: float = 1.0) -> Workload:
         return Workload(
             name,
             prompts,
-            [max(2, round(rng.randrange(8, 129) * scale)) for _ in prompts],
+            [max(2, round(8 * 32 ** rng.random() * scale)) for _ in prompts],  # as answers are: most short, a few long
             sorted(round(rng.randrange(97) * scale) for _ in prompts),
             places=16,
         )

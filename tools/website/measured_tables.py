@@ -130,7 +130,10 @@ def growth(found: dict[str, Any]) -> str:
 def attention(found: dict[str, Any]) -> str:
     """One decode step's attention, in milliseconds: less is better. The floor reads the same bytes and no more."""
     machine = found["machine"]
-    parts = [f"torch {machine['torch']}, {machine['threads']} threads; medians, all of them in turn.\n"]
+    parts = [
+        f"torch {machine['torch']}, {machine['threads']} threads; medians, all of them in turn.\n",
+        _beside_contiguous(found["tables"]),
+    ]
     for dtype in dict.fromkeys(each["dtype"] for each in found["tables"]):
         these = [each for each in found["tables"] if each["dtype"] == dtype]
         panels = {
@@ -165,6 +168,19 @@ def attention(found: dict[str, Any]) -> str:
             )
             parts.append(table(["", "ms", "quickest to slowest", f"{ours} takes", "error"], rows))
     return "\n\n".join(parts)
+
+
+def _beside_contiguous(tables: list[dict[str, Any]]) -> str:
+    """What paging costs in the pools that were measured first: a sentence, with the figures that bear it out."""
+    said, most = [], 0.0
+    for dtype in dict.fromkeys(each["dtype"] for each in tables):
+        medians = next(each["medians"] for each in tables if each["dtype"] == dtype)
+        ours = next(iter(medians))
+        ratios = {name: medians[ours] / ms for name, ms in medians.items() if name.startswith("contiguous")}
+        said.append(f"in {dtype} " + " and ".join(f"{ratio:.2f} times ({name})" for name, ratio in ratios.items()))
+        most = max([most, *ratios.values()])
+    verdict = "Paging costs nothing here" if most <= 1.0 else "Paging has a price here"
+    return f"**{verdict}.** It takes {', '.join(said)} as long as the same attention over contiguous memory.\n"
 
 
 # ---- make bench-kernels --------------------------------------------------------------
