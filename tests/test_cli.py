@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minipaged import __version__
+from minipaged.bench import growth
 from minipaged.cli import main
 from minipaged.model import fetch as fetching
+from minipaged.model.load import load_model
 from model_files import SMALL, random_weights, write_folder, write_gguf
 from test_fetch import MODEL, WHEEL_NAME, make_wheel
 
@@ -485,3 +487,19 @@ def test_a_terminal_of_few_letters_shows_question_marks(run, monkeypatch):
 )
 def test_a_benchmark_of_what_is_not_there_is_refused(refused, arguments, said):
     assert said in refused("bench", *arguments)
+
+
+def test_growth_is_measured_while_all_sequences_write(run, tmp_path, monkeypatch):
+    """64 prompts come in over several steps: whoever came first is not done before the last one is there."""
+    monkeypatch.setattr(growth, "MAX_MODEL_LEN", 512)
+    monkeypatch.setattr(growth, "CONTEXTS", (8, 16, 24))
+    monkeypatch.setattr(growth, "BATCHES", (1, 64))
+    tiny = load_model("tiny")
+    monkeypatch.setattr("minipaged.model.load.load_model", lambda name: tiny)
+    code, _, said = run("bench", "growth", "--out", tmp_path / "growth.json")
+    assert code == 0, said
+    found = json.loads((tmp_path / "growth.json").read_text())
+    for cache, points in found["memory"].items():
+        (one, _), (many, slots) = points
+        assert one > 128 and many >= 64 * 128
+        assert slots == 64 * 512 if cache == "contiguous" else many <= slots < many + 64 * 16

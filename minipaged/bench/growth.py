@@ -20,6 +20,7 @@ from minipaged.bench.compare import this_machine
 
 CONTEXTS = (64, 128, 256, 512, 1024)  # tokens already there when the timed ones are written
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+MAX_MODEL_LEN = 2048
 NEW = 12  # tokens that are timed at each point; the median counts
 
 
@@ -34,14 +35,14 @@ def growth(console: Console, out: Path | None) -> None:
             contexts = CONTEXTS[:-1] if cache == "recompute" else CONTEXTS
             for context in contexts:
                 status.update(f"time per token: {cache}, {context} tokens of context")
-                seconds, _ = _decode(model, cache, 1, context)
+                seconds, _, _ = _decode(model, cache, 1, context)
                 found["token"].setdefault(cache, []).append([context, seconds])
         for cache in ("contiguous", "paged"):
             for batch in BATCHES:
                 status.update(f"time per step: {cache}, {batch} sequences")
-                seconds, slots = _decode(model, cache, batch, 128)
+                seconds, tokens, slots = _decode(model, cache, batch, 128)
                 found["step"].setdefault(cache, []).append([batch, seconds])
-                found["memory"].setdefault(cache, []).append([batch * (128 + NEW), slots])
+                found["memory"].setdefault(cache, []).append([tokens, slots])
     for name, title, of in (
         ("token", "Milliseconds per token against tokens of context (1 sequence)", "token of context"),
         ("step", "Milliseconds per step against sequences (128 tokens of context)", "sequence"),
@@ -65,31 +66,30 @@ def growth(console: Console, out: Path | None) -> None:
         out.write_text(json.dumps(found, indent=1))
 
 
-def _decode(model: Any, cache: str, batch: int, context: int) -> tuple[float, int]:
-    """Median seconds of a decode step, and the slots that are reserved at its end."""
+def _decode(model: Any, cache: str, batch: int, context: int) -> tuple[float, int, int]:
+    """Median seconds of a decode step, and the tokens that are held and the slots that are reserved before the last."""
     from minipaged import LLM, SamplingParams
 
     llm = LLM(
         model,
         cache=cache,
-        max_model_len=2048,
-        num_blocks=batch * 128,
+        max_model_len=MAX_MODEL_LEN,
+        num_blocks=batch * MAX_MODEL_LEN // 16,
         max_num_seqs=batch,
-        max_num_batched_tokens=max(256, batch),
         enable_prefix_caching=False,
     )
-    prefill_steps = batch * context // 256 + 1  # the first sequences write on while the last prompts are computed
-    params = SamplingParams(max_tokens=NEW + prefill_steps + 2, ignore_eos=True)
-    answers = [llm.add_request({"prompt_token_ids": [1000 + i] * context}, params) for i in range(batch)]
+    # Nobody ends: the first sequences write on while the last prompts are computed.
+    params = SamplingParams(max_tokens=MAX_MODEL_LEN - context, ignore_eos=True)
+    answers = [llm.add_request({"prompt_token_ids": [100 + i] * context}, params) for i in range(batch)]
     while not all(answer.outputs[0].token_ids for answer in answers):
         llm.step()
-    seconds, slots = [], 0
+    seconds, tokens, slots = [], 0, 0
     for _ in range(NEW):
-        slots = llm.memory.num_slots_reserved
+        tokens, slots = llm.memory.num_tokens, llm.memory.num_slots_reserved
         start = time.perf_counter()
         llm.step()
         seconds.append(time.perf_counter() - start)
     assert not answers[0].finished, "a step was timed in which not all sequences took part"
     for answer in answers:
         llm.abort(answer.request_id)
-    return float(np.median(seconds)), slots
+    return float(np.median(seconds)), tokens, slots
