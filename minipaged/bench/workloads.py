@@ -4,7 +4,7 @@
     B   8 prompts of 16 to 256                         a small server
     C   32 prompts of 16 to 256                        a batch
     D   C, behind 512 tokens that all share            a system prompt
-    S   64 requests that arrive over 96 steps          16 places, 8 to 256 new tokens, short ones more often
+    S   64 requests that arrive over 96 steps          16 places, 8 to 256 new tokens, mostly few
 
 Each has 128 new tokens a prompt unless said otherwise, greedy, and does not end at the end of a text. Prompts are
 random tokens of a fixed seed: what is timed does not depend on what they say.
