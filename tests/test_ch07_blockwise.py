@@ -184,6 +184,24 @@ def test_blocks_that_lie_far_apart_are_copied_and_no_others_with_them():
     assert sum(part.num_blocks for part in apart.passes) == 32 * 8
 
 
+@given(block=st.integers(0, 2**31 - 2) | st.integers(44739241, 44739243), by_slot=st.booleans())
+def test_slots_are_named_exactly_however_large_the_pool_and_in_4_bytes_where_they_suffice(block, by_slot):
+    num_kv_heads, block_size = 3, 16
+    plan = make_plan(
+        torch.tensor([[block], [block + 1]], dtype=torch.int32),
+        torch.full((2,), block_size, dtype=torch.int32),
+        torch.arange(3, dtype=torch.int32),
+        num_heads=num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        by_slot=by_slot,
+    )
+    first = block * num_kv_heads * block_size
+    assert plan.bag_slots.tolist() == list(range(first, first + 2 * num_kv_heads * block_size))
+    assert plan.bag_slots.element_size() == (4 if first + 2 * num_kv_heads * block_size < 2**31 else 8)
+    assert plan.bag_starts.dtype == plan.bag_slots.dtype, "torch wants them alike"
+
+
 @given(blocks=st.sets(st.integers(0, 60)), values=thresholds)
 def test_runs_are_the_dense_parts_between_wide_gaps(blocks, values):
     with reading_by(values):

@@ -180,4 +180,24 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "finite = new_maximum.masked_fill(new_maximum == -torch.inf, -1.0)",
     ): "any finite number will do: exp(-inf) is 0",
     ("minipaged/attention/paged.py", "if rows.start >= rows.stop:"): "a checked query_start_loc never falls",
+    (
+        "minipaged/memory/sizes.py",
+        "return self.block_bytes // ENTRY_BYTES",
+    ): "a block is of whole entries: K and V, of 2 bytes each",
+    (
+        "minipaged/memory/unpaged.py",
+        "def fits(self, prompt_len: int, num_tokens: int, num_seqs: int = 0) -> bool:",
+    ): "the number of sequences is not read",
+    (
+        "minipaged/memory/unpaged.py",
+        "def fits(self, prompt_len: int, num_tokens: int, num_seqs: int = 2) -> bool:",
+    ): "the number of sequences is not read",
+    (
+        "minipaged/attention/plan.py",
+        "padded_lines = np.full((len(decodes), num_heads, counts.max(initial= 1)), num_lines)",
+    ): "of no decode there is nothing to fill up",
+    (
+        "minipaged/attention/plan.py",
+        "source=torch.from_numpy(source.reshape(- 2)).to(device),",
+    ): "NumPy takes any negative size for the one that is left over",
 }
