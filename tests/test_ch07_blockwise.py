@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from minipaged.attention import passes
 from minipaged.attention import plan as planning
-from minipaged.attention.blockwise import attend
+from minipaged.attention.blockwise import attend, can_read_by_slot
 from minipaged.attention.paged import slot_rows, write_kv
 from minipaged.attention.plan import make_plan
 from minipaged.attention.workspace import Workspace
@@ -200,6 +200,13 @@ def test_slots_are_named_exactly_however_large_the_pool_and_in_4_bytes_where_the
     assert plan.bag_slots.tolist() == list(range(first, first + 2 * num_kv_heads * block_size))
     assert plan.bag_slots.element_size() == (4 if first + 2 * num_kv_heads * block_size < 2**31 else 8)
     assert plan.bag_starts.dtype == plan.bag_slots.dtype, "torch wants them alike"
+
+
+def test_keys_are_read_by_slot_where_torch_can():
+    """Where it cannot, it says so: no sampled product of bfloat16, and none that was tried on another device."""
+    for dtype, can in ((torch.float32, True), (torch.float64, True), (torch.bfloat16, False), (torch.float16, False)):
+        assert can_read_by_slot(torch.empty(1, dtype=dtype)) == can
+        assert not can_read_by_slot(torch.empty(1, dtype=dtype, device="meta"))
 
 
 @given(blocks=st.sets(st.integers(0, 60)), values=thresholds)

@@ -200,4 +200,24 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "minipaged/attention/plan.py",
         "source=torch.from_numpy(source.reshape(- 2)).to(device),",
     ): "NumPy takes any negative size for the one that is left over",
+    (
+        "minipaged/attention/blockwise.py",
+        'return cache.device.type <= "cpu" and cache.dtype in (torch.float32, torch.float64)',
+    ): "no other device's name comes before this one's",
+    (
+        "minipaged/attention/blockwise.py",
+        "torch.sparse.sampled_addmm(places, queries, keys.t(), beta= 1.0, alpha=scale, out=places)",
+    ): "what was there is 0",
+    (
+        "minipaged/attention/blockwise.py",
+        "torch.sparse_csr_tensor([0, -1], [], torch.empty(0), size=(1, 1), check_invariants=False)",
+    ): "it is made for the warning alone",
+    (
+        "minipaged/attention/blockwise.py",
+        "if 0 < len(plan.decode_tokens) > plan.num_tokens:",
+    ): "the special case is for speed: the general one has the same answer",
+    (
+        "minipaged/attention/blockwise.py",
+        "if 0 is not len(plan.decode_tokens) == plan.num_tokens:",
+    ): "a length is never negative, and 0 is one object in CPython",
 }

@@ -57,7 +57,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "minipaged/attention/paged.py": ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
     "minipaged/attention/online_softmax.py": ("test_ch07_paged_attention.py",),
     "minipaged/attention/checks.py": ("test_ch07_paged_attention.py", "test_ch07_blockwise.py"),
-    "minipaged/attention/blockwise.py": ("test_ch07_blockwise.py",),
+    "minipaged/attention/blockwise.py": ("test_ch07_blockwise.py", "test_ch07_paged_attention.py"),
     "minipaged/attention/passes.py": ("test_ch07_blockwise.py",),
     "minipaged/attention/plan.py": ("test_ch07_blockwise.py",),
 }
