@@ -163,14 +163,20 @@ def i32(*numbers):
 
 BAD_ARGUMENTS = [
     ("query", torch.zeros(3, 4, 6), "head_dim = 8"),
+    ("query", torch.zeros(3, 4, 10), "head_dim = 8"),
     ("query", torch.zeros(3, 3, 8), "3 heads"),
+    ("query", torch.zeros(3, 0, 8), "0 heads"),
+    ("query", torch.zeros(3, 4, 8, device="meta"), "meta"),
     ("query", torch.zeros(3, 4, 8, dtype=torch.float64), "float64"),
-    ("key_cache", torch.zeros(6, 2, 8), "[6, 2, 8]"),
+    ("key_cache", torch.zeros(6, 2, 8), "head_dim], got [6, 2, 8]"),
+    ("key_cache", torch.zeros(6, 2, 2, 8, 1), "head_dim], got [6, 2, 2, 8, 1]"),
+    ("value_cache", torch.zeros(6, 2, 2, 8, device="meta"), "meta"),
     ("value_cache", torch.zeros(5, 2, 2, 8), "[5, 2, 2, 8]"),
     ("block_tables", i32(0, 1, 2), "[3]"),
     ("block_tables", torch.tensor([[0.0], [1.0]]), "float32"),
     ("block_tables", torch.tensor([[0, 6, -1], [2, 3, 4]], dtype=torch.int32), "got 6"),
     ("block_tables", torch.tensor([[0, -1, -1], [2, 3, 4]], dtype=torch.int32), "got -1"),
+    ("seq_lens", i32(3, 5).to("meta"), "meta"),
     ("seq_lens", i32(3, 7), "got 7"),
     ("seq_lens", i32(3, -1), "got -1"),
     ("seq_lens", i32(3), "[2]"),
@@ -202,6 +208,7 @@ def test_what_does_not_fit_is_refused_by_name(attend, name, wrong, said):
         ("slot_mapping", torch.tensor([0, 12]), "got 12"),
         ("slot_mapping", torch.tensor([0, -2]), "got -2"),
         ("slot_mapping", torch.tensor([0]), "[1]"),
+        ("slot_mapping", torch.tensor([0, 11], device="meta"), "meta"),
     ],
 )
 def test_a_refused_write_changes_nothing(name, wrong, said):
