@@ -220,4 +220,20 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "minipaged/attention/blockwise.py",
         "if 0 is not len(plan.decode_tokens) == plan.num_tokens:",
     ): "a length is never negative, and 0 is one object in CPython",
+    (
+        "minipaged/attention/passes.py",
+        "return np.empty((0, 1), dtype=np.int64)",
+    ): "of no run there is nothing to unpack",
+    (
+        "minipaged/attention/passes.py",
+        "return np.empty((0, 3), dtype=np.int64)",
+    ): "of no run there is nothing to unpack",
+    (
+        "minipaged/attention/passes.py",
+        "mine = (blocks >= low) & (blocks < high) * (counts == 1)",
+    ): "of two bools, the product is their `and`",
+    (
+        "minipaged/attention/passes.py",
+        "chosen = np.flatnonzero(~in_run * (width == owners))",
+    ): "of two bools, the product is their `and`",
 }
