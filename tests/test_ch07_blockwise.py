@@ -1,4 +1,4 @@
-"""Chapter 7. The inside-out form: right in every way that a block can be read, and it reads no block that nobody owns.
+"""Chapter 7. The fast form: right however a slot or a block is read, and it reads no block that nobody owns.
 
 Small pools would hardly ever be read in runs, since a copy of a few blocks is quicker. So the thresholds are drawn too.
 """
@@ -250,7 +250,7 @@ def test_a_long_sequence_among_short_ones_does_not_stretch_their_scores(short, l
     assert filled_up <= 8 * lines, f"{lines} lines of scores are filled up to {filled_up}"
     assert len(plan.decode_tokens) + len(plan.gathered) == len(seq_lens)
     if max(seq_lens) * len(seq_lens) <= 2 * sum(seq_lens):
-        assert not plan.gathered, "lengths that are alike are read inside out, all of them"
+        assert not plan.gathered, "lengths that are alike are read together, all of them"
 
 
 @given(seq_len=st.integers(1, 200), window=st.integers(1, 40), num_queries=st.integers(1, 4))

@@ -28,7 +28,7 @@ from minipaged.attention.passes import Ints, Layout, Pass
 # layer on two CPU cores, in float32: one sequence of 400 tokens 73 us against 87, two of 200 tokens 108 against 81, and
 # 8 of 100 361 against 122. In bfloat16 82 against 143, 117 against 130, and 366 against 175.)
 MIN_DECODES = 2
-# Scores are padded to the longest sequence that is read inside out, to at most so many times what they are.
+# Scores are padded to the longest sequence that is not gathered, to at most so many times what they are.
 MAX_PADDING = 4
 
 
@@ -84,13 +84,15 @@ def make_plan(
     decodes = np.flatnonzero(num_queries == 1)
     window = sliding_window or int(lens.max(initial=1))
     decodes = decodes[_alike(np.minimum(lens[decodes], window))]
-    decodes = decodes[: len(decodes) if len(decodes) >= MIN_DECODES else 0]
+    if len(decodes) < MIN_DECODES:
+        decodes = decodes[:0]
     seen_from = np.maximum(lens[decodes] - window, 0)  # [num_decodes], the first position each query sees
     # One entry for each block that a query sees, sequence by sequence, in logical order.
     first, last = seen_from // block_size, (lens[decodes] - 1) // block_size
     counts = last - first + 1  # [num_decodes]
     decode = np.repeat(np.arange(len(decodes)), counts)  # [num_entries]
-    nth = np.arange(len(decode)) - (counts.cumsum() - counts)[decode]  # 0, 1, ... within its sequence
+    before = counts.cumsum() - counts  # [num_decodes], entries of the sequences before
+    nth = np.arange(len(decode)) - before[decode]  # 0, 1, ... within its sequence
     logical = nth + first[decode]
     block = tables[decodes[decode], logical]
     low = np.maximum(seen_from[decode] - logical * block_size, 0)  # slots low to high - 1 of the block are seen
@@ -99,7 +101,7 @@ def make_plan(
     group, head, slots = num_heads // num_kv_heads, np.arange(num_heads), np.arange(block_size)
     layout = Layout(num_kv_heads, device)
     if by_slot:  # one after the other: query head by query head, and block by block
-        line = ((counts.cumsum() - counts) * num_heads)[decode, None] + counts[decode, None] * head + nth[:, None]
+        line = (before * num_heads)[decode, None] + counts[decode, None] * head + nth[:, None]
         row_query, num_lines = np.empty(0, dtype=np.int64), len(block) * num_heads
     else:
         rows = layout.add(block)  # [num_entries, num_kv_heads]

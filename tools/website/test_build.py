@@ -1,5 +1,6 @@
 """The built site as files, with no browser: links, titles, and what the build makes out of what commands wrote."""
 
+import copy
 import functools
 import json
 import re
@@ -193,6 +194,15 @@ def test_the_table_of_the_bench_has_the_right_numbers():
     ours, peer = [line for line in shown.splitlines() if line.startswith(("| paged", "| transformers"))][:2]
     assert ours == "| paged | float32 | 64.0 | 32.0 to 80.0 | 1.00 x | 0.20 s | 900 MiB | 100.0% | 80.0% |"
     assert peer == "| transformers | float32 | 25.6 | 12.8 to 32.0 | 2.50 x | - | 900 MiB | 100.0% | - |"
+
+
+def test_paging_costs_nothing_only_where_the_figures_say_so():
+    found = copy.deepcopy(FORMS["attention"])
+    shown = measured_tables.attention(found)
+    assert "Paging costs nothing here" in shown and "in float32 0.50 times (contiguous, padded)" in shown
+    found["tables"][0]["ms"]["contiguous, padded"] = [4.8, 4.9, 5.0]
+    found["tables"][0]["medians"]["contiguous, padded"] = 4.9
+    assert "Paging has a price here" in measured_tables.attention(found)
 
 
 def test_a_file_of_another_form_stops_the_build(tmp_path, monkeypatch):
