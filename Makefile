@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels notebooks notebooks-strip reproduce pictures traces measured site serve test-site clean bugs mutation exercises
+.PHONY: help demo test test-all test-slow test-machines test-durations test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels notebooks notebooks-strip reproduce pictures traces measured site serve test-site clean bugs mutation exercises
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -16,9 +16,25 @@ help: ## this list
 demo: $(READY) ## a real model through all three caches, side by side
 	@$(BIN)/minipaged demo
 
-test: $(READY) ## all tests; those of the real model are skipped, and say so, if it cannot be fetched
+# One process on each core, a line a chapter; skips are listed with their reasons.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --by-chapter -rs
+
+test: $(READY) ## all properties of all chapters, in minutes; those of the real model are skipped if it cannot be fetched
 	@$(BIN)/minipaged fetch || echo "(going on without the model)"
-	@$(BIN)/python -m pytest
+	@$(PYTEST) -m "not slow and not oracle"
+
+# Not in this list: what must be measured on a quiet machine, and mutation, which takes hours.
+test-all: test test-slow test-machines bugs kernels-compile notebooks test-site test-oracle ## and all else that is tested; an hour on two cores
+
+test-slow: $(READY) ## what `make test` leaves out: the whole of SmolLM2, processes that die, the grader, long lives
+	@$(BIN)/minipaged fetch || echo "(going on without the model)"
+	@$(PYTEST) -m "slow and not oracle"
+
+test-machines: $(READY) ## the state machines with 1,000 scripts each (HYPOTHESIS_PROFILE=thorough: 10,000)
+	@HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-long} $(PYTEST) -m "not slow and not oracle" -k runTest
+
+test-durations: $(READY) ## where the time of `make test` goes: its twenty slowest tests
+	@$(PYTEST) -m "not slow and not oracle" --durations=20
 
 test-oracle: $(VENV)/.oracle ## compare with transformers on the real model (several minutes)
 	@$(BIN)/minipaged fetch

@@ -15,8 +15,13 @@ if not glob("/dev/nvidia[0-9]*") and not glob("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Tests often run beside something else. Threads that wait in a loop then take the processor from those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The processes of pytest-xdist share the cores; each, and what it starts, takes its part of them.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    _part = max(1, _cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(_part))
 
-# quick: every run. thorough: before a release, and once for each figure in a note.
+# quick: every run. long: `make test-machines`. thorough: before a release, and once for each figure in a note.
 # One counterexample, as small as can be, and at once: explaining it line by line would take longer than finding it.
 _COMMON = {
     "deadline": None,
@@ -27,12 +32,16 @@ _COMMON = {
 }
 settings.register_profile("quick", max_examples=50, **_COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)
+settings.register_profile("long", max_examples=1_000, **_COMMON)
 settings.register_profile("thorough", max_examples=10_000, **_COMMON)
 # course: `minipaged check`. The same file gives the same counterexample; a chapter says how many examples it takes.
 settings.register_profile(
     "course", max_examples=int(os.environ.get("MINIPAGED_EXAMPLES", "50")), derandomize=True, **_COMMON
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+pytest_plugins = ["by_chapter"]
 
 
 def pytest_addoption(parser):

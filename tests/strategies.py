@@ -10,12 +10,18 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from minipaged.reference import masked_attention
 
 BLOCK_SIZES = (1, 2, 3, 4, 7, 16)
 HEAD_DIMS = (2, 4, 8, 16)
+
+
+def costly(share: float):
+    """A test whose examples take long: this share of those that the profile gives a property."""
+    return settings(max_examples=max(1, round(share * settings().max_examples)))
 
 
 @st.composite

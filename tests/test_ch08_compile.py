@@ -16,7 +16,7 @@ import torch
 os.environ.update({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})  # before triton is imported
 pytest.importorskip("triton", reason="the kernels need Triton, which runs on Linux")
 
-pytestmark = pytest.mark.ch08
+pytestmark = [pytest.mark.ch08, pytest.mark.slow]
 
 TARGETS, HEAD_DIMS = ("sm_80", "sm_90"), (64, 128)
 DECODE = ("paged_decode_kernel", "paged_decode_split_kernel")

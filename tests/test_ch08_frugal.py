@@ -20,7 +20,7 @@ from minipaged.kernels import copy_blocks, paged_attention, write_kv
 from minipaged.kernels.paged_decode import paged_decode
 from minipaged.kernels.paged_decode_split import paged_decode_split
 from minipaged.kernels.paged_prefill import paged_prefill
-from strategies import BLOCK_SIZES, generators, paged_batches
+from strategies import BLOCK_SIZES, costly, generators, paged_batches
 
 pytestmark = [
     pytest.mark.ch08,
@@ -62,6 +62,7 @@ def bytes_of_a_token(batch):
     return num_kv_heads * head_dim * batch.key_cache.element_size()
 
 
+@costly(1 / 4)
 @given(batch=paged_batches(dtype=torch.float32, max_queries=20, **few), window=st.none() | windows)
 def test_no_batch_makes_a_kernel_leave_what_is_live(batch, window):
     """Prefill, chunks of it, decode and mixes; with a window, nothing that lies before it for all queries."""
@@ -70,6 +71,7 @@ def test_no_batch_makes_a_kernel_leave_what_is_live(batch, window):
     assert memory.stored["out"] == out.nbytes, "each output is stored once"
 
 
+@costly(1 / 4)
 @given(batch=paged_batches(dtype=torch.float16, decode_only=True, **few), way=ways)
 def test_decode_reads_each_byte_of_the_context_once(batch, way):
     """The floor. A block that sequences share is read once for each, and is one place."""
@@ -83,6 +85,7 @@ def test_decode_reads_each_byte_of_the_context_once(batch, way):
         assert memory.distinct[cache] == every_place, f"{cache}: distinct bytes read, and bytes that tokens own"
 
 
+@costly(1 / 4)
 @given(batch=paged_batches(dtype=torch.float16, decode_only=True, **few), way=ways, window=windows)
 def test_decode_with_a_window_reads_the_window_alone(batch, way, window):
     """A mask on the scores alone gives the right answer too, and reads the whole context for it."""
@@ -92,6 +95,7 @@ def test_decode_with_a_window_reads_the_window_alone(batch, way, window):
     assert memory.loaded["key_cache"] == memory.loaded["value_cache"] == seen
 
 
+@costly(1 / 4)
 @given(
     batch=paged_batches(dtype=torch.float16, max_queries=20, **few),
     window=st.none() | windows,
@@ -112,6 +116,7 @@ def test_prefill_reads_no_key_that_no_query_of_a_program_sees(batch, window, row
     assert memory.loaded["key_cache"] == memory.loaded["value_cache"] == seen * bytes_of_a_token(batch)
 
 
+@costly(1 / 4)
 @given(batch=paged_batches(dtype=torch.float32, decode_only=True, **few), way=ways, garbage=st.integers(-(2**31), -1))
 def test_other_layouts_are_read_through_their_strides(batch, way, garbage):
     """FlashAttention's order of a pool, and queries with gaps between tokens and heads, which are outside."""

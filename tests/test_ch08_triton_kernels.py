@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies import BLOCK_SIZES, PagedBatch, paged_batches, rounded
+from strategies import BLOCK_SIZES, PagedBatch, costly, paged_batches, rounded
 from test_ch07_paged_attention import BAD_ARGUMENTS, i32, writes
 from test_ch07_paged_attention import _arguments as fitting_arguments
 
@@ -83,12 +83,14 @@ def assert_near(out, expected, tolerance):
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@costly(1 / 4)
 @given(kernels_and_batches(max_seqs=3), scales, windows)
 def test_equals_the_oracle_for_each_sequence(drawn, scale, window):
     kernel, batch = drawn
     assert_near(attend(kernel, batch, scale, sliding_window=window), batch.expected(scale, window), 1e-5)
 
 
+@costly(1 / 4)
 @given(kernels_and_batches(torch.float16), scales, windows)
 def test_float16_is_near_the_oracle(drawn, scale, window):
     kernel, batch = drawn
@@ -96,12 +98,14 @@ def test_float16_is_near_the_oracle(drawn, scale, window):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter computes bfloat16 wrongly")
+@costly(1 / 4)
 @given(kernels_and_batches(torch.bfloat16), scales)
 def test_bfloat16_is_near_the_oracle(drawn, scale):
     kernel, batch = drawn
     assert_near(attend(kernel, batch, scale), batch.expected(scale), 2e-2)
 
 
+@costly(1 / 4)
 @given(kernels_and_batches(), st.sampled_from((100.0, 1e4)))
 def test_large_scores_do_not_overflow(drawn, size):
     """exp2 of such a score is infinite: only a maximum that is subtracted, and rescaled by, keeps the answer."""
@@ -114,6 +118,7 @@ def test_large_scores_do_not_overflow(drawn, size):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # that is the point
+@costly(1 / 4)
 @given(kernels_and_batches(), st.sampled_from((1.0, 30.0)), st.sampled_from((1.0, 1e3)), windows)
 def test_soft_cap_bends_scores_and_never_overflows(drawn, cap, size, window):
     """Scores of 1,000 and a cap of 1: exp(2 * 1,000) is infinite, and tanh(1,000) is 1."""
@@ -140,6 +145,7 @@ def capped_attention(query, key, value, scale, cap, window):
     return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), value)
 
 
+@costly(1 / 4)
 @given(kernels_and_batches(), st.data())
 def test_where_a_block_lies_does_not_matter(drawn, data):
     """Move every block to another place and rename it in the tables: not one bit of the answer changes."""
@@ -151,6 +157,7 @@ def test_where_a_block_lies_does_not_matter(drawn, data):
     assert torch.equal(attend(kernel, batch), attend(kernel, moved))
 
 
+@costly(1 / 4)
 @given(kernels_and_batches(), st.data())
 def test_other_sequences_do_not_matter(drawn, data):
     """Isolation: what B holds in its own blocks never reaches A, nor does how many others there are."""
@@ -171,6 +178,7 @@ def test_other_sequences_do_not_matter(drawn, data):
     assert_near(attend(kernel, alone), together.double(), 1e-5)  # tiles of rows fall differently: near, not equal
 
 
+@costly(1 / 4)
 @given(kernels_and_batches(), st.data())
 def test_a_table_is_never_read_past_the_end_of_its_sequence(drawn, data):
     kernel, batch = drawn
@@ -179,6 +187,7 @@ def test_a_table_is_never_read_past_the_end_of_its_sequence(drawn, data):
     assert torch.equal(attend(kernel, batch), before)
 
 
+@costly(1 / 4)
 @given(kernels_and_batches(), st.integers(1, 20))
 def test_what_no_window_reaches_may_be_freed(drawn, window):
     kernel, batch = drawn
@@ -200,6 +209,7 @@ def free_what_no_window_reaches(batch, window):
         cache.transpose(1, 2)[~live] = torch.nan  # [num_blocks, block_size, ...]
 
 
+@costly(1 / 4)
 @given(kernels_and_batches(), st.data())
 def test_other_layouts_give_the_same_bits(drawn, data):
     """K and V as FlashAttention orders them (NHD), and queries that are a part of a fused QKV: only strides differ."""
@@ -218,6 +228,7 @@ def test_other_layouts_give_the_same_bits(drawn, data):
     assert torch.equal(kernel(*arguments, scale=0.25, out=out).cpu(), before)
 
 
+@costly(1 / 4)
 @given(kernels_and_batches(), st.data())
 def test_a_query_without_context_gives_zero(drawn, data):
     """The padding of a batch: seq_lens is 0, the table's row is never read, and the others do not notice."""

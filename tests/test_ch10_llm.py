@@ -196,7 +196,8 @@ TestEngine = EngineMachine.TestCase
 TestEngine.settings = settings(stateful_step_count=20)
 
 
-def test_after_ten_thousand_requests_with_aborts_and_failures_every_block_is_free():
+@pytest.mark.parametrize("num_requests", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_after_a_long_life_with_aborts_and_failures_every_block_is_free(num_requests):
     """No property with a shrunk script, but a long life: what leaks one block in a thousand requests shows here."""
     rng = random.Random(0)
     llm = engine(num_blocks=30, max_num_seqs=16, max_num_batched_tokens=64, preemption="swap", num_host_blocks=4)
@@ -204,8 +205,8 @@ def test_after_ten_thousand_requests_with_aborts_and_failures_every_block_is_fre
     llm.cache.key_cache.nan_to_num_(), llm.cache.value_cache.nan_to_num_()
     answers = {}
     num_asked = num_failures = num_aborts = 0
-    while num_asked < 10_000 or answers:
-        while len(answers) < 24 and num_asked < 10_000:
+    while num_asked < num_requests or answers:
+        while len(answers) < 24 and num_asked < num_requests:
             prompt = _prefix[: rng.randrange(11)] + [rng.randrange(256) for _ in range(rng.randrange(1, 4))]
             if rng.random() < 0.05:
                 params = BeamSearchParams(rng.randrange(1, 4), rng.randrange(1, 3))
@@ -229,8 +230,8 @@ def test_after_ten_thousand_requests_with_aborts_and_failures_every_block_is_fre
                 num_aborts += 1
         answers = {request_id: answer for request_id, answer in answers.items() if not answer.finished}
     metrics = llm.metrics()
-    assert min(num_failures, num_aborts, *metrics.preemptions.values()) > 30, "a quieter life than it should be"
-    assert metrics.num_finished == 10_000 - num_aborts
+    assert min(num_failures, num_aborts, *metrics.preemptions.values()) > num_requests / 1_000, "a quieter life than it should be"
+    assert metrics.num_finished == num_requests - num_aborts
     assert metrics.num_blocks_used == metrics.num_host_blocks_used == 0
     # A block that only the prefix cache remembers has one owner, the cache; every other one has none.
     owners = [llm.memory.allocator.ref_count(block) for block in range(30)]

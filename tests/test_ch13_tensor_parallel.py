@@ -269,12 +269,22 @@ def test_a_rank_that_fails_is_named_with_its_reason(ranks_are_threads, monkeypat
         LLM("tiny", dtype="float64", tensor_parallel_size=3)
 
 
+HANG = 600  # seconds, at least ten times what a busy machine needs
+
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
 def started(size, **settings):
     llm = LLM("tiny", dtype="float64", tensor_parallel_size=size, num_blocks=64, **settings)
     return llm, {rank: process.pid for rank, process in llm.engine.runner.team.processes.items()}
+
+
+def wait_until_gone(pid):
+    """A process ends when the system comes to it. Fails where it is still there after HANG seconds."""
+    until = time.monotonic() + HANG
+    while is_alive(pid):
+        assert time.monotonic() < until, f"process {pid} goes on"
+        time.sleep(0.05)
 
 
 def is_alive(pid):
@@ -305,20 +315,15 @@ def test_three_processes_write_the_same_tokens_hold_their_shares_and_exchange_wh
 BLOWS = [(1, signal.SIGKILL, "died .signal 9"), (2, signal.SIGSTOP, "did not answer")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim, blow, word", BLOWS)
 def test_a_rank_that_dies_or_stops_in_a_step_is_named_and_nobody_is_left(victim, blow, word):
-    llm, pids = started(3, distributed_timeout=2.0)
-    struck = []
-
-    def strike():
-        struck.append(time.monotonic())
-        os.kill(pids[victim], blow)
-
-    threading.Timer(0.2, strike).start()
+    llm, pids = started(3, distributed_timeout=20.0)  # a busy machine may keep a rank waiting for some seconds
+    llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=2))
+    threading.Thread(target=os.kill, args=(pids[victim], blow)).start()
     with pytest.raises(WorkerError, match=f"rank {victim} .*{word}"):
         while True:
             llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=200, ignore_eos=True))
-    assert time.monotonic() - struck[0] < 2.0 + 2.0 + 2.0, "timeout, grace, and the clock of a busy machine"
     assert not any(is_alive(pid) for pid in pids.values())
     with pytest.raises(WorkerError, match=f"rank {victim}"):
         llm.generate("hi")
@@ -331,9 +336,11 @@ llm = LLM("tiny", tensor_parallel_size=2, num_blocks=64)
 print(llm.engine.runner.team.processes[1].pid, flush=True)
 while sys.argv[1] != "exit":
     llm.generate("abc", SamplingParams(max_tokens=100, ignore_eos=True))
+    print("written", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["exit", signal.SIGINT, signal.SIGKILL])
 def test_however_rank_0_ends_its_worker_does(how):
     rank_0 = subprocess.Popen(
@@ -345,25 +352,24 @@ def test_however_rank_0_ends_its_worker_does(how):
     )
     pid = int(rank_0.stdout.readline())
     if how != "exit":
-        time.sleep(0.3)
+        assert rank_0.stdout.readline() == b"written\n"  # and it goes on
         rank_0.send_signal(how)
-    _, errors = rank_0.communicate(timeout=20)
+    _, errors = rank_0.communicate(timeout=HANG)
     assert (b"KeyboardInterrupt" in errors) == (how == signal.SIGINT), errors
-    until = time.monotonic() + 10
-    while is_alive(pid) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not is_alive(pid)
+    wait_until_gone(pid)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_ranks_of_which_only_the_first_speaks():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     generate = ["-m", "minipaged", "generate", "abc", "--model", "tiny", "--dtype", "float64", "--max-tokens", "8"]
-    alone = subprocess.run([sys.executable, *generate], capture_output=True, timeout=60)
-    ranks = subprocess.run([*command, *generate], capture_output=True, timeout=60)
+    alone = subprocess.run([sys.executable, *generate], capture_output=True, timeout=HANG)
+    ranks = subprocess.run([*command, *generate], capture_output=True, timeout=HANG)
     assert (alone.returncode, ranks.returncode) == (0, 0), ranks.stderr.decode()
     assert ranks.stdout == alone.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, size", [("SmolLM2's", 2), ("one KV head", 3)])
 def test_processes_write_the_same_with_everything_in_play(model_with, kind, size):
     model, many, prompts = model_with(kind), (GREEDY, SAMPLED, BEAMS), small_words(PROMPTS)
@@ -393,6 +399,7 @@ def smollm2_alone(smollm2):
     return prompts, written, one
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.parametrize("size", [2, 3])
 def test_smollm2_writes_the_same_tokens_and_its_logits_agree(smollm2_alone, size):
@@ -411,6 +418,7 @@ def test_smollm2_writes_the_same_tokens_and_its_logits_agree(smollm2_alone, size
     several.llm.close()
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_of_smollm2s_logits_only_rounding_differs(smollm2):
     """In float64 whole rows agree to far less than 1e-4: no part of a sum is missing, and none is there twice."""

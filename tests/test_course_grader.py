@@ -20,7 +20,8 @@ from minipaged.course.properties import PROPERTIES, grade_properties
 from minipaged.course.report import print_counterexample, print_grade
 
 SHIPPED = repository() / "tutorials" / "exercises"
-PLAIN = (4, 5, 6, 9, 10, 13)  # chapters of plain Python: the others need seconds for their libraries
+# Chapters of plain Python: the others need seconds for their libraries. `make test` tries one of them.
+PLAIN = [6, *(pytest.param(number, marks=pytest.mark.slow) for number in (4, 5, 9, 10, 13))]
 
 
 def console():
@@ -54,6 +55,7 @@ def test_what_ships_is_not_written_and_the_reference_holds(number, folder):
     assert "WRONG" not in printed(lambda to: print_grade(reference, to))
 
 
+@pytest.mark.slow
 def test_a_chapter_can_be_done_before_the_ones_before_it(folder):
     """Chapter 6 is not written, and chapter 9 is judged all the same."""
     for exercise in chapter(9).exercises:
@@ -61,6 +63,7 @@ def test_a_chapter_can_be_done_before_the_ones_before_it(folder):
     assert grade(chapter(9), folder, examples=5).exit_code == HOLDS
 
 
+@pytest.mark.slow
 def test_a_planted_bug_is_shown_by_a_small_script_drawn(tmp_path):
     bug = next(bug for bug in load_bugs() if bug.name == "ch09_fork_without_a_reference")
     bug.plant(tmp_path)
@@ -106,6 +109,7 @@ def test_progress_is_a_map_of_all_chapters(folder):
     assert "[!] the block allocator" in text and f"1 of {len(CHAPTERS)} chapters are done" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", PROPERTIES)
 def test_a_right_property_is_good_and_what_ships_is_not_written(number):
     if number == 7:
@@ -115,6 +119,7 @@ def test_a_right_property_is_good_and_what_ships_is_not_written(number):
     assert {verdict.code for verdict in grade_properties(chapter(number), SHIPPED)} == {NOT_WRITTEN}
 
 
+@pytest.mark.slow
 def test_a_property_that_says_nothing_or_too_much_is_not_good(tmp_path):
     names = list(PROPERTIES[10])
     (tmp_path / "ch10_properties.py").write_text(f"def {names[0]}(): pass\n\n\ndef {names[1]}(): assert False, 'no'\n")
@@ -160,6 +165,7 @@ def test_start_overwrites_nothing(tmp_path):
     assert {path.name for path in folder.iterdir()} == shipped
 
 
+@pytest.mark.slow
 def test_exit_codes_and_errors_of_the_commands(tmp_path):
     folder = tmp_path / "mine"
     command("start", folder)

@@ -321,17 +321,16 @@ def test_an_interruption_while_downloading_ends_pip_and_leaves_nothing(home, mon
     popen = subprocess.Popen
 
     def slow(command, **how):
-        started.append(popen([command[0], "-c", "import time; time.sleep(60)"], **how))
+        started.append(popen([command[0], "-c", "import time; time.sleep(600)"], **how))
         return started[-1]
 
-    before = time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", slow)
         patch.setattr(fetching, "_progress", lambda console: Interrupting(countdown))
         with pytest.raises(KeyboardInterrupt):
             fetch()
     assert all(process.returncode is not None for process in started), "pip was left running"
-    assert time.monotonic() - before < 30, "pip was waited for"
+    assert all(process.returncode != 0 for process in started), "pip was waited for"
     assert contents(home) == []
 
 

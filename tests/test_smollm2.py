@@ -18,43 +18,56 @@ PROMPTS = (
     "The main advantage of paging is that",
 )
 STEPS = 32
+HANDFUL, FEW_STEPS = PROMPTS[:4], 8  # what `make test` runs
 ENGINE = {"max_model_len": 64, "num_blocks": 4 * len(PROMPTS)}  # 8 slabs of 64 tokens, or 32 blocks of 16
 ODD = {"block_size": 7, "num_blocks": 30, "max_num_batched_tokens": 11, "max_num_seqs": 8}  # 210 slots for all
 
 
-def tokens(llm, *prompts):
-    outputs = llm.generate(list(prompts), SamplingParams(max_tokens=STEPS, ignore_eos=True), progress=False)
+def tokens(llm, prompts, steps):
+    outputs = llm.generate(list(prompts), SamplingParams(max_tokens=steps, ignore_eos=True), progress=False)
     return [output.outputs[0].token_ids for output in outputs]
 
 
-@pytest.fixture(scope="module")
-def expected(smollm2):
-    """Without a cache there is nothing that could be kept wrongly: each prompt's tokens, in one ragged batch."""
-    found = tokens(LLM(smollm2, cache="recompute", **ENGINE), *PROMPTS)
-    assert [len(token_ids) for token_ids in found] == [STEPS] * len(PROMPTS)
-    return found
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((HANDFUL, FEW_STEPS), id="a handful"),
+        pytest.param((PROMPTS, STEPS), id="all", marks=pytest.mark.slow),
+    ],
+)
+def texts(smollm2, request):
+    """Prompts, steps and tokens. Without a cache nothing can be kept wrongly: all prompts in one ragged batch."""
+    prompts, steps = request.param
+    found = tokens(LLM(smollm2, cache="recompute", **ENGINE), prompts, steps)
+    assert [len(token_ids) for token_ids in found] == [steps] * len(prompts)
+    return prompts, steps, found
 
 
 @pytest.mark.parametrize("cache", ["contiguous", "paged"])
-def test_a_ragged_batch_writes_the_same_tokens(smollm2, expected, cache):
-    assert tokens(LLM(smollm2, cache=cache, **ENGINE), *PROMPTS) == expected
+def test_a_ragged_batch_writes_the_same_tokens(smollm2, texts, cache):
+    prompts, steps, expected = texts
+    assert tokens(LLM(smollm2, cache=cache, **ENGINE), prompts, steps) == expected
 
 
-def test_odd_blocks_chunks_of_prompts_and_preemption_change_nothing(smollm2, expected):
-    llm = LLM(smollm2, cache="paged", **{**ENGINE, **ODD})
-    assert tokens(llm, *PROMPTS) == expected
+def test_odd_blocks_chunks_of_prompts_and_preemption_change_nothing(smollm2, texts):
+    prompts, steps, expected = texts
+    num_blocks = 9 if prompts is HANDFUL else ODD["num_blocks"]  # too few for all of them at once
+    llm = LLM(smollm2, cache="paged", **{**ENGINE, **ODD, "num_blocks": num_blocks})
+    assert tokens(llm, prompts, steps) == expected
     assert llm.metrics().preemptions["recompute"] > 0, "the pool was not too small: this test shows less than it says"
 
 
-@pytest.mark.parametrize("cache", ["recompute", "contiguous", "paged"])
-def test_a_prompt_alone_writes_the_same_tokens(smollm2, expected, cache):
+@pytest.mark.parametrize("cache", [pytest.param("recompute", marks=pytest.mark.slow), "contiguous", "paged"])
+def test_a_prompt_alone_writes_the_same_tokens(smollm2, texts, cache):
+    prompts, steps, expected = texts
     llm = LLM(smollm2, cache=cache, **ENGINE)
-    assert [tokens(llm, prompt)[0] for prompt in PROMPTS] == expected
+    assert [tokens(llm, [prompt], steps)[0] for prompt in prompts] == expected
 
 
-def test_the_text_is_what_a_trained_model_writes(smollm2, expected):
+def test_the_text_is_what_a_trained_model_writes(smollm2, texts):
     """Equal tokens could be equal nonsense."""
-    assert "Paris" in smollm2.tokenizer.decode(expected[PROMPTS.index("The capital of France is")])
+    prompts, _, expected = texts
+    assert "Paris" in smollm2.tokenizer.decode(expected[prompts.index("The capital of France is")])
 
 
 # ---- everything at once -----------------------------------------------------------------------------------------
@@ -85,6 +98,7 @@ def expected_of_mixed(smollm2):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("enable_prefix_caching", [False, True])
 def test_thirty_two_mixed_requests_in_too_small_a_pool(smollm2, expected_of_mixed, preemption, enable_prefix_caching):

@@ -22,6 +22,7 @@ from minipaged.course.impl import not_written
 
 SECONDS_AFTER_A_FAILURE = 6.0
 SHRINKING_SECONDS = 8  # Hypothesis' own limit is 300: a smaller counterexample is worth less than an answer now
+NO_LIMIT = "steps"  # of MINIPAGED_SHRINK: shrinking ends by Hypothesis' own count of steps, on any machine the same
 
 _findings: list[dict[str, Any]] = []
 _errors: list[str] = []
@@ -33,7 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     from hypothesis.internal.conjecture import engine
 
     if hasattr(engine, "MAX_SHRINKING_SECONDS"):
-        engine.MAX_SHRINKING_SECONDS = int(os.environ.get("MINIPAGED_SHRINK", SHRINKING_SECONDS))
+        limit = os.environ.get("MINIPAGED_SHRINK", str(SHRINKING_SECONDS))
+        engine.MAX_SHRINKING_SECONDS = sys.maxsize if limit == NO_LIMIT else int(limit)
     start = stateful.RuleBasedStateMachine.__init__
 
     @functools.wraps(start)
@@ -103,6 +105,7 @@ def _finding(item: pytest.Item, call: pytest.CallInfo[None], outcome: str) -> di
         "outcome": {"passed": "holds", "failed": "wrong", "skipped": "skipped"}[outcome],
         "seconds": round(call.duration, 3),
         "examples": _examples(getattr(item, "hypothesis_statistics", "")),
+        "shrunk": "shrinking was very slow" not in getattr(item, "hypothesis_statistics", ""),
     }
     said = str(error or "")
     if outcome == "skipped":
