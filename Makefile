@@ -26,12 +26,13 @@ test: $(READY) ## all properties of all chapters, in minutes; those of the real 
 # Not in this list: what must be measured on a quiet machine, and mutation, which takes hours.
 test-all: test test-slow test-machines bugs kernels-compile notebooks test-site test-oracle ## and all else that is tested; an hour on two cores
 
-test-slow: $(READY) ## what `make test` leaves out: the whole of SmolLM2, processes that die, the grader, long lives
+test-slow: $(VENV)/.tutorials ## what `make test` leaves out: the whole of SmolLM2, processes that die, the grader, long lives
 	@$(BIN)/minipaged fetch || echo "(going on without the model)"
 	@$(PYTEST) -m "slow and not oracle"
 
-test-machines: $(READY) ## the state machines with 1,000 scripts each (HYPOTHESIS_PROFILE=thorough: 10,000)
-	@HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-long} $(PYTEST) -m "not slow and not oracle" -k runTest
+PROFILE := long
+test-machines: $(READY) ## the state machines with 1,000 scripts each (PROFILE=thorough: 10,000)
+	@HYPOTHESIS_PROFILE=$(PROFILE) $(PYTEST) -m "not slow and not oracle" -k runTest
 
 test-durations: $(READY) ## where the time of `make test` goes: its twenty slowest tests
 	@$(PYTEST) -m "not slow and not oracle" --durations=20

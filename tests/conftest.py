@@ -30,7 +30,7 @@ _COMMON = {
     "phases": [Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink],
     "suppress_health_check": [HealthCheck.too_slow],
 }
-settings.register_profile("quick", max_examples=50, **_COMMON)
+settings.register_profile("quick", max_examples=25, **_COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, **_COMMON)
 settings.register_profile("long", max_examples=1_000, **_COMMON)
 settings.register_profile("thorough", max_examples=10_000, **_COMMON)

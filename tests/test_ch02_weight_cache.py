@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -100,7 +100,6 @@ def test_a_copy_of_another_version_is_made_anew(monkeypatch):
 
 
 @given(where=st.floats(0.0, 1.0, exclude_max=True), bit=st.integers(0, 7))
-@settings(max_examples=100)
 def test_a_bit_that_flipped_anywhere_is_noticed(where, bit):
     with folder_with_source(TIED) as source:
         loaded(source)
@@ -114,7 +113,6 @@ def test_a_bit_that_flipped_anywhere_is_noticed(where, bit):
 
 
 @given(share=st.floats(0.0, 1.0, exclude_max=True))
-@settings(max_examples=30)
 def test_a_copy_that_was_cut_is_made_anew(share):
     with folder_with_source(TIED) as source:
         loaded(source)

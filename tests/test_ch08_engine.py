@@ -9,11 +9,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton runs on Linux")
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged import LLM, SamplingParams
 from minipaged.model.load import load_model
+from strategies import costly
 
 pytestmark = pytest.mark.ch08
 
@@ -25,7 +26,7 @@ prompts = st.lists(st.integers(0, 256), min_size=1, max_size=12)
     block_size=st.sampled_from((1, 3, 16)),
     budget=st.integers(3, 30),
 )
-@settings(max_examples=8)  # each runs a whole model in the interpreter
+@costly(1 / 8)  # each runs a whole model in the interpreter
 def test_triton_writes_the_same_tokens_as_no_cache(texts, block_size, budget):
     model = load_model("tiny", dtype="float32")
     params = SamplingParams(max_tokens=3, ignore_eos=True)

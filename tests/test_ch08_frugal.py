@@ -137,6 +137,7 @@ def test_other_layouts_are_read_through_their_strides(batch, way, garbage):
 @pytest.mark.parametrize(
     ("num_seqs", "num_kv_heads", "num_splits", "over"), [(8, 1, 8, 0.05), (1, 8, 16, 0.10)], ids=["64 x 8", "1 x 16"]
 )
+@pytest.mark.slow
 def test_a_whole_decode_call_is_near_the_floor(num_seqs, num_kv_heads, num_splits, over):
     """Llama 3 8B at a context of 2,048: tables, lengths, queries, partial results, merge and outputs are the rest.
 

@@ -501,7 +501,7 @@ def test_a_report_as_json_and_csv():
 
 
 def test_files_of_a_report(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="charts need matplotlib: pip install 'minipaged[tutorials]'")
     paths = write(REPORT, [0], tmp_path / "new")
     assert [path.name for path in paths] == ["x.json", "x.csv", "x.txt", "x.svg"]
     drawn = paths[3].read_bytes()

@@ -218,7 +218,19 @@ def small_words(prompts):
     return [[token % len(TOKENS) for token in prompt] for prompt in prompts]
 
 
-@pytest.mark.parametrize("kind, size", [(kind, size) for kind in HEADS for size in (2, 3)] + [("tiny", 1), ("tiny", 4)])
+@pytest.mark.parametrize(
+    "kind, size",
+    [
+        ("tiny", 2),
+        ("SmolLM2's", 2),
+        ("one KV head", 3),
+        *(
+            pytest.param(kind, size, marks=pytest.mark.slow)
+            for kind, size in [("tiny", 1), ("tiny", 3), ("tiny", 4), ("a head a group", 2), ("a head a group", 3)]
+            + [("SmolLM2's", 3), ("one KV head", 2)]
+        ),
+    ],
+)
 def test_a_pool_too_small_a_prefix_cache_and_forks_change_no_token_and_no_logit(
     ranks_are_threads, model_with, kind, size
 ):

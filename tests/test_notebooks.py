@@ -214,7 +214,7 @@ def test_a_slider_shows_one_picture_also_without_its_script():
 
 
 def test_a_chart_takes_the_colours_of_its_page():
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="charts need matplotlib: pip install 'minipaged[tutorials]'")
     from minipaged.viz.notebook import chart, chart_svg
 
     figure, axes = chart("context [tokens]", "time [ms]")
@@ -225,6 +225,7 @@ def test_a_chart_takes_the_colours_of_its_page():
     assert "#010203" not in svg and "<metadata>" not in svg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "problem"),
     [
@@ -235,8 +236,8 @@ def test_a_chart_takes_the_colours_of_its_page():
     ],
 )
 def test_the_runner_says_what_is_wrong_with_a_notebook(code, problem, tmp_path):
-    pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
+    for package in ("nbclient", "ipykernel"):
+        pytest.importorskip(package, reason=f"running notebooks needs {package}: pip install 'minipaged[tutorials]'")
     path = tmp_path / "01_example.ipynb"
     cell = {"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": [], "source": code}
     path.write_text(json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}))
