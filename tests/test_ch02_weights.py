@@ -94,7 +94,7 @@ def logits(transformer, token_ids=(0, 7, EOS, 8, 7, EOS - 1)):
 
 
 def written(config, weights):
-    """The source model, with the operations of a loaded one: where the weights are equal, so is every bit of the logits."""
+    """The source model, with the operations of a loaded one: where the weights are equal, so are the logits' bits."""
     transformer = transformer_of(config, weights)
     use_compiled_ops(transformer)
     return transformer

@@ -1,8 +1,12 @@
 """The real model writes the same tokens with no cache, a contiguous cache and a paged cache, alone and in a batch."""
 
 import pytest
+import torch
 
 from minipaged import LLM, SamplingParams
+from minipaged.model import load
+from minipaged.model.compiled_ops import CompiledTransformer
+from minipaged.model.transformer import Transformer
 
 pytestmark = pytest.mark.smollm2
 
@@ -50,6 +54,13 @@ def test_odd_blocks_chunks_of_prompts_and_preemption_change_nothing(smollm2, exp
 def test_a_prompt_alone_writes_the_same_tokens(smollm2, expected, cache):
     llm = LLM(smollm2, cache=cache, **ENGINE)
     assert [tokens(llm, prompt)[0] for prompt in PROMPTS] == expected
+
+
+def test_the_formulas_and_plain_products_write_the_same_tokens(smollm2, expected):
+    """What `quicken` puts in their places is faster, and nothing else."""
+    plain = load._load("smollm2-135m", torch.float32, 0)
+    assert (type(plain.transformer), type(smollm2.transformer)) == (Transformer, CompiledTransformer)
+    assert tokens(LLM(plain, **ENGINE), *PROMPTS[:4]) == expected[:4]
 
 
 def test_the_text_is_what_a_trained_model_writes(smollm2, expected):

@@ -18,6 +18,9 @@ Numba has no 16-bit floats, so it is given their bits, and the integer's type sa
 They are read as float32 and computed with in float32. A result is rounded once, to the nearest, ties to even.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import numpy as np
 import torch
 from numba import njit
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 
 from minipaged.compiling import compiled, in_threads
 from minipaged.model.contract import KVCache, Step
-from minipaged.model.transformer import Transformer
+from minipaged.model.transformer import Layer, Transformer
 
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 _DTYPES = {torch.float64, torch.float32, *_BITS}
@@ -42,7 +45,7 @@ class CompiledTransformer(Transformer):
         added = self.embed_tokens(step.token_ids)  # [num_tokens, hidden_size]
         hidden = torch.zeros_like(added)
         cos, sin = self.cos[step.positions], self.sin[step.positions]  # [num_tokens, head_dim / 2]
-        for layer in self.layers:
+        for layer in cast(Iterable[Layer], self.layers):
             normed = add_rms_norm(hidden, added, layer.attention_norm)
             qkv = layer.qkv_proj(normed).view(-1, heads + 2 * kv_heads, head_dim)
             rotate(qkv, cos, sin, heads + kv_heads)
@@ -152,13 +155,13 @@ _SUBNORMAL = np.uint32((127 - 14) << 23)  # 2^-14: below it a float16 has steps 
 _REBIAS = np.uint32((127 - 15) << 23)  # from the exponents of float16 to those of float32
 
 
-@njit(inline="always")
+@njit
 def _computed(x, like):  # type: ignore[no-untyped-def]
     """x in the type that elements such as `like` are computed in."""
     return np.float64(x) if isinstance(like, np.float64) else np.float32(x)
 
 
-@njit(inline="always")
+@njit
 def _number(x):  # type: ignore[no-untyped-def]
     """An element of an array, as the number that it stands for."""
     if isinstance(x, np.uint16):
@@ -173,7 +176,7 @@ def _number(x):  # type: ignore[no-untyped-def]
     return x
 
 
-@njit(inline="always")
+@njit
 def _rounded(x, like):  # type: ignore[no-untyped-def]
     """x as an element of the array that `like` is an element of."""
     if isinstance(like, np.uint16):

@@ -3,8 +3,8 @@
 A decode step multiplies a handful of rows by every weight of the model, so it takes as long as reading the weights
 does. A plain `linear` takes longer: the library that does the product wants the weight in tiles of its own shape, and
 lays it out anew at every call. Both libraries that torch brings for it can lay it out once and keep it: MKL and oneDNN.
-Which of them is the quicker depends on the processor. All linear layers of SmolLM2-135M but the head, on two cores each,
-in milliseconds:
+Which is the quicker depends on the processor. All linear layers of SmolLM2-135M but the head, on two cores each, in
+milliseconds:
 
     rows                                    1      8     32    256
     Intel, AMX     float32     plain     15.9   33.0   45.8    172
@@ -46,7 +46,9 @@ class Way(NamedTuple):
 
     library: str  # one of LIBRARIES
     dtype: torch.dtype
-    plain_rows: int = 0  # so few rows are multiplied by the weight as it is: one row needs no tiles, and half as many bytes
+    plain_rows: int = (
+        0  # so few rows are multiplied by the weight as it is: one row needs no tiles, and half as many bytes
+    )
 
     def __str__(self) -> str:
         return f"{self.library} {str(self.dtype).removeprefix('torch.')}"
@@ -95,7 +97,7 @@ def pack_linears(model: nn.Module, way: Way) -> None:
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if is_packable(child) and (packed := pack(child.weight, way)) is not None:
+            if isinstance(child, nn.Linear) and is_packable(child) and (packed := pack(child.weight, way)) is not None:
                 setattr(module, name, PackedLinear(child, packed))
 
 

@@ -61,7 +61,7 @@ def fastest_dtype(device: str = "cpu") -> str:
 
 @lru_cache
 def trial(dtype: torch.dtype, threads: int) -> Times | None:
-    """What each way takes: as it was kept, or measured now and kept. None where it cannot be kept, or is worth nothing."""
+    """What each way takes, as it was kept, or measured now and kept. None where it cannot be, or is worth nothing."""
     about = {
         "format": FORMAT,
         "processor": processor(),
@@ -93,7 +93,7 @@ def trial(dtype: torch.dtype, threads: int) -> Times | None:
 
 @torch.inference_mode()
 def measure(dtype: torch.dtype, possible: list[Way]) -> tuple[Times, float]:
-    """Milliseconds of one product for each way and number of rows, and the share of the processor that this process had.
+    """Milliseconds of one product, for each way and number of rows; and the share of the processor that was ours.
 
     The ways take turns: what disturbs one disturbs all.
     """
@@ -135,7 +135,7 @@ def _best(times: Times) -> tuple[Way, float]:
 
 
 def _by_rule(possible: list[Way]) -> Way:
-    """Without a trial: in the model's own type where that can be packed, by MKL on an Intel processor, else by oneDNN."""
+    """Without a trial: in the model's own type where that can be packed; on an Intel processor MKL, else oneDNN."""
     own = [way for way in possible[1:] if way.dtype == possible[0].dtype] or possible[1:] or possible
     liked = "MKL" if "Intel" in processor() else "oneDNN"
     return next((way for way in own if way.library == liked), own[0])
