@@ -175,7 +175,9 @@ def test_every_half_is_read_and_every_float32_is_rounded_as_torch_does_it(dtype)
     middle = exact.abs() + step / 2
     anything = torch.randint(-(2**31), 2**31 - 1, (len(halves),), dtype=torch.int32).view(torch.float32)
     up, down = torch.tensor(float("inf")), torch.tensor(0.0)
-    drawn = torch.cat([exact, middle, -middle, middle.nextafter(up), middle.nextafter(down), anything])
+    # NaN whose fraction lies in the bits that are rounded away, or is so large that rounding would carry into the sign.
+    nan = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
+    drawn = torch.cat([exact, middle, -middle, middle.nextafter(up), middle.nextafter(down), anything, nan])
     out = torch.empty(len(drawn), dtype=dtype)
     write(drawn.numpy(), compiled_ops._array(out))
     torch.testing.assert_close(out, drawn.to(dtype), rtol=0, atol=0, equal_nan=True)
