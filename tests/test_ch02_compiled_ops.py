@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 from torch import nn
 
-from minipaged.compiling import compiled
 from minipaged.kvcache import RecomputeCache
 from minipaged.model import compiled_ops
 from minipaged.model.compiled_ops import CompiledTransformer, add_rms_norm, rotate, silu_and_multiply, use_compiled_ops
@@ -148,14 +148,15 @@ def test_exp_is_right_to_the_last_places_over_the_whole_range():
     assert ((out - expected).abs() <= 5e-7 * expected.abs()).all()
 
 
-@compiled
+# Not kept on disk: Numba would not notice that the functions under test, in another file, have changed.
+@njit
 def read_and_write(bits, numbers, back):
     for i in range(len(bits)):
         numbers[i] = compiled_ops._number(bits[i])
         back[i] = compiled_ops._rounded(numbers[i], bits[i])
 
 
-@compiled
+@njit
 def write(numbers, bits):
     for i in range(len(bits)):
         bits[i] = compiled_ops._rounded(numbers[i], bits[i])
