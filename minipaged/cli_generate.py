@@ -42,7 +42,9 @@ MaxModelLenOption = Annotated[int | None, typer.Option(help="longest request, in
 RanksOption = Annotated[
     int | None, typer.Option(help="processes to divide the model's heads over (default: as many as torchrun started)")
 ]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64")]
+DtypeOption = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, float64, or auto: the faster of the first two")
+]
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied")]
 TopPOption = Annotated[float, typer.Option(help="draw from the likeliest tokens that make up this probability")]
 SeedOption = Annotated[int | None, typer.Option(help="draw the same text again")]

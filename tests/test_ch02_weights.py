@@ -24,9 +24,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.kvcache import RecomputeCache
+from minipaged.model.compiled_ops import use_compiled_ops
 from minipaged.model.contract import Scheduled, make_step
 from minipaged.model.load import load_model
-from minipaged.model.norm import quicken_norms
 from minipaged.model.transformer import MAX_POSITION, ModelConfig
 from minipaged.model.weights import ModelFileError
 from model_files import (
@@ -94,9 +94,9 @@ def logits(transformer, token_ids=(0, 7, EOS, 8, 7, EOS - 1)):
 
 
 def written(config, weights):
-    """The source model, with the norms of a loaded one: where the weights are equal, so is every bit of the logits."""
+    """The source model, with the operations of a loaded one: where the weights are equal, so are the logits' bits."""
     transformer = transformer_of(config, weights)
-    quicken_norms(transformer)
+    use_compiled_ops(transformer)
     return transformer
 
 

@@ -1,8 +1,12 @@
 """The real model writes the same tokens with no cache, a contiguous cache and a paged cache, alone and in a batch."""
 
 import pytest
+import torch
 
 from minipaged import LLM, SamplingParams
+from minipaged.model import load
+from minipaged.model.compiled_ops import CompiledTransformer
+from minipaged.model.transformer import Transformer
 
 pytestmark = pytest.mark.smollm2
 
@@ -62,6 +66,14 @@ def test_a_prompt_alone_writes_the_same_tokens(smollm2, texts, cache):
     prompts, steps, expected = texts
     llm = LLM(smollm2, cache=cache, **ENGINE)
     assert [tokens(llm, [prompt], steps)[0] for prompt in prompts] == expected
+
+
+def test_the_formulas_and_plain_products_write_the_same_tokens(smollm2, texts):
+    """What `quicken` puts in their places is faster, and nothing else."""
+    prompts, steps, expected = texts
+    plain = load._load("smollm2-135m", torch.float32, 0)
+    assert (type(plain.transformer), type(smollm2.transformer)) == (Transformer, CompiledTransformer)
+    assert tokens(LLM(plain, **ENGINE), prompts, steps) == expected
 
 
 def test_the_text_is_what_a_trained_model_writes(smollm2, texts):

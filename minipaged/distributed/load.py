@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minipaged.distributed.shares import Share, local_config, shares
 from minipaged.model import fetch
-from minipaged.model.load import DTYPES, Model, checked, quicken, tiny_transformer
+from minipaged.model.load import DTYPES, Model, checked, named_dtype, quicken, tiny_transformer
 from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from minipaged.model.transformer import ModelConfig, Transformer
 from minipaged.model.weights import (
@@ -59,8 +59,7 @@ class RankModel(NamedTuple):
 
 def load_slice(name: str | Path, rank: int, size: int, dtype: str, seed: int, device: str) -> RankModel:
     """Arguments as of `load_model`. Raises ValueError where the model, or its number of heads, does not fit."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    dtype = named_dtype(dtype, device)
     source = open_source(name, seed)
     share = shares(source.config, size)[rank]
     try:

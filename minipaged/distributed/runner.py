@@ -27,7 +27,7 @@ from minipaged.engine.runner import Runner
 from minipaged.engine.scheduler import SchedulerOutput
 from minipaged.engine.settings import CacheSettings
 from minipaged.memory.trace import Trace
-from minipaged.model.load import Model, default_device
+from minipaged.model.load import Model, default_device, named_dtype
 
 
 class Parts:
@@ -65,8 +65,9 @@ class Parts:
             )
         name = str(Path(model).resolve()) if Path(model).exists() else str(model)  # a worker may stand elsewhere
         self.size, self.is_torchrun, self.timeout = size, world > 1, timeout
-        self.order = {"do": "load", "model": name, "dtype": dtype or "float32", "seed": seed, "device": device}
-        self.loaded: RankModel = load_slice(name, rank, size, dtype or "float32", seed, rank_device(device, rank))
+        dtype = named_dtype(dtype or "float32", device)  # decided here: two ranks might measure otherwise
+        self.order = {"do": "load", "model": name, "dtype": dtype, "seed": seed, "device": device}
+        self.loaded: RankModel = load_slice(name, rank, size, dtype, seed, rank_device(device, rank))
 
     @property
     def model(self) -> Model:

@@ -45,7 +45,8 @@ class LLM:
     pool; by default at most what 1 GiB holds, the same for every cache. max_model_len: tokens of context at most, by
     default the model's own. backend of the paged cache: "torch", "triton" (on a CPU with Triton's interpreter, which is
     slow), or "auto": Triton on a CUDA device, else torch. dtype and device: of weights and cache; by default float32,
-    and "cuda" where there is such a device. A loaded model has its own, and another is refused.
+    and "cuda" where there is such a device. dtype "auto" is float32 or bfloat16, whichever is the faster here. A loaded
+    model has its own, and another is refused.
 
     enable_prefix_caching: full blocks of the paged cache stay findable by their tokens. preemption: what happens to the
     latest request when the pool runs out: "recompute" or, with the paged cache, "swap" to num_host_blocks blocks of the
@@ -94,6 +95,7 @@ class LLM:
         transformer, self.tokenizer = model
         self.config, self.seed = parts.loaded.config if parts else transformer.config, seed
         weights = transformer.embed_tokens.weight
+        dtype = None if dtype == "auto" else dtype
         for name, wanted, has in (("dtype", dtype, str(weights.dtype)[6:]), ("device", device, str(weights.device))):
             if wanted is not None and wanted not in (has, has.partition(":")[0]):
                 raise ValueError(f"{name} {wanted!r} was asked for, and the loaded model has {has!r}")

@@ -2,16 +2,24 @@
 
 A decode step multiplies a handful of rows by every weight of the model, so it takes as long as reading the weights
 does. A plain `linear` takes longer: the library that does the product wants the weight in tiles of its own shape, and
-lays it out anew at every call. Both libraries that torch brings for it can lay it out once and keep it: MKL, which is
-the better in float32, and oneDNN, which also takes bfloat16 and float16. On two CPU cores all linear layers of
-SmolLM2-135M but the head took, in milliseconds:
+lays it out anew at every call. Both libraries that torch brings for it can lay it out once and keep it: MKL and oneDNN.
+Which is the quicker depends on the processor. All linear layers of SmolLM2-135M but the head, on two cores each, in
+milliseconds:
 
-    rows                       1      8     32    256
-    float32    plain        15.9   33.0   45.8    172
-               oneDNN       18.9   23.2   40.3    168
-               MKL          15.9   23.2   34.7    154
-    bfloat16   plain        17.8   18.1   19.8     42
-               oneDNN       11.9   11.4   13.8     31
+    rows                                    1      8     32    256
+    Intel, AMX     float32     plain     15.9   33.0   45.8    172
+                               oneDNN    18.9   23.2   40.3    168
+                               MKL       15.9   23.2   34.7    154
+                   bfloat16    plain     17.8   18.1   19.8     42
+                               oneDNN    11.9   11.4   13.8     31
+    AMD, AVX2      float32     plain       30     57    105    453
+                               oneDNN      19     27     62    368
+                               MKL         27     58     98    433
+                   bfloat16    plain                   369
+
+The last line is that of a processor without bfloat16 instructions. There the products of a bfloat16 model are done in
+float32, over weights that are packed in float32; the model's numbers, and K and V, stay bfloat16. So there are several
+ways to multiply, and `trial.py` measures which is the fastest on this machine.
 
 One packing serves every number of rows. Results differ by rounding alone (4e-6).
 
@@ -20,9 +28,8 @@ torch offers this through operators without a public name, those that its compil
 device, float64, a build of torch without them, a gradient) goes the plain way.
 """
 
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,78 +37,122 @@ from torch import Tensor, nn
 
 # Hints of how many rows there will be: with these, the tiles were good from 1 row on.
 _ROWS_FOR_MKL, _ROWS_FOR_ONEDNN = 256, 32
-_MIN_SIZE = 1 << 16  # numbers in a weight: a smaller one stays in the processor's cache, and nothing is gained
+LIBRARIES = ("MKL", "oneDNN", "plain")
+MIN_SIZE = 1 << 16  # numbers in a weight: a smaller one stays in the processor's cache, and nothing is gained
+
+
+class Way(NamedTuple):
+    """A way to multiply: who does it, and in which type."""
+
+    library: str  # one of LIBRARIES
+    dtype: torch.dtype
+    plain_rows: int = (
+        0  # so few rows are multiplied by the weight as it is: one row needs no tiles, and half as many bytes
+    )
+
+    def __str__(self) -> str:
+        return f"{self.library} {str(self.dtype).removeprefix('torch.')}"
+
+
+class Packed(NamedTuple):
+    """A weight as a way wants it. The numbers it was made of are not needed for the product."""
+
+    way: Way
+    numbers: Tensor
+    shape: Tensor  # [out_features, in_features], without memory: MKL's product asks a weight for its shape
 
 
 class PackedLinear(nn.Linear):
-    """`nn.Linear` without bias, over the same parameter, with a packed copy of it beside.
+    """`nn.Linear` over the same parameters, with a packed copy of the weight beside.
 
     Invariant: the packed copy is used only while the parameter is the one, and holds the numbers, that were packed.
     """
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, linear: nn.Linear, packed: Packed):
         nn.Module.__init__(self)  # not nn.Linear's: it would draw random numbers for a weight that is here already
-        self.out_features, self.in_features = weight.shape
-        self.weight = weight
-        self.register_parameter("bias", None)
-        self._product, self._packed = _pack(weight)
-        self._packed_of = stamp(weight)
+        self.out_features, self.in_features = linear.weight.shape
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self._packed: Packed | None = packed
+        self._packed_of = stamp(linear.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
+        weight, bias, packed = self.weight, self.bias, self._packed
         is_stale = self._packed_of != stamp(weight)
-        if self._packed is None or is_stale or input.dtype != weight.dtype or is_learning(input, weight):
-            return F.linear(input, weight)
-        return self._product(input, self._packed, weight)
+        if packed is None or is_stale or input.dtype != weight.dtype or is_learning(input, weight, bias):
+            return F.linear(input, weight, bias)
+        if 0 < input.numel() <= packed.way.plain_rows * self.in_features:
+            return F.linear(input, weight, bias)
+        return product(input, packed, bias)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # a packed copy cannot be copied or saved; the parameter can
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Put a PackedLinear in the place of every linear layer without bias whose weight can be packed, in place.
+def pack_linears(model: nn.Module, way: Way) -> None:
+    """Put a PackedLinear in the place of every linear layer whose weight is large enough and can be packed, in place.
 
     Names, parameters and state_dict stay as they are. It costs a second copy of those weights in memory (none of the
     process's own where the first is a mapped file: `weight_cache.py`).
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear and child.bias is None and child.weight.numel() >= _MIN_SIZE:
-                packed = PackedLinear(child.weight)
-                if packed._packed is not None:
-                    setattr(module, name, packed)
+            if isinstance(child, nn.Linear) and is_packable(child) and (packed := pack(child.weight, way)) is not None:
+                setattr(module, name, PackedLinear(child, packed))
 
 
-def _mkl(input: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
-    rows = input.numel() // input.shape[-1]  # were it not what is packed for, torch would take the plain weight instead
-    return torch.ops.mkl._mkl_linear(input, packed, weight, None, rows)
+def is_packable(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.numel() >= MIN_SIZE
 
 
-def _onednn(input: Tensor, packed: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(input, packed, None, "none", [], "")
+def ways(dtype: torch.dtype) -> list[Way]:
+    """All ways to multiply by weights of this type on this processor, the plain one first. Ask for each, and see."""
+    if dtype == torch.float64:
+        return [Way("plain", dtype)]
+    small = torch.zeros(8, 8, dtype=dtype)
+    packing = [Way(library, type) for type in dict.fromkeys((dtype, torch.float32)) for library in LIBRARIES]
+    return [Way("plain", dtype), *(way for way in packing if pack(small, way) is not None)]
 
 
-def _pack(weight: Tensor) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Tensor | None]:
-    """The product of an input with the packed weight, and that weight: None where it cannot be packed, or multiplied.
+def pack(weight: Tensor, way: Way) -> Packed | None:
+    """The weight as the way wants it: None where it cannot be packed, or not be multiplied by, or needs no packing.
 
-    Not every torch has both libraries, and not every processor has products of bfloat16: ask for one, and see.
+    Not every torch has both libraries, and not every processor has products of every type.
     """
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        with suppress(RuntimeError, AttributeError):
-            packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), _ROWS_FOR_MKL)
-            _mkl(weight.new_zeros(1, weight.shape[1]), packed, weight)
-            return _mkl, packed
-    if weight.device.type == "cpu" and weight.dtype != torch.float64:
-        with suppress(RuntimeError, AttributeError):
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS_FOR_ONEDNN)
-            _onednn(weight.new_zeros(1, weight.shape[1]), packed, weight)
-            return _onednn, packed
-    return _onednn, None
+    if (way.library == "plain" and way.dtype == weight.dtype) or weight.device.type != "cpu":
+        return None
+    weight = weight.detach().to(way.dtype)
+    with suppress(RuntimeError, AttributeError):
+        if way.library == "MKL":
+            numbers = torch.ops.mkl._mkl_reorder_linear_weight(weight, _ROWS_FOR_MKL)
+        elif way.library == "oneDNN":
+            numbers = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_FOR_ONEDNN)
+        else:
+            numbers = weight
+        packed = Packed(way, numbers, weight.new_empty(1, 1).expand(weight.shape))
+        product(weight.new_zeros(1, weight.shape[1]), packed)
+        return packed
+    return None
 
 
-def is_learning(input: Tensor, weight: Tensor) -> bool:
+def product(input: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """What `F.linear` of the packed weight gives, in the type of the input."""
+    way, numbers, shape = packed
+    x = input.to(way.dtype)
+    bias = None if bias is None else bias.to(way.dtype)
+    if way.library == "MKL":
+        rows = x.numel() // x.shape[-1]  # were it not what is packed for, torch would take `shape` for the weight
+        out = torch.ops.mkl._mkl_linear(x, numbers, shape, bias, rows)
+    elif way.library == "oneDNN":
+        out = torch.ops.mkldnn._linear_pointwise(x, numbers, bias, "none", [], "")
+    else:
+        out = F.linear(x, numbers, bias)
+    return out.to(input.dtype)
+
+
+def is_learning(*tensors: Tensor | None) -> bool:
     """Whether this call's gradient is wanted: then the plain operation is taken, which has one."""
-    return torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def stamp(weight: Tensor) -> tuple[int, int]:

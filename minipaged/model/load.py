@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 
 from minipaged.model import fetch
-from minipaged.model.linear import pack_linears
-from minipaged.model.norm import quicken_norms
+from minipaged.model.linear import is_packable, pack_linears
 from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from minipaged.model.transformer import ModelConfig, Transformer
+from minipaged.model.trial import fastest_dtype, fastest_way
 from minipaged.model.weight_cache import load_through_cache
 from minipaged.model.weights import (
     ModelFileError,
@@ -54,25 +54,37 @@ def default_device() -> str:
 def load_model(name: str | Path, dtype: str = "float32", seed: int = 0, device: str = "cpu") -> Model:
     """`name`: "smollm2-135m", "tiny", a GGUF file, or a folder with config.json, *.safetensors and tokenizer.json.
 
-    `seed` draws the weights of "tiny". Raises ValueError (ModelFileError, where a file is to blame) with what is wrong,
+    dtype: one of DTYPES, or "auto": float32 or bfloat16, whichever is the faster here (`trial.py`). `seed` draws the
+    weights of "tiny". Raises ValueError (ModelFileError, where a file is to blame) with what is wrong,
     and FetchError where SmolLM2 is not here and cannot be brought.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not in this machine
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    transformer, tokenizer = _load(name, DTYPES[dtype], seed)
+    transformer, tokenizer = _load(name, DTYPES[named_dtype(dtype, device)], seed)
     transformer = transformer.to(device)
     quicken(transformer)
     return Model(transformer, tokenizer)
 
 
+def named_dtype(dtype: str, device: str) -> str:
+    """The dtype that is asked for, "auto" decided. Raises ValueError for an unknown one."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
+    return fastest_dtype(device) if dtype == "auto" else dtype
+
+
 def quicken(transformer: Transformer) -> None:
-    """Put the quicker forms of its layers in their places, once its weights lie where they will be used."""
-    pack_linears(transformer)
-    quicken_norms(transformer)
+    """Put the quicker forms of its parts in their places, once its weights lie where they will be used."""
+    weights = transformer.embed_tokens.weight
+    if weights.device.type != "cpu":
+        return
+    if any(map(is_packable, transformer.modules())):
+        pack_linears(transformer, fastest_way(weights.dtype))
+    from minipaged.model.compiled_ops import use_compiled_ops  # Numba's import takes a while, and a GPU needs none
+
+    use_compiled_ops(transformer)
 
 
 def _load(name: str | Path, dtype: torch.dtype, seed: int) -> Model:

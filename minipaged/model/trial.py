@@ -1,0 +1,169 @@
+"""Chapter 2. Which way to multiply is the fastest on this machine: tried once, and kept beside the model.
+
+    for each way (`linear.ways`), for 1, 8, 32 and 256 rows:   milliseconds, best of a few, the ways in turn
+    the fastest:    the smallest geometric mean over the four numbers of rows, where the smallest of these are left to
+                    the plain way if that is clearly faster there
+
+A trial takes some tenths of a second. What it measured is kept in MINIPAGED_HOME, in a file for each processor, version
+of torch, number of threads and dtype, so that later starts read it. Anybody can read it too, and delete it to have it
+measured anew. Where nothing can be kept, nothing is measured: two starts of one program might choose differently, and
+add in another order. A rule stands in then (`_by_rule`), and also where other programs took the processor meanwhile.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipaged.model.fetch import home
+from minipaged.model.linear import Packed, Way, pack, product, ways
+
+FORMAT = "minipaged linear 1"  # raise the number when what is measured changes
+
+_ROWS = {1: 6, 8: 4, 32: 2, 256: 1}  # rows -> weights in turn: few rows wait for memory, many for arithmetic
+_SHAPE = (3072, 576)  # of the widest layer of SmolLM2-135M: 7 MB in float32, six of which no processor's cache keeps
+_REPEATS = 4
+_CLEARLY = 0.8
+_LEAST_SHARE = 0.8  # of the threads' time that was this process's own: with less, the figures are those of a queue
+# A bfloat16 model reads half as much of K and V, which the trial does not see: it may lose as much as this in products.
+_BFLOAT16_MAY_TAKE = 1.05
+
+Times = dict[Way, list[float]]  # milliseconds for each entry of _ROWS
+
+
+def fastest_way(dtype: torch.dtype) -> Way:
+    """The fastest way to multiply by weights of this type on a CPU, with as many threads as torch has now."""
+    times = trial(dtype, torch.get_num_threads())
+    return _best(times)[0] if times else _by_rule(ways(dtype))
+
+
+def fastest_dtype(device: str = "cpu") -> str:
+    """What "auto" stands for: "bfloat16" where it is the faster, or as fast, else "float32"."""
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device != "cpu":
+        return "float32"
+    threads = torch.get_num_threads()
+    full, half = trial(torch.float32, threads), trial(torch.bfloat16, threads)
+    if full is None or half is None:
+        return "bfloat16" if _by_rule(ways(torch.bfloat16)).dtype == torch.bfloat16 else "float32"
+    return "bfloat16" if _best(half)[1] <= _BFLOAT16_MAY_TAKE * _best(full)[1] else "float32"
+
+
+@lru_cache
+def trial(dtype: torch.dtype, threads: int) -> Times | None:
+    """What each way takes, as it was kept, or measured now and kept. None where it cannot be, or is worth nothing."""
+    about = {
+        "format": FORMAT,
+        "processor": processor(),
+        "torch": torch.__version__,
+        "threads": threads,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+    path = home() / f"linear.{about['dtype']}.{digest}.json"
+    possible = ways(dtype)
+    kept = _read(path, about, possible)
+    if kept is not None:
+        return kept
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Before it is measured: whoever cannot keep a result need not wait for one.
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
+            times, share = measure(dtype, possible)
+            if share < _LEAST_SHARE:
+                return None
+            milliseconds = {str(way): [round(ms, 4) for ms in times[way]] for way in possible}
+            written = Path(folder) / path.name
+            written.write_text(json.dumps({**about, "rows": list(_ROWS), "milliseconds": milliseconds}, indent=1))
+            os.replace(written, path)
+    except OSError:
+        return None
+    return times
+
+
+@torch.inference_mode()
+def measure(dtype: torch.dtype, possible: list[Way]) -> tuple[Times, float]:
+    """Milliseconds of one product, for each way and number of rows; and the share of the processor that was ours.
+
+    The ways take turns: what disturbs one disturbs all.
+    """
+    weights = [torch.randn(_SHAPE).to(dtype) for _ in range(max(_ROWS.values()))]
+    packed = {way: [pack(weight, way) or weight for weight in weights] for way in possible}
+    inputs = {rows: torch.randn(rows, _SHAPE[1]).to(dtype) for rows in _ROWS}
+    times = {way: [math.inf] * len(_ROWS) for way in possible}
+    wall = cpu = 0.0
+    for _ in range(_REPEATS):
+        for i, (rows, count) in enumerate(_ROWS.items()):
+            for way in possible:
+                start, cpu_start = time.perf_counter(), time.process_time()
+                for weight in packed[way][:count]:
+                    _multiply(inputs[rows], weight)
+                took = time.perf_counter() - start
+                wall, cpu = wall + took, cpu + time.process_time() - cpu_start
+                times[way][i] = min(times[way][i], 1e3 * took / count)
+    return times, cpu / (wall * torch.get_num_threads())
+
+
+def _multiply(x: Tensor, weight: Tensor | Packed) -> Tensor:
+    return product(x, weight) if isinstance(weight, Packed) else F.linear(x, weight)
+
+
+def _best(times: Times) -> tuple[Way, float]:
+    """The fastest way, helped by the plain one at few rows where that is clearly faster, and its mean milliseconds."""
+    plain = next(iter(times.values()))
+    best: list[tuple[float, Way]] = []
+    for way, own in times.items():
+        plain_rows, combined = 0, list(own)
+        for i, rows in enumerate(_ROWS):
+            if plain[i] > _CLEARLY * own[i]:
+                break
+            plain_rows, combined[i] = rows, plain[i]
+        mean = math.exp(sum(map(math.log, combined)) / len(combined))
+        best.append((mean, way._replace(plain_rows=plain_rows)))
+    mean, way = min(best)
+    return way, mean
+
+
+def _by_rule(possible: list[Way]) -> Way:
+    """Without a trial: in the model's own type where that can be packed; on an Intel processor MKL, else oneDNN."""
+    own = [way for way in possible[1:] if way.dtype == possible[0].dtype] or possible[1:] or possible
+    liked = "MKL" if "Intel" in processor() else "oneDNN"
+    return next((way for way in own if way.library == liked), own[0])
+
+
+def _read(path: Path, about: dict[str, object], possible: list[Way]) -> Times | None:
+    """What was kept, if it is of this machine and has every way that is possible now; else None."""
+    try:
+        kept = json.loads(path.read_text())
+        if any(kept[name] != value for name, value in about.items()) or kept["rows"] != list(_ROWS):
+            return None
+        times = {way: [float(ms) for ms in kept["milliseconds"][str(way)]] for way in possible}
+        is_whole = all(len(ms) == len(_ROWS) and all(0 < one < math.inf for one in ms) for ms in times.values())
+        return times if is_whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@lru_cache
+def processor() -> str:
+    """Names this processor: what the system calls it, and a digest of its flags where there are any."""
+    fields = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            fields[name.strip()] = value.strip()
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    named = [fields.get(name, "") for name in ("vendor_id", "model name", "cpu family", "model", "stepping")]
+    flags = hashlib.sha256(fields.get("flags", fields.get("Features", "")).encode()).hexdigest()[:8]
+    return " ".join([*filter(None, named), platform.machine(), flags])
