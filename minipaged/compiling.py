@@ -1,0 +1,120 @@
+"""Loops compiled for the CPU by Numba: the options that all of them share, where compiled code is kept, and the threads.
+
+    @compiled                       a plain Python function with loops over NumPy arrays; Numba compiles it at its first
+    def double(x, out): ...         call for each combination of types, and keeps the code on disk for the next process
+
+With NUMBA_DISABLE_JIT=1 the same functions run as the Python that they are, and NumPy checks every index.
+
+Numba does not notice that a function in another file changed: a compiled loop and its helpers stand in one file.
+"""
+
+import os
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from numba import config, njit
+from numba.core import event
+
+# Sums may be taken in another order and a * b + c rounded once. Infinities and NaN stay what they are: a score of -inf
+# is used, and a NaN that was read must show. Without the GIL, other threads of Python run meanwhile.
+OPTIONS: dict[str, Any] = {
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+    "error_model": "numpy",
+    "nogil": True,
+    "cache": True,
+}
+PIECES = 4  # a thread: one that is held up by something else leaves its later pieces to the others
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """The decorator: njit with our options, and the code kept in the package's __pycache__ or under MINIPAGED_HOME."""
+    _say_what_takes_the_seconds()
+    before = config.CACHE_DIR  # one setting for all of a process, and read when a function is decorated
+    try:
+        config.CACHE_DIR = before or _cache_folder(Path(function.__code__.co_filename).parent)
+        return njit(**OPTIONS)(function)
+    finally:
+        config.CACHE_DIR = before
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """The decorator of a helper: it becomes part of each loop that calls it, and what is constant there is here."""
+    return njit(**(OPTIONS | {"cache": False, "inline": "always"}))(function)
+
+
+def in_threads(loop: Callable[..., None], count: int, *arguments: Any, least: int = 1) -> None:
+    """Call loop(first, last, *arguments) for pieces that make up range(count), on torch.get_num_threads() threads.
+
+    A piece has at least `least` items (but for the last): as many as are worth a thread's waking up, about 30 us.
+
+    The threads are Python's own, which sleep while there is nothing to do: Numba's pools would wait in a loop (OpenMP)
+    or refuse a second caller (workqueue), and of two OpenMP runtimes one does not know what the other's threads do.
+    Any number of threads may call this at once. The caller works too, and waits for no thread that has not begun.
+    """
+    num_threads = torch.get_num_threads()
+    size = max(least, -(-count // (PIECES * num_threads)))
+    if num_threads == 1 or count <= size:
+        loop(0, count, *arguments)
+        return
+    pieces = deque(range(0, count, size))
+
+    def work() -> None:
+        while pieces:
+            try:
+                first = pieces.popleft()
+            except IndexError:  # another thread took the last
+                return
+            loop(first, min(first + size, count), *arguments)
+
+    others = [_pool().submit(work) for _ in range(min(num_threads, len(pieces)) - 1)]
+    try:
+        work()
+    finally:
+        for other in others:
+            if not other.cancel():
+                other.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="minipaged")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+
+
+@cache
+def _cache_folder(package: Path) -> str:
+    """Where compiled code is kept: "" stands for the __pycache__ beside the source, Numba's own choice."""
+    try:
+        with tempfile.TemporaryFile(dir=package):
+            return ""
+    except OSError:
+        home = os.environ.get("MINIPAGED_HOME") or Path.home() / ".cache" / "minipaged"
+        return str(Path(home).expanduser() / "compiled")
+
+
+@cache
+def _say_what_takes_the_seconds() -> None:
+    """Once a process, at the first of our functions that is compiled and not loaded."""
+
+    class Notice(event.Listener):
+        def on_start(self, event: Any) -> None:
+            module = event.data["dispatcher"].py_func.__module__
+            if module.startswith("minipaged.") and not said:
+                said.append(module)
+                print("minipaged: compiling loops for this processor, once (some seconds)", file=sys.stderr, flush=True)
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    said: list[str] = []
+    event.register("numba:compile", Notice())
