@@ -5,7 +5,7 @@
 
 With NUMBA_DISABLE_JIT=1 the same functions run as the Python that they are, and NumPy checks every index.
 
-Numba does not notice that a function in another file changed: a compiled loop and its helpers stand in one file.
+Numba does not notice that a function in another file changed: what loops share stands in `compiling_helpers.py`.
 """
 
 import os
@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from numba import config, njit
@@ -30,15 +31,33 @@ OPTIONS: dict[str, Any] = {
     "nogil": True,
     "cache": True,
 }
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PIECES = 4  # a thread: one that is held up by something else leaves its later pieces to the others
 
 
+def can_compile(*tensors: torch.Tensor) -> bool:
+    """Whether compiled loops can read and write these in place: in the memory of a CPU, and where no gradient is wanted.
+
+    The last two are caches, which must be contiguous; of others there may be a contiguous copy.
+    """
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    here = all(tensor.device.type == "cpu" and tensor.dtype in DTYPES for tensor in tensors)
+    return here and not wants_gradient and all(cache.is_contiguous() for cache in tensors[-2:])
+
+
+def array_of(tensor: torch.Tensor) -> Any:
+    """The tensor's memory as NumPy sees it, with no copy if it is contiguous. Halves are their bits, since Numba computes
+    with neither of the two kinds."""
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
+
+
 def compiled(function: Callable[..., Any]) -> Any:
-    """The decorator: njit with our options, and the code kept in the package's __pycache__ or under MINIPAGED_HOME."""
+    """The decorator: njit with our options, and the code kept in our __pycache__ or under MINIPAGED_HOME."""
     _say_what_takes_the_seconds()
     before = config.CACHE_DIR  # one setting for all of a process, and read when a function is decorated
     try:
-        config.CACHE_DIR = before or _cache_folder(Path(function.__code__.co_filename).parent)
+        config.CACHE_DIR = before or _cache_folder()
         return njit(**OPTIONS)(function)
     finally:
         config.CACHE_DIR = before
@@ -92,14 +111,18 @@ if hasattr(os, "register_at_fork"):
 
 
 @cache
-def _cache_folder(package: Path) -> str:
-    """Where compiled code is kept: "" stands for the __pycache__ beside the source, Numba's own choice."""
+def _cache_folder() -> str:
+    """Numba asks whether a loop's own file has changed, and not whether its helpers' has: they name the folder."""
+    package = Path(__file__).parent
+    helpers = (package / "compiling_helpers.py").read_bytes()
+    folder = package / "__pycache__"
     try:
-        with tempfile.TemporaryFile(dir=package):
-            return ""
-    except OSError:
-        home = os.environ.get("MINIPAGED_HOME") or Path.home() / ".cache" / "minipaged"
-        return str(Path(home).expanduser() / "compiled")
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError:  # installed where it cannot be written
+        folder = Path(os.environ.get("MINIPAGED_HOME") or Path.home() / ".cache" / "minipaged").expanduser()
+    return str(folder / f"loops-{crc32(helpers):08x}")
 
 
 @cache
