@@ -54,7 +54,7 @@ def paged_attention(
         return paged_attention_gathered(query, key_cache, value_cache, *tables, **named)
     q = array_of(query.to(torch.promote_types(query.dtype, torch.float32)))  # halves are computed in float32
     table, lens, starts = (array_of(tensor.to(torch.int32)) for tensor in tables)
-    counts = np.diff(starts)
+    counts = query_start_loc.diff().numpy()
     _, num_kv_heads, block_size, head_dim = key_cache.shape
     rows = q.shape[1] // num_kv_heads * int(counts.max(initial=0, where=counts <= MOST_QUERIES))
     parts = (-(-int(lens.max(initial=0)) // PART_SLOTS), len(lens), num_kv_heads)
@@ -94,12 +94,13 @@ def write_kv(
 
 @compiled
 def _store(first, last, key, value, key_cache, value_cache, slot_mapping):
-    block_size = key_cache.shape[2]
+    _, num_kv_heads, block_size, head_dim = key_cache.shape
     for token in range(first, last):
         slot = slot_mapping[token]
-        if slot >= 0:
-            key_cache[slot // block_size, :, slot % block_size] = key[token]
-            value_cache[slot // block_size, :, slot % block_size] = value[token]
+        for head in range(num_kv_heads if slot >= 0 else 0):
+            for d in range(head_dim):
+                key_cache[slot // block_size, head, slot % block_size, d] = key[token, head, d]
+                value_cache[slot // block_size, head, slot % block_size, d] = value[token, head, d]
 
 
 @lru_cache

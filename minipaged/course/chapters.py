@@ -187,13 +187,7 @@ CHAPTERS = {
             "paged attention",
             ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
             (
-                Exercise(
-                    "ch07_paged_attention.py",
-                    "minipaged.attention.paged",
-                    40,
-                    given=("slot_rows",),
-                    note=_SHAPES,
-                ),
+                Exercise("ch07_paged_attention.py", "minipaged.attention.paged", 40, note=_SHAPES),
                 Exercise("ch07_online_softmax.py", "minipaged.attention.online_softmax", 40, note=_SHAPES),
                 Exercise(
                     "ch07_paged_cache.py",
