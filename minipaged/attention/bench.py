@@ -146,7 +146,9 @@ def processor() -> str:
             name, _, value = line.partition(":")
             found[name.strip()] = value.strip()
     flags = found.get("flags", found.get("Features", "")).split()
-    wide = [flag for flag in flags if flag.startswith(("amx", "avx2", "avx512", "avx_vnni", "f16c", "fma", "asimd", "sve"))]
+    wide = [
+        flag for flag in flags if flag.startswith(("amx", "avx2", "avx512", "avx_vnni", "f16c", "fma", "asimd", "sve"))
+    ]
     return f"{found.get('model name', platform.machine())} ({' '.join(wide) or 'flags unknown'})"
 
 

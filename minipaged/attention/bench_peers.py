@@ -84,9 +84,9 @@ def padded(batch: Batch) -> Run:
 
     def grouped() -> Tensor:
         query = batch.query[:, :, None]  # [num_seqs, num_heads, 1, head_dim]
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=batch.scale, enable_gqa=True
-        )[:, :, 0]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=batch.scale, enable_gqa=True)[
+            :, :, 0
+        ]
 
     return min((folded, grouped), key=_best_of_three)
 

@@ -73,9 +73,9 @@ def paged_attention(
         dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
         blocks = block_tables[seq, : -(-seq_len // block_size)]
         key, value = (gather(cache, blocks)[:, :seq_len].to(dtype) for cache in (key_cache, value_cache))
-        out[mine] = causal_attention(
-            query[mine].to(dtype), key, value, scale=scale, sliding_window=sliding_window
-        ).to(out.dtype)
+        out[mine] = causal_attention(query[mine].to(dtype), key, value, scale=scale, sliding_window=sliding_window).to(
+            out.dtype
+        )
     return out.to(query.dtype)
 
 
@@ -144,7 +144,9 @@ def _loop(dtype: torch.dtype) -> Any:
                     keys = widen(keys, widened, is_bfloat16)
                 scores(q, rows, keys, key_cache[following, kv_head], weights)
                 newest = position - origin - low  # the last of the slots that the first query sees
-                _soften(weights, rows, high - low, group, newest, window, m[nth, seq, kv_head], l[nth, seq, kv_head], sums)
+                _soften(
+                    weights, rows, high - low, group, newest, window, m[nth, seq, kv_head], l[nth, seq, kv_head], sums
+                )
                 values = value_cache[block, kv_head, low:high]
                 if is_half:
                     values = widen(values, widened, is_bfloat16)
