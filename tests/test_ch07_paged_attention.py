@@ -138,6 +138,7 @@ def test_long_contexts_of_many_parts_and_wide_heads(attend):
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), num_queries.cumsum(0)]).to(torch.int32)
     query = torch.randn(int(starts[-1]), 6, 64, generator=generator, dtype=torch.float64)
     arguments = (query, keys, values, tables, torch.tensor(lens, dtype=torch.int32), starts)
+    before = torch.empty(0)
     for window in (None, 1, 200, 300):
         expected = paged_attention_gathered(*arguments, scale=0.125, sliding_window=window)
         for threads in (1, 2, 3):
@@ -189,7 +190,7 @@ def test_other_threads_and_a_small_piece_of_work_raise_what_goes_wrong_there():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_child_forked_after_use_attends():
-    """It has none of its parent's threads. Answers were computed beforehand: torch's own threads do not survive either."""
+    """It has none of its parent's threads. What is expected was computed before: torch's own do not survive either."""
     assert _decodes_right(700, 2, times=3)
     torch.set_num_threads(1)  # of the reference, in the child
     arguments, expected = _decode()

@@ -131,8 +131,8 @@ def measure(dtype: torch.dtype, pool: str, repeats: int, with_flex: bool, consol
     table = Table(*columns, title=f"{name}, {pool}", title_justify="left")
     for run, values in times.items():
         ratios = [f"{figure[OURS] / figure[run]:.2f} x" if run != OURS else "" for figure in (best, medians)]
-        error = f"{errors[run]:.0e}" if run in errors else ""
-        table.add_row(run, f"{best[run]:.2f}", f"{medians[run]:.2f}", f"{max(values):.2f}", *ratios, error)
+        off = f"{errors[run]:.0e}" if run in errors else ""
+        table.add_row(run, f"{best[run]:.2f}", f"{medians[run]:.2f}", f"{max(values):.2f}", *ratios, off)
     console.print(table)
     console.print(f"{100 * best[FLOOR] / best[OURS]:.0f} % of the bandwidth floor\n")
     return {"dtype": name, "pool": pool, "ms": times, "errors": errors, "best": best, "medians": medians}

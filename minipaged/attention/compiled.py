@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention, check_write_kv
-from minipaged.attention.contiguous import causal_attention
-from minipaged.attention.paged import gather, paged_attention_gathered
+from minipaged.attention.paged import paged_attention_gathered
 from minipaged.attention.paged import write_kv as write_kv_by_index
 from minipaged.compiling import array_of, can_compile, compiled, in_threads, inlined
 from minipaged.compiling_helpers import add_weighted, exp, scores, widen
@@ -50,8 +49,9 @@ def paged_attention(
     if check:
         check_paged_attention(query, key_cache, value_cache, *tables, sliding_window)
     if not can_compile(query, key_cache, value_cache):
-        named = {"scale": scale, "sliding_window": sliding_window}
-        return paged_attention_gathered(query, key_cache, value_cache, *tables, **named)
+        return paged_attention_gathered(
+            query, key_cache, value_cache, *tables, scale=scale, sliding_window=sliding_window
+        )
     q = array_of(query.to(torch.promote_types(query.dtype, torch.float32)))  # halves are computed in float32
     table, lens, starts = (array_of(tensor.to(torch.int32)) for tensor in tables)
     counts = query_start_loc.diff().numpy()
@@ -68,14 +68,10 @@ def paged_attention(
         _merge(starts, m, l, acc, answers)
     out = torch.from_numpy(answers)
     for seq in np.flatnonzero(counts > MOST_QUERIES):
-        mine, seq_len = slice(starts[seq], starts[seq + 1]), int(lens[seq])
-        # torch's attention sums bfloat16 in float32. Products of float16 would overflow on the way.
-        dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
-        blocks = block_tables[seq, : -(-seq_len // block_size)]
-        key, value = (gather(cache, blocks)[:, :seq_len].to(dtype) for cache in (key_cache, value_cache))
-        out[mine] = causal_attention(query[mine].to(dtype), key, value, scale=scale, sliding_window=sliding_window).to(
-            out.dtype
-        )
+        mine, one = slice(starts[seq], starts[seq + 1]), slice(seq, seq + 1)
+        alone = (block_tables[one], seq_lens[one], torch.tensor([0, mine.stop - mine.start], dtype=torch.int32))
+        prompt = (query[mine], key_cache, value_cache, *alone)
+        out[mine] = paged_attention_gathered(*prompt, scale=scale, sliding_window=sliding_window).to(out.dtype)
     return out.to(query.dtype)
 
 
@@ -112,9 +108,8 @@ def _loop(dtype: torch.dtype) -> Any:
     def attend_parts(
         first, last, query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, scale, window, m, l, acc
     ):
-        """For parts first to last - 1: the maximum m of the scores and the sum l of the weights, [max_parts, num_seqs,
-        num_kv_heads, rows], and the sum acc of weight * value [..., head_dim]. A row is a query and a head of the group.
-        """
+        """For parts first to last - 1: the maximum m of the scores and the sum l of the weights, of shape [max_parts,
+        num_seqs, num_kv_heads, rows], and acc [..., head_dim] of weight * value. A row: a query, a head of the group."""
         num_kv_heads, block_size, head_dim = key_cache.shape[1:]
         group = query.shape[1] // num_kv_heads
         q = np.empty((m.shape[3], head_dim), query.dtype)
@@ -191,7 +186,7 @@ def _soften(weights, rows, num_slots, group, newest, window, m, l, sums):
 
 @compiled
 def _merge(query_start_loc, m, l, acc, out):
-    """The parts of each row become its answer: out [num_tokens, num_heads, head_dim]. A part without slots has m = -inf."""
+    """The parts of each row become its answer, out [num_tokens, num_heads, head_dim]. One without slots has m = -inf."""
     max_parts, num_seqs, num_kv_heads, _ = m.shape
     group = out.shape[1] // num_kv_heads
     for seq in range(num_seqs):
