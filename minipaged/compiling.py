@@ -46,8 +46,8 @@ def can_compile(*tensors: torch.Tensor) -> bool:
 
 
 def array_of(tensor: torch.Tensor) -> Any:
-    """The tensor's memory as NumPy sees it, with no copy if it is contiguous. Halves are their bits: Numba computes with
-    neither of the two kinds."""
+    """The tensor's memory as NumPy sees it, with no copy if it is contiguous. Halves are their bits: Numba computes
+    with neither of the two kinds."""
     tensor = tensor.detach().contiguous()
     return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
 

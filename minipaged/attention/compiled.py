@@ -55,7 +55,7 @@ def paged_attention(
     q = array_of(query.to(torch.promote_types(query.dtype, torch.float32)))  # halves are computed in float32
     table, lens, starts = (array_of(tensor.to(torch.int32)) for tensor in tables)
     counts = query_start_loc.diff().numpy()
-    _, num_kv_heads, block_size, head_dim = key_cache.shape
+    num_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
     rows = q.shape[1] // num_kv_heads * int(counts.max(initial=0, where=counts <= MOST_QUERIES))
     parts = (-(-int(lens.max(initial=0)) // PART_SLOTS), len(lens), num_kv_heads)
     m, l = np.full((*parts, rows), -np.inf, q.dtype), np.empty((*parts, rows), q.dtype)
@@ -109,7 +109,7 @@ def _loop(dtype: torch.dtype) -> Any:
         first, last, query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, scale, window, m, l, acc
     ):
         """For parts first to last - 1: the maximum m of the scores and the sum l of the weights, of shape [max_parts,
-        num_seqs, num_kv_heads, rows], and acc [..., head_dim] of weight * value. A row: a query, a head of the group."""
+        num_seqs, num_kv_heads, rows], and acc [..., head_dim] of weight * value. A row: a query, one of its heads."""
         num_kv_heads, block_size, head_dim = key_cache.shape[1:]
         group = query.shape[1] // num_kv_heads
         q = np.empty((m.shape[3], head_dim), query.dtype)
@@ -186,7 +186,7 @@ def _soften(weights, rows, num_slots, group, newest, window, m, l, sums):
 
 @compiled
 def _merge(query_start_loc, m, l, acc, out):
-    """The parts of each row become its answer, out [num_tokens, num_heads, head_dim]. One without slots has m = -inf."""
+    """The parts of each row become its answer, out [num_tokens, num_heads, head_dim]. An empty one has m = -inf."""
     max_parts, num_seqs, num_kv_heads, _ = m.shape
     group = out.shape[1] // num_kv_heads
     for seq in range(num_seqs):
