@@ -1,4 +1,4 @@
-"""Loops compiled for the CPU by Numba: the options that all of them share, where compiled code is kept, and the threads.
+"""Loops compiled for the CPU by Numba: the options that all of them share, where compiled code is kept, threads.
 
     @compiled                       a plain Python function with loops over NumPy arrays; Numba compiles it at its first
     def double(x, out): ...         call for each combination of types, and keeps the code on disk for the next process
@@ -36,7 +36,7 @@ PIECES = 4  # a thread: one that is held up by something else leaves its later p
 
 
 def can_compile(*tensors: torch.Tensor) -> bool:
-    """Whether compiled loops can read and write these in place: in the memory of a CPU, and where no gradient is wanted.
+    """Whether compiled loops can read and write these in place: in a CPU's memory, and where no gradient is wanted.
 
     The last two are caches, which must be contiguous; of others there may be a contiguous copy.
     """
@@ -46,7 +46,7 @@ def can_compile(*tensors: torch.Tensor) -> bool:
 
 
 def array_of(tensor: torch.Tensor) -> Any:
-    """The tensor's memory as NumPy sees it, with no copy if it is contiguous. Halves are their bits, since Numba computes
+    """The tensor's memory as NumPy sees it, with no copy if it is contiguous. Halves are their bits: Numba computes
     with neither of the two kinds."""
     tensor = tensor.detach().contiguous()
     return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()

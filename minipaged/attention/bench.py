@@ -5,7 +5,7 @@
 One layer of SmolLM2's shape (9 heads on 3 KV heads of 64), 32 sequences with contexts of 128 to 2,048 tokens in blocks
 of 16 that lie anywhere in the pool. Everyone answers the same batch; each answer is held against float64 first. All are
 measured in turn, in an order that changes, so that a noisy moment does not hit one alone and nobody always follows the
-same neighbour; a figure is the median of its runs.
+same neighbour. The best of the runs says what the code can do, the median and the range how quiet the machine was.
 
 Three pools: one without a free block; one of which three quarters are free; and one where all sequences share their
 first 1,024 tokens, so that contiguous memory holds (and reads) 32 copies of them.
@@ -26,9 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minipaged.attention.bench_peers import Batch, Run, bandwidth_floor, flex, gathered, one_by_one, padded
-from minipaged.attention.blockwise import attend, can_read_by_slot
-from minipaged.attention.plan import Plan, make_plan
-from minipaged.attention.workspace import Workspace, keep_freed_memory
+from minipaged.attention.compiled import paged_attention
 
 NUM_SEQS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 9, 3, 64, 16
 SHORTEST, LONGEST = 128, 2048  # tokens
@@ -36,7 +34,7 @@ SHARED_TOKENS = 1024
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 OURS, PADDED, ONE_BY_ONE, FLOOR = "minipaged", "contiguous, padded", "contiguous, each", "bandwidth floor"
 FLEX = "flex_attention"
-TARGETS = {PADDED: 0.8, ONE_BY_ONE: 1.0}  # at most this share of their time, in the first pool
+TARGETS = {PADDED: 0.6, ONE_BY_ONE: 0.8}  # at most this share of their time, in the first pool
 POOLS = ("no block free", "three quarters free", "shared prefix")
 
 
@@ -68,22 +66,12 @@ def make_batch(dtype: torch.dtype, pool: str) -> Batch:
     )
 
 
-def plan_of(batch: Batch) -> Plan:
-    return make_plan(
-        batch.block_tables,
-        batch.seq_lens,
-        batch.query_start_loc,
-        num_heads=NUM_HEADS,
-        num_kv_heads=NUM_KV_HEADS,
-        block_size=BLOCK_SIZE,
-        by_slot=can_read_by_slot(batch.key_cache),
-    )
-
-
 def ours(batch: Batch) -> Run:
-    """As the engine runs it: the plan is made once a step, for all layers (its time stands below the table)."""
-    plan, workspace = plan_of(batch), Workspace()
-    return lambda: attend(batch.query, batch.key_cache, batch.value_cache, plan, workspace, scale=batch.scale)
+    """As the engine runs it: the numbers in the tables are checked once a step, before the first of its layers."""
+    tables = (batch.block_tables, batch.seq_lens, batch.query_start_loc)
+    return lambda: paged_attention(
+        batch.query, batch.key_cache, batch.value_cache, *tables, scale=batch.scale, check=False
+    )
 
 
 def truth(batch: Batch) -> torch.Tensor:
@@ -134,29 +122,34 @@ def measure(dtype: torch.dtype, pool: str, repeats: int, with_flex: bool, consol
     # flex_attention's compiled code brings threads of its own, which stay awake for a while: it takes no turns.
     apart = {name: run for name, run in runs.items() if name == FLEX}
     in_turn = {name: run for name, run in runs.items() if name != FLEX}
-    times = median_times({**in_turn, FLOOR: bandwidth_floor(batch), "plan": lambda: plan_of(batch)}, repeats)
+    times = median_times({**in_turn, FLOOR: bandwidth_floor(batch)}, repeats)
     times |= median_times(apart, repeats)
-    plan_ms = statistics.median(times.pop("plan"))
     name = str(dtype).removeprefix("torch.")
+    best = {run: min(values) for run, values in times.items()}
     medians = {run: statistics.median(values) for run, values in times.items()}
-    table = Table(
-        "", "ms, median", "ms, range", "minipaged takes", "error", title=f"{name}, {pool}", title_justify="left"
-    )
+    columns = ("", "ms, best", "median", "worst", "minipaged takes", "by medians", "error")
+    table = Table(*columns, title=f"{name}, {pool}", title_justify="left")
     for run, values in times.items():
-        ratio = f"{medians[OURS] / medians[run]:.2f} x" if run != OURS else ""
-        table.add_row(
-            run,
-            f"{medians[run]:.2f}",
-            f"{min(values):.2f} to {max(values):.2f}",
-            ratio,
-            f"{errors[run]:.0e}" if run in errors else "",
-        )
+        ratios = [f"{figure[OURS] / figure[run]:.2f} x" if run != OURS else "" for figure in (best, medians)]
+        off = f"{errors[run]:.0e}" if run in errors else ""
+        table.add_row(run, f"{best[run]:.2f}", f"{medians[run]:.2f}", f"{max(values):.2f}", *ratios, off)
     console.print(table)
-    console.print(
-        f"one plan a step: {plan_ms:.2f} ms for all layers; "
-        f"{100 * medians[FLOOR] / medians[OURS]:.0f} % of the bandwidth floor\n"
-    )
-    return {"dtype": name, "pool": pool, "ms": times, "plan_ms": plan_ms, "errors": errors, "medians": medians}
+    console.print(f"{100 * best[FLOOR] / best[OURS]:.0f} % of the bandwidth floor\n")
+    return {"dtype": name, "pool": pool, "ms": times, "errors": errors, "best": best, "medians": medians}
+
+
+def processor() -> str:
+    """The model's name, and which wide instructions it has: the figures of one processor are not another's."""
+    found = {}
+    if Path("/proc/cpuinfo").is_file():
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            found[name.strip()] = value.strip()
+    flags = found.get("flags", found.get("Features", "")).split()
+    wide = [
+        flag for flag in flags if flag.startswith(("amx", "avx2", "avx512", "avx_vnni", "f16c", "fma", "asimd", "sve"))
+    ]
+    return f"{found.get('model name', platform.machine())} ({' '.join(wide) or 'flags unknown'})"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -174,10 +167,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.threads < 1:
             parser.error(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
-    keep_freed_memory()  # for everyone, as the engine does
     console = Console()
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor()}
-    console.print(f"torch {machine['torch']}, {machine['threads']} threads, median of {options.runs} runs in turn\n")
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": processor()}
+    console.print(machine["processor"])
+    console.print(f"torch {machine['torch']}, {machine['threads']} threads, {options.runs} runs in turn\n")
     tables = []
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
@@ -186,12 +179,15 @@ def main(arguments: list[str] | None = None) -> int:
                 tables.append(measure(dtype, pool, options.runs, with_flex, console))
     for found in tables:
         if found["pool"] == POOLS[0]:
-            medians = found["medians"]
-            assert isinstance(medians, dict)
+            best, medians = found["best"], found["medians"]
+            assert isinstance(best, dict) and isinstance(medians, dict)
             for peer, most in TARGETS.items():
-                ratio = medians[OURS] / medians[peer]
+                ratio = best[OURS] / best[peer]
                 verdict = "met" if ratio <= most else "NOT met"
-                console.print(f"{found['dtype']}: at most {most} x {peer}: {ratio:.2f} x, {verdict}")
+                console.print(
+                    f"{found['dtype']}: at most {most} x {peer}: {ratio:.2f} x ({medians[OURS] / medians[peer]:.2f} x "
+                    f"by medians), {verdict}"
+                )
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "tables": tables}, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -4,7 +4,7 @@
     key_cache                     [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 ]     blocks of block_size tokens
     gathered                      [ 7 | 1 | 3 ] -> cut to seq_len -> causal attention of chapter 3
 
-The gather copies the context once a step. `online_softmax.py` does without the copy, and `blockwise.py` is that idea at
+The gather copies the context once a step. `online_softmax.py` does without the copy, and `compiled.py` is that loop at
 full speed, which is what the engine runs; this form is the one to read first, and a second oracle beside the first.
 Source: the PagedAttention paper, section 4.1.
 """
@@ -31,22 +31,6 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     block, offset = slot_mapping // block_size, slot_mapping % block_size  # [num_tokens] each
     key_cache[block, :, offset] = key
     value_cache[block, :, offset] = value
-
-
-def slot_rows(slot_mapping: Tensor, num_kv_heads: int, block_size: int) -> tuple[Tensor, Tensor | None]:
-    """The same translation, done once for all layers: which rows of a cache seen as [-1, head_dim] the tokens go to.
-
-    Returns int64 [num_stored * num_kv_heads], and which tokens are stored (bool [num_tokens]; None for all of them).
-    `cache.view(-1, head_dim)[rows] = key[stored].reshape(-1, head_dim)` is then what write_kv does. Row of (block,
-    head, offset): (block * num_kv_heads + head) * block_size + offset.
-    """
-    stored = slot_mapping >= 0
-    everything = bool(stored.all())
-    slots = slot_mapping if everything else slot_mapping[stored]
-    head = torch.arange(num_kv_heads, device=slots.device)
-    block, offset = slots[:, None] // block_size, slots[:, None] % block_size  # [num_stored, 1] each
-    rows = (block * num_kv_heads + head) * block_size + offset  # [num_stored, num_kv_heads]
-    return rows.flatten(), None if everything else stored
 
 
 def paged_attention_gathered(

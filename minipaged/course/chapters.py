@@ -87,8 +87,7 @@ _STEP = (
 )
 _CACHE = (
     "attend: write_kv, then paged_attention of minipaged.attention, on the caches of the layer, with the scale\n"
-    "# head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None.\n"
-    "# _prepare, slot_rows and blockwise.attend are a faster way to the same: take it or leave it."
+    "# head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None."
 )
 _POOL = ("ReservationPool.__init__", "ReservationPool.num_slots", "ReservationPool.num_requests")
 
@@ -187,13 +186,7 @@ CHAPTERS = {
             "paged attention",
             ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
             (
-                Exercise(
-                    "ch07_paged_attention.py",
-                    "minipaged.attention.paged",
-                    40,
-                    given=("slot_rows",),
-                    note=_SHAPES,
-                ),
+                Exercise("ch07_paged_attention.py", "minipaged.attention.paged", 40, note=_SHAPES),
                 Exercise("ch07_online_softmax.py", "minipaged.attention.online_softmax", 40, note=_SHAPES),
                 Exercise(
                     "ch07_paged_cache.py",

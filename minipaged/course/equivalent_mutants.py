@@ -192,48 +192,4 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "minipaged/memory/unpaged.py",
         "def fits(self, prompt_len: int, num_tokens: int, num_seqs: int = 2) -> bool:",
     ): "the number of sequences is not read",
-    (
-        "minipaged/attention/plan.py",
-        "padded_lines = np.full((len(decodes), num_heads, counts.max(initial= 1)), num_lines)",
-    ): "of no decode there is nothing to fill up",
-    (
-        "minipaged/attention/plan.py",
-        "source=torch.from_numpy(source.reshape(- 2)).to(device),",
-    ): "NumPy takes any negative size for the one that is left over",
-    (
-        "minipaged/attention/blockwise.py",
-        'return cache.device.type <= "cpu" and cache.dtype in (torch.float32, torch.float64)',
-    ): "no other device's name comes before this one's",
-    (
-        "minipaged/attention/blockwise.py",
-        "torch.sparse.sampled_addmm(places, queries, keys.t(), beta= 1.0, alpha=scale, out=places)",
-    ): "what was there is 0",
-    (
-        "minipaged/attention/blockwise.py",
-        "torch.sparse_csr_tensor([0, -1], [], torch.empty(0), size=(1, 1), check_invariants=False)",
-    ): "it is made for the warning alone",
-    (
-        "minipaged/attention/blockwise.py",
-        "if 0 < len(plan.decode_tokens) > plan.num_tokens:",
-    ): "the special case is for speed: the general one has the same answer",
-    (
-        "minipaged/attention/blockwise.py",
-        "if 0 is not len(plan.decode_tokens) == plan.num_tokens:",
-    ): "a length is never negative, and 0 is one object in CPython",
-    (
-        "minipaged/attention/passes.py",
-        "return np.empty((0, 1), dtype=np.int64)",
-    ): "of no run there is nothing to unpack",
-    (
-        "minipaged/attention/passes.py",
-        "return np.empty((0, 3), dtype=np.int64)",
-    ): "of no run there is nothing to unpack",
-    (
-        "minipaged/attention/passes.py",
-        "mine = (blocks >= low) & (blocks < high) * (counts == 1)",
-    ): "of two bools, the product is their `and`",
-    (
-        "minipaged/attention/passes.py",
-        "chosen = np.flatnonzero(~in_run * (width == owners))",
-    ): "of two bools, the product is their `and`",
 }

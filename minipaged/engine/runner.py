@@ -8,13 +8,15 @@ The runner knows block tables as lists of numbers, and asks nobody why they are 
 step is one `StepDescription`. With several devices (chapter 13) every one is told the same.
 """
 
+import ctypes
+import sys
 from contextlib import nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minipaged.attention.workspace import keep_freed_memory
 from minipaged.engine.scheduler import SchedulerOutput
 from minipaged.engine.settings import CacheSettings
 from minipaged.kvcache import ContiguousCache, PagedCache, RecomputeCache
@@ -128,3 +130,18 @@ class Runner(Executor):
 
     def close(self) -> None:
         """Give back what would outlive this object: nothing, on one device."""
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Have the C library keep up to 512 MiB of freed memory for the next tensor. False where it is not glibc.
+
+    By default it maps every larger tensor anew and unmaps it again. Steps of 2,048 tokens of SmolLM2-135M spent 5 % of
+    their time in float32, and 22 % in bfloat16, on pages that were handed out, zeroed and taken back. Pools, being
+    above 64 MiB, are still given back.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of <malloc.h>
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(trim_threshold, 512 << 20) and mallopt(mmap_threshold, 64 << 20))

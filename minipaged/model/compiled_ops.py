@@ -111,7 +111,7 @@ def _rows(numbers: int) -> int:
 
 
 @compiled
-def _add_rms_norm(first, last, hidden, added, weight, eps, out):  # type: ignore[no-untyped-def]
+def _add_rms_norm(first, last, hidden, added, weight, eps, out):
     size = len(weight)
     for row in range(first, last):
         squares = _computed(0.0, weight[0])
@@ -124,7 +124,7 @@ def _add_rms_norm(first, last, hidden, added, weight, eps, out):  # type: ignore
 
 
 @compiled
-def _rotate(first, last, x, cos, sin, num_turned):  # type: ignore[no-untyped-def]
+def _rotate(first, last, x, cos, sin, num_turned):
     half = cos.shape[1]
     for row in range(first, last):
         for head in range(num_turned):
@@ -136,7 +136,7 @@ def _rotate(first, last, x, cos, sin, num_turned):  # type: ignore[no-untyped-de
 
 
 @compiled
-def _silu_and_multiply(first, last, gate_up, out):  # type: ignore[no-untyped-def]
+def _silu_and_multiply(first, last, gate_up, out):
     size = out.shape[1]
     for row in range(first, last):
         for d in range(size):
@@ -156,13 +156,13 @@ _REBIAS = np.uint32((127 - 15) << 23)  # from the exponents of float16 to those 
 
 
 @njit
-def _computed(x, like):  # type: ignore[no-untyped-def]
+def _computed(x, like):
     """x in the type that elements such as `like` are computed in."""
     return np.float64(x) if isinstance(like, np.float64) else np.float32(x)
 
 
 @njit
-def _number(x):  # type: ignore[no-untyped-def]
+def _number(x):
     """An element of an array, as the number that it stands for."""
     if isinstance(x, np.uint16):
         return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
@@ -177,7 +177,7 @@ def _number(x):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _rounded(x, like):  # type: ignore[no-untyped-def]
+def _rounded(x, like):
     """x as an element of the array that `like` is an element of."""
     if isinstance(like, np.uint16):
         bits = np.float32(x).view(np.uint32)
@@ -207,7 +207,7 @@ _POLYNOMIAL = tuple(
 
 # Without fastmath: the two parts of log 2 would be added up, and the smaller lost.
 @njit(error_model="numpy")
-def _exp(x):  # type: ignore[no-untyped-def]
+def _exp(x):
     """e^x within 1e-7 of itself, of operations that a processor does on eight numbers at once; float64 by the library.
 
     x = n log 2 + r with |r| <= log 2 / 2, so e^x = 2^n e^r: 2^n is the bits of an exponent, e^r a polynomial. Above

@@ -5,9 +5,9 @@
     A: [0, 2]     B: [1]
 
 The tensors know nothing of requests. Who owns which block is decided in memory/, in plain Python, and arrives as two
-arrays of the step: `slot_mapping` says where to write, `block_tables` says where to read. Torch and Triton have the
-same two functions under the same names. Every layer of a step has the same tables, so the torch backend checks them,
-and works out what they say, at the first layer, and keeps that for the others (`attention/plan.py`).
+arrays of the step: `slot_mapping` says where to write, `block_tables` says where to read. The compiled loop and Triton
+have the same two functions under the same names. Every layer of a step has the same tables, so the numbers in them are
+checked at its first layer.
 """
 
 # Exercise ch07_paged_cache, about 15 minutes. Write what raises
@@ -19,7 +19,6 @@ and works out what they say, at the first layer, and keeps that for the others (
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # attend: write_kv, then paged_attention of minipaged.attention, on the caches of the layer, with the scale
 # head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None.
-# _prepare, slot_rows and blockwise.attend are a faster way to the same: take it or leave it.
 # Made from minipaged/kvcache/paged.py by minipaged/course/generate.py.
 
 import os
@@ -29,11 +28,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minipaged.attention.blockwise import attend, can_read_by_slot
+from minipaged.attention import compiled
 from minipaged.attention.checks import check_paged_attention, check_write_kv
-from minipaged.attention.paged import slot_rows
-from minipaged.attention.plan import Plan, make_plan
-from minipaged.attention.workspace import Workspace
 from minipaged.model.contract import Step
 from minipaged.model.transformer import ModelConfig
 
@@ -57,10 +53,7 @@ class PagedCache:
             raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
         shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self._kernels = _triton_functions(backend, torch.device(device))
-        self._workspace = Workspace()
-        self._step: Step | None = None  # the step that the next two were made of
-        self._rows: tuple[Tensor, Tensor | None]
-        self._plan: Plan
+        self._checked: Step | None = None  # the step whose numbers fit
         # Not zeroed: the system hands out pages of this memory when they are first written, and not before.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
@@ -68,23 +61,6 @@ class PagedCache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables."""
         raise NotImplementedError("ch07: PagedCache.attend")
-
-    def _prepare(self, query: Tensor, key: Tensor, value: Tensor, step: Step) -> None:
-        """Check a step's arguments, and translate its slots and its tables, once for all layers."""
-        key_cache, value_cache = self.key_cache[0], self.value_cache[0]
-        tables = (step.block_tables, step.seq_lens, step.query_start_loc)
-        check_write_kv(key, value, key_cache, value_cache, step.slot_mapping)
-        check_paged_attention(query, key_cache, value_cache, *tables, sliding_window=None)
-        _, num_kv_heads, block_size, _ = key_cache.shape
-        self._rows = slot_rows(step.slot_mapping, num_kv_heads, block_size)
-        self._plan = make_plan(
-            *tables,
-            num_heads=query.shape[1],
-            num_kv_heads=num_kv_heads,
-            block_size=block_size,
-            by_slot=can_read_by_slot(key_cache),
-        )
-        self._step = step
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks (source, target) in every layer, in this order (chapter 9: copy-on-write)."""

@@ -1,0 +1,206 @@
+"""Chapter 7. Paged attention for a processor: the loop of `online_softmax.py`, compiled by Numba. The engine runs this.
+
+    seq_len 700        part 0              part 1              part 2
+    KV head 0      [ 0 ... 255 ]       [ 256 ... 511 ]     [ 512 ... 699 ]        each: m, l, acc of its slots
+    KV head 1      [ 0 ... 255 ]       [ 256 ... 511 ]     [ 512 ... 699 ]
+
+A part walks the block table over PART_SLOTS positions and reads each block where it lies, once for all query heads of
+the group. Threads share the parts out; then m, l and acc of a row's parts are merged by the same rescaling (chapter 8
+calls it split-KV). Parts begin at fixed positions: an answer depends, to the last bit, neither on the number of threads
+nor on what else is in the batch. While a block is computed with, the next one of the table, which lies anywhere, is
+already on its way into the processor's cache: without this, half of the time goes into waiting for memory.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minipaged.attention.checks import check_paged_attention, check_write_kv
+from minipaged.attention.paged import paged_attention_gathered
+from minipaged.attention.paged import write_kv as write_kv_by_index
+from minipaged.compiling import array_of, can_compile, compiled, in_threads, inlined
+from minipaged.compiling_helpers import add_weighted, exp, scores, widen
+
+PART_SLOTS = 256  # positions of a part
+# Sequences with more queries in a step are gathered: K and V are then used so often that copying them costs little, and
+# the matrix products of torch's attention win. (Two AVX2 cores, 1,024 tokens in bfloat16, ms: 4 queries 1.0 by the loop
+# and 1.2 gathered, 8 queries 1.3 and 1.5, 16 queries 3.0 and 1.6, 32 queries 3.9 and 1.9.)
+MOST_QUERIES = 8
+NO_WINDOW = 2**30  # positions
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    check: bool = True,
+) -> Tensor:
+    """Arguments, answer and errors of `paged_attention_gathered`. check=False: the caller has checked the arguments."""
+    tables = (block_tables, seq_lens, query_start_loc)
+    if check:
+        check_paged_attention(query, key_cache, value_cache, *tables, sliding_window)
+    if not can_compile(query, key_cache, value_cache):
+        return paged_attention_gathered(
+            query, key_cache, value_cache, *tables, scale=scale, sliding_window=sliding_window
+        )
+    q = array_of(query.to(torch.promote_types(query.dtype, torch.float32)))  # halves are computed in float32
+    table, lens, starts = (array_of(tensor.to(torch.int32)) for tensor in tables)
+    counts = query_start_loc.diff().numpy()
+    num_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
+    rows = q.shape[1] // num_kv_heads * int(counts.max(initial=0, where=counts <= MOST_QUERIES))
+    parts = (-(-int(lens.max(initial=0)) // PART_SLOTS), len(lens), num_kv_heads)
+    m, l = np.full((*parts, rows), -np.inf, q.dtype), np.empty((*parts, rows), q.dtype)
+    acc, answers = np.empty((*parts, rows, head_dim), q.dtype), np.empty_like(q)
+    window = q.dtype.type(scale), min(sliding_window or NO_WINDOW, NO_WINDOW)
+    caches = array_of(key_cache), array_of(value_cache)
+    if rows:
+        attend_parts = _loop(query.dtype)
+        in_threads(attend_parts, m[..., 0].size, q, *caches, table, lens, starts, *window, m, l, acc, least=2)
+        _merge(starts, m, l, acc, answers)
+    out = torch.from_numpy(answers)
+    for seq in np.flatnonzero(counts > MOST_QUERIES):
+        mine, one = slice(starts[seq], starts[seq + 1]), slice(seq, seq + 1)
+        alone = (block_tables[one], seq_lens[one], torch.tensor([0, mine.stop - mine.start], dtype=torch.int32))
+        prompt = (query[mine], key_cache, value_cache, *alone)
+        out[mine] = paged_attention_gathered(*prompt, scale=scale, sliding_window=sliding_window).to(out.dtype)
+    return out.to(query.dtype)
+
+
+def write_kv(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor, *, check: bool = True
+) -> None:
+    """Arguments and errors of `paged.write_kv`. check=False: the caller has checked the arguments."""
+    if check:
+        check_write_kv(key, value, key_cache, value_cache, slot_mapping)
+    if not can_compile(key, value, key_cache, value_cache):
+        write_kv_by_index(key, value, key_cache, value_cache, slot_mapping)
+        return
+    arrays = (array_of(tensor) for tensor in (key, value, key_cache, value_cache, slot_mapping.to(torch.int64)))
+    in_threads(_store, len(slot_mapping), *arrays, least=256)
+
+
+@compiled
+def _store(first, last, key, value, key_cache, value_cache, slot_mapping):
+    _, num_kv_heads, block_size, head_dim = key_cache.shape
+    for token in range(first, last):
+        slot = slot_mapping[token]
+        for head in range(num_kv_heads if slot >= 0 else 0):
+            for d in range(head_dim):
+                key_cache[slot // block_size, head, slot % block_size, d] = key[token, head, d]
+                value_cache[slot // block_size, head, slot % block_size, d] = value[token, head, d]
+
+
+@lru_cache
+def _loop(dtype: torch.dtype) -> Any:
+    """The loop for caches of one dtype. What a closure holds is a constant to Numba: it compiles one branch of each."""
+    is_half, is_bfloat16 = dtype.itemsize == 2, dtype is torch.bfloat16
+
+    @compiled
+    def attend_parts(
+        first, last, query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, scale, window, m, l, acc
+    ):
+        """For parts first to last - 1: the maximum m of the scores and the sum l of the weights, of shape [max_parts,
+        num_seqs, num_kv_heads, rows], and acc [..., head_dim] of weight * value. A row: a query, one of its heads."""
+        num_kv_heads, block_size, head_dim = key_cache.shape[1:]
+        group = query.shape[1] // num_kv_heads
+        q = np.empty((m.shape[3], head_dim), query.dtype)
+        weights = np.empty((m.shape[3], block_size + 3), query.dtype)  # slots are taken by four
+        widened = np.empty((block_size, head_dim), query.dtype)
+        for part in range(first, last):
+            kv_head, seq = part % num_kv_heads, part // num_kv_heads % len(seq_lens)
+            nth = part // num_kv_heads // len(seq_lens)  # the parts that all sequences have come first
+            num_queries = query_start_loc[seq + 1] - query_start_loc[seq]
+            position = seq_lens[seq] - num_queries  # of the first query
+            begin, end = max(nth * PART_SLOTS, position + 1 - window), min((nth + 1) * PART_SLOTS, seq_lens[seq])
+            if begin >= end or not 0 < num_queries <= MOST_QUERIES:
+                continue
+            rows = num_queries * group
+            for row in range(rows):
+                for d in range(head_dim):
+                    head = kv_head * group + row % group
+                    q[row, d] = query[query_start_loc[seq] + row // group, head, d] * scale
+            sums = acc[nth, seq, kv_head]
+            l[nth, seq, kv_head], sums[:] = 0, 0
+            for origin in range(begin // block_size * block_size, end, block_size):
+                low, high = max(begin - origin, 0), min(end - origin, block_size)  # only these slots are read
+                block = block_tables[seq, origin // block_size]
+                following = block_tables[seq, min(origin + block_size, end - 1) // block_size]
+                keys = key_cache[block, kv_head, low:high]  # [slots, head_dim]
+                if is_half:
+                    keys = widen(keys, widened, is_bfloat16)
+                scores(q, rows, keys, key_cache[following, kv_head], weights)
+                newest = position - origin - low  # the last of the slots that the first query sees
+                _soften(
+                    weights, rows, high - low, group, newest, window, m[nth, seq, kv_head], l[nth, seq, kv_head], sums
+                )
+                values = value_cache[block, kv_head, low:high]
+                if is_half:
+                    values = widen(values, widened, is_bfloat16)
+                add_weighted(weights, rows, values, value_cache[following, kv_head], sums)
+
+    return attend_parts
+
+
+@inlined
+def _soften(weights, rows, num_slots, group, newest, window, m, l, sums):
+    """Scores of a block become weights, 0 for a slot that the row's query may not see; what was summed is rescaled.
+
+    newest: the last slot that the first query sees, counted from the first of these.
+    """
+    for row in range(rows):
+        seen_from = min(max(newest + row // group + 1 - window, 0), num_slots)
+        seen_to = min(max(newest + row // group + 1, 0), num_slots)
+        maximum = m[row]
+        for s in range(seen_from, seen_to):
+            maximum = max(maximum, weights[row, s])
+        if maximum > m[row]:
+            rescale = np.exp(m[row] - maximum)
+            m[row] = maximum
+            l[row] *= rescale
+            for d in range(sums.shape[1]):
+                sums[row, d] *= rescale
+        if weights.itemsize == 8:
+            for s in range(num_slots):
+                weights[row, s] = np.exp(weights[row, s] - maximum)
+        else:
+            for s in range(num_slots):
+                weights[row, s] = exp(weights[row, s] - maximum)
+        for s in range(seen_from):
+            weights[row, s] = 0
+        for s in range(seen_to, num_slots + 3):
+            weights[row, s] = 0
+        total = l[row]
+        for s in range(num_slots):
+            total += weights[row, s]
+        l[row] = total
+
+
+@compiled
+def _merge(query_start_loc, m, l, acc, out):
+    """The parts of each row become its answer, out [num_tokens, num_heads, head_dim]. An empty one has m = -inf."""
+    max_parts, num_seqs, num_kv_heads, _ = m.shape
+    group = out.shape[1] // num_kv_heads
+    for seq in range(num_seqs):
+        first, num_queries = query_start_loc[seq], query_start_loc[seq + 1] - query_start_loc[seq]
+        for row in range(num_queries * group if num_queries <= MOST_QUERIES else 0):
+            for kv_head in range(num_kv_heads):
+                answer = out[first + row // group, kv_head * group + row % group]
+                maximum, total = m[:, seq, kv_head, row].max(), m.dtype.type(0)
+                answer[:] = 0
+                for nth in range(max_parts):
+                    if m[nth, seq, kv_head, row] != -np.inf:
+                        rescale = np.exp(m[nth, seq, kv_head, row] - maximum)
+                        total += l[nth, seq, kv_head, row] * rescale
+                        for d in range(len(answer)):
+                            answer[d] += acc[nth, seq, kv_head, row, d] * rescale
+                for d in range(len(answer)):
+                    answer[d] /= total
