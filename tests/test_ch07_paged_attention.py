@@ -151,6 +151,18 @@ def test_long_contexts_of_many_parts_and_wide_heads(attend):
             before = by_loop
 
 
+@pytest.mark.parametrize("attend", [compiled.paged_attention], ids=["compiled"])
+@given(batch=paged_batches(max_seqs=1, max_queries=8), window=st.integers(1, 20))
+def test_slots_before_the_window_are_never_read(attend, batch, window):
+    """Those of the first query: the others' windows begin later. (The gathered and the online form mask them.)"""
+    seq_len, block_size = int(batch.seq_lens[0]), batch.key_cache.shape[2]
+    for position in range(max(0, seq_len - len(batch.query) + 1 - window)):
+        block, offset = batch.block_tables[0, position // block_size], position % block_size
+        batch.key_cache[block, :, offset] = batch.value_cache[block, :, offset] = torch.nan
+    out = attend(*batch.arguments, scale=0.5, sliding_window=window)
+    torch.testing.assert_close(out, batch.expected(0.5, window), rtol=1e-9, atol=1e-10)
+
+
 def _decode(seq_len=700, dtype=torch.float32):
     """What decoding 8 sequences of the same length gives, and what it should give."""
     generator = torch.Generator().manual_seed(seq_len)
@@ -213,7 +225,9 @@ def test_a_child_forked_after_use_attends():
 @pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="this is that run")
 def test_the_same_as_plain_python_where_each_index_is_checked():
     """A learner steps through the loop so; and an index past an array's end, or before its start, cannot hide."""
-    chosen = "oracle or smaller_types or widened or write or past_the_end or products or refused_there"
+    chosen = (
+        "oracle or smaller_types or widened or write or past_the_end or before_the_window or products or refused_there"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"compiled and ({chosen})"],
         cwd=Path(__file__).parents[1],

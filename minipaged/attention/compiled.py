@@ -64,7 +64,7 @@ def paged_attention(
     caches = array_of(key_cache), array_of(value_cache)
     if rows:
         attend_parts = _loop(query.dtype)
-        in_threads(attend_parts, m[..., 0].size, q, *caches, table, lens, starts, *window, m, l, acc, least=2)
+        in_threads(attend_parts, m[..., 0].size, q, *caches, table, lens, starts, *window, m, l, acc, least=4)
         _merge(starts, m, l, acc, answers)
     out = torch.from_numpy(answers)
     for seq in np.flatnonzero(counts > MOST_QUERIES):
