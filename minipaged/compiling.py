@@ -31,7 +31,8 @@ OPTIONS: dict[str, Any] = {
     "nogil": True,
     "cache": True,
 }
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+DTYPES = {torch.float64, torch.float32, *BITS}
 PIECES = 4  # a thread: one that is held up by something else leaves its later pieces to the others
 
 
@@ -46,10 +47,10 @@ def can_compile(*tensors: torch.Tensor) -> bool:
 
 
 def array_of(tensor: torch.Tensor) -> Any:
-    """The tensor's memory as NumPy sees it, with no copy if it is contiguous. Halves are their bits: Numba computes
-    with neither of the two kinds."""
-    tensor = tensor.detach().contiguous()
-    return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
+    """The tensor's own memory as NumPy sees it: written to, the tensor changes. Halves are their bits, since Numba
+    computes with neither kind; the integer's type says which it is (`compiling_helpers.number`)."""
+    bits = BITS.get(tensor.dtype)
+    return (tensor if bits is None else tensor.view(bits)).detach().numpy()
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -66,6 +67,11 @@ def compiled(function: Callable[..., Any]) -> Any:
 def inlined(function: Callable[..., Any]) -> Any:
     """The decorator of a helper: it becomes part of each loop that calls it, and what is constant there is here."""
     return njit(**(OPTIONS | {"cache": False, "inline": "always"}))(function)
+
+
+def exactly(function: Callable[..., Any]) -> Any:
+    """The decorator of a helper of single numbers whose sums may not be taken in another order."""
+    return njit(error_model="numpy")(function)
 
 
 def in_threads(loop: Callable[..., None], count: int, *arguments: Any, least: int = 1) -> None:

@@ -10,16 +10,29 @@ from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from minipaged.compiling import compiled, inlined
+from minipaged.compiling import exactly, inlined
+
+
+@inlined
+def widen(halves, widened):
+    """Halves [slots, head_dim], by their bits, as float32 in the first rows of `widened`; returns those rows."""
+    for s in range(len(halves)):
+        for d in range(halves.shape[1]):
+            widened[s, d] = number(halves[s, d])
+    return widened[: len(halves)]
 
 
 @inlined
 def scores(q, rows, keys, following, weights):
-    """weights[row, slot] = q[row] . keys[slot]. The same slots of the following block are asked for meanwhile."""
+    """weights[row, slot] = q[row] . keys[slot]. The same slots of the following block are asked for meanwhile.
+
+    Slots are taken by four: a number of q is loaded once for four products. (The last four may have been taken before.)
+    """
     num_slots, head_dim = keys.shape
-    for s in range(0, num_slots, 4):
+    for begin in range(0, num_slots, 4):
+        prefetch(following, begin, min(begin + 4, num_slots))
+        s = max(min(begin, num_slots - 4), 0)
         s1, s2, s3 = min(s + 1, num_slots - 1), min(s + 2, num_slots - 1), min(s + 3, num_slots - 1)
-        prefetch(following, s, s3)
         k0, k1, k2, k3 = keys[s], keys[s1], keys[s2], keys[s3]
         for row in range(rows):
             x0 = x1 = x2 = x3 = q.dtype.type(0)
@@ -28,65 +41,111 @@ def scores(q, rows, keys, following, weights):
                 x1 += q[row, d] * k1[d]
                 x2 += q[row, d] * k2[d]
                 x3 += q[row, d] * k3[d]
-            weights[row, s], weights[row, s + 1], weights[row, s + 2], weights[row, s + 3] = x0, x1, x2, x3
+            weights[row, s], weights[row, s1], weights[row, s2], weights[row, s3] = x0, x1, x2, x3
 
 
 @inlined
 def add_weighted(weights, rows, values, following, sums):
-    """sums[row] += weights[row, slot] * values[slot], of all slots."""
+    """sums[row] += weights[row, slot] * values[slot], of all slots; four of them for each time that sums is loaded."""
     num_slots, head_dim = values.shape
-    for s in range(0, num_slots, 4):
-        s1, s2, s3 = min(s + 1, num_slots - 1), min(s + 2, num_slots - 1), min(s + 3, num_slots - 1)
-        prefetch(following, s, s3)
-        v0, v1, v2, v3 = values[s], values[s1], values[s2], values[s3]
+    whole = num_slots - num_slots % 4
+    for s in range(0, whole, 4):
+        prefetch(following, s, s + 4)
+        v0, v1, v2, v3 = values[s], values[s + 1], values[s + 2], values[s + 3]
         for row in range(rows):
             w0, w1, w2, w3 = weights[row, s], weights[row, s + 1], weights[row, s + 2], weights[row, s + 3]
             for d in range(head_dim):
                 sums[row, d] += w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d]
-
-
-@compiled
-def exp(x):
-    """exp(x) of a float32 x <= 0, in operations that vectorise: 2^n * e^r with n = round(x / ln 2), and a polynomial
-    for e^r (Cephes, expf). The C library's, which float64 can wait for, takes one number at a time."""
-    is_zero = x < np.float32(-87.0)
-    x = np.float32(-87.0) if is_zero else x  # not max(), which may lose a NaN
-    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
-    e = np.float32(1.9875691500e-4)
-    e = e * r + np.float32(1.3981999507e-3)
-    e = e * r + np.float32(8.3334519073e-3)
-    e = e * r + np.float32(4.1665795894e-2)
-    e = e * r + np.float32(1.6666665459e-1)
-    e = e * r + np.float32(5.0000001201e-1)
-    e = e * r * r + r + np.float32(1.0)
-    e = e * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return np.float32(0.0) if is_zero else e
-
-
-@compiled
-def _of_float16(bits):
-    """5 bits of exponent become 8: 2^112 is the difference of the two biases, and right for subnormal numbers too."""
-    sign = np.uint32(np.uint32(bits & np.uint16(0x8000)) << np.uint32(16))
-    magnitude = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13))
-    scaled = np.float32(magnitude.view(np.float32) * np.float32(2.0**112)).view(np.uint32)
-    if magnitude >= np.uint32(0x0F800000):  # infinite, or NaN
-        scaled = np.uint32(magnitude | np.uint32(0x7F800000))
-    return np.uint32(scaled | sign).view(np.float32)
-
-
-@inlined
-def widen(halves, widened, is_bfloat16):
-    """Halves [slots, head_dim], by their bits, as float32 in the first rows of `widened`; returns those rows."""
-    num_slots, head_dim = halves.shape
-    for s in range(num_slots):
-        if is_bfloat16:
-            for d in range(head_dim):  # a bfloat16 is the upper half of a float32
-                widened[s, d] = np.uint32(np.uint32(halves[s, d]) << np.uint32(16)).view(np.float32)
-        else:
+    prefetch(following, whole, num_slots)
+    for s in range(whole, num_slots):
+        for row in range(rows):
             for d in range(head_dim):
-                widened[s, d] = _of_float16(halves[s, d])
-    return widened[:num_slots]
+                sums[row, d] += weights[row, s] * values[s, d]
+
+
+# ---- one number ------------------------------------------------------------------------------------------------------
+# Numba has no 16-bit floats, so it is given their bits, and the integer's type says which float they are. Which type an
+# element has is known when a loop is compiled, and of each function below one branch is left then.
+#
+#     bfloat16   uint16   the upper half of a float32:   sign, 8 bits of exponent,  7 of fraction
+#     float16    int16    IEEE's half:                   sign, 5 bits of exponent, 10 of fraction
+
+_INFINITY = np.uint32(0x7F800000)  # of float32: every bit of the exponent, none of the fraction. NaN has more
+_SIGN = np.uint32(0x80000000)
+_TOO_LARGE = np.uint32((127 + 16) << 23)  # 65,536: from here on a float16 is infinite, or NaN
+_SUBNORMAL = np.uint32((127 - 14) << 23)  # 2^-14: below it a float16 has steps of 2^-24
+_REBIAS = np.uint32((127 - 15) << 23)  # from the exponents of float16 to those of float32
+
+
+@exactly
+def computed(x, like):
+    """x in the type that elements such as `like` are computed in."""
+    return np.float64(x) if isinstance(like, np.float64) else np.float32(x)
+
+
+@exactly
+def number(x):
+    """An element of an array, as the number that it stands for."""
+    if isinstance(x, np.uint16):
+        return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    if isinstance(x, np.int16):
+        bits = np.uint32(np.uint16(x))
+        magnitude = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))
+        scaled = np.float32(magnitude.view(np.float32) * np.float32(2.0**112)).view(np.uint32)
+        if magnitude >= np.uint32(31 << 23):  # infinity or NaN
+            scaled = magnitude | _INFINITY
+        return np.uint32(scaled | ((bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
+    return x
+
+
+@exactly
+def rounded(x, like):
+    """x as an element of the array that `like` is an element of."""
+    if isinstance(like, np.uint16):
+        bits = np.float32(x).view(np.uint32)
+        if np.uint32(bits & ~_SIGN) > _INFINITY:  # rounded like a number, NaN could become one
+            return np.uint16(0x7FC0)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    if isinstance(like, np.int16):
+        bits = np.float32(x).view(np.uint32)
+        sign, magnitude = bits & _SIGN, np.uint32(bits & ~_SIGN)
+        if magnitude >= _TOO_LARGE:
+            half = np.uint32(0x7E00) if magnitude > _INFINITY else np.uint32(0x7C00)
+        elif magnitude < _SUBNORMAL:  # added to 0.5, a float32 is rounded to steps of 2^-24
+            half = np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(126 << 23)
+        else:
+            odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+            half = np.uint32(magnitude - _REBIAS + np.uint32(0xFFF) + odd) >> np.uint32(13)
+        return np.uint16(half | (sign >> np.uint32(16))).view(np.int16)
+    return x
+
+
+# The coefficients are those of Cephes' expf.
+_POLYNOMIAL = tuple(
+    map(np.float32, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5))
+)
+
+
+@exactly
+def exp(x):
+    """e^x within 1e-7 of itself, of operations that a processor does on eight numbers at once; float64 by the library.
+
+    x = n log 2 + r with |r| <= log 2 / 2, so e^x = 2^n e^r: 2^n is the bits of an exponent, e^r a polynomial. Above
+    88.4 it is infinite, below -87.3 it is 0, and of NaN it is NaN.
+    """
+    if isinstance(x, np.float64):
+        return np.exp(x)
+    bounded = np.float32(89.0) if x > np.float32(89.0) else x
+    bounded = np.float32(-87.3) if x < np.float32(-87.3) else bounded
+    n = np.floor(bounded * np.float32(1.44269504) + np.float32(0.5))
+    r = (bounded - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)  # the first product is exact
+    power = np.float32(0.0)
+    for coefficient in _POLYNOMIAL:
+        power = power * r + coefficient
+    power = power * r * r + r + np.float32(1.0)
+    power *= np.uint32(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)).view(np.float32)
+    return np.float32(0.0) if x < np.float32(-87.3) else power
 
 
 if config.DISABLE_JIT:
@@ -116,8 +175,8 @@ else:
 
 
 @inlined
-def prefetch(tile, first_slot, last_slot):
+def prefetch(tile, first_slot, end):
     lines = (tile.shape[1] * tile.itemsize + 63) // 64  # a cache line has 64 bytes
-    for slot in range(first_slot, last_slot + 1):
+    for slot in range(first_slot, end):
         for line in range(lines):
             _prefetch_line(tile, slot, line)

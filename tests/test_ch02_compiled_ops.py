@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from numba import njit
 from torch import nn
 
+from minipaged.compiling import array_of
+from minipaged.compiling_helpers import number, rounded
 from minipaged.kvcache import RecomputeCache
 from minipaged.model import compiled_ops
 from minipaged.model.compiled_ops import CompiledTransformer, add_rms_norm, rotate, silu_and_multiply, use_compiled_ops
@@ -152,21 +154,21 @@ def test_exp_is_right_to_the_last_places_over_the_whole_range():
 @njit
 def read_and_write(bits, numbers, back):
     for i in range(len(bits)):
-        numbers[i] = compiled_ops._number(bits[i])
-        back[i] = compiled_ops._rounded(numbers[i], bits[i])
+        numbers[i] = number(bits[i])
+        back[i] = rounded(numbers[i], bits[i])
 
 
 @njit
 def write(numbers, bits):
     for i in range(len(bits)):
-        bits[i] = compiled_ops._rounded(numbers[i], bits[i])
+        bits[i] = rounded(numbers[i], bits[i])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_half_is_read_and_every_float32_is_rounded_as_torch_does_it(dtype):
     halves = torch.arange(-(2**15), 2**15, 257 if is_python else 1, dtype=torch.int16).view(dtype)
     numbers, back = torch.empty(len(halves)), torch.empty_like(halves)
-    read_and_write(compiled_ops._array(halves), numbers.numpy(), compiled_ops._array(back))
+    read_and_write(array_of(halves), numbers.numpy(), array_of(back))
     torch.testing.assert_close(numbers, halves.float(), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(back, halves, rtol=0, atol=0, equal_nan=True)
 
@@ -180,7 +182,7 @@ def test_every_half_is_read_and_every_float32_is_rounded_as_torch_does_it(dtype)
     nan = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
     drawn = torch.cat([exact, middle, -middle, middle.nextafter(up), middle.nextafter(down), anything, nan])
     out = torch.empty(len(drawn), dtype=dtype)
-    write(drawn.numpy(), compiled_ops._array(out))
+    write(drawn.numpy(), array_of(out))
     torch.testing.assert_close(out, drawn.to(dtype), rtol=0, atol=0, equal_nan=True)
     is_number = ~drawn.isnan()
     assert torch.equal(out.signbit()[is_number], drawn.signbit()[is_number]), "a zero has lost its sign"

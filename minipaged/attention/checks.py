@@ -12,9 +12,8 @@ def check_write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: T
     _check_caches(key_cache, value_cache)
     num_blocks, num_kv_heads, block_size, head_dim = key_cache.shape
     for name, tensor in (("key", key), ("value", value)):
-        _check(tensor.dim() == 3, f"{name} must be [num_tokens, num_kv_heads, head_dim], got {list(tensor.shape)}")
-        expected = (key.shape[0], num_kv_heads, head_dim)
-        _check(tensor.shape == expected, f"{name} must be {list(expected)}, got {list(tensor.shape)}")
+        expected = [key.shape[0] if key.dim() else 0, num_kv_heads, head_dim]
+        _check(list(tensor.shape) == expected, f"{name} must be {expected}, got {list(tensor.shape)}")
         _check_like_cache(name, tensor, key_cache)
     _check_integers("slot_mapping", slot_mapping, (key.shape[0],), key_cache)
     _check_range("slot_mapping", slot_mapping, -1, num_blocks * block_size - 1)
@@ -37,10 +36,8 @@ def check_paged_attention(
         f"query must be [num_tokens, num_heads, head_dim = {head_dim}], got {list(query.shape)}",
     )
     num_heads = query.shape[1]
-    _check(
-        num_heads > 0 and num_heads % num_kv_heads == 0,
-        f"query has {num_heads} heads, which is not a multiple of the cache's {num_kv_heads} KV heads",
-    )
+    heads = f"query has {num_heads} heads, which is not a multiple of the cache's {num_kv_heads} KV heads"
+    _check(num_heads > 0 and num_heads % num_kv_heads == 0, heads)
     _check_like_cache("query", query, key_cache)
     _check(sliding_window is None or sliding_window >= 1, f"sliding_window must be at least 1, got {sliding_window}")
 

@@ -11,17 +11,19 @@ nor on what else is in the batch. While a block is computed with, the next one o
 already on its way into the processor's cache: without this, half of the time goes into waiting for memory.
 """
 
+import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention, check_write_kv
-from minipaged.attention.paged import paged_attention_gathered
+from minipaged.attention.contiguous import causal_attention
+from minipaged.attention.paged import gather, paged_attention_gathered
 from minipaged.attention.paged import write_kv as write_kv_by_index
-from minipaged.compiling import array_of, can_compile, compiled, in_threads, inlined
+from minipaged.compiling import BITS, array_of, can_compile, compiled, in_threads, inlined
 from minipaged.compiling_helpers import add_weighted, exp, scores, widen
 
 PART_SLOTS = 256  # positions of a part
@@ -29,7 +31,13 @@ PART_SLOTS = 256  # positions of a part
 # the matrix products of torch's attention win. (Two AVX2 cores, 1,024 tokens in bfloat16, ms: 4 queries 1.0 by the loop
 # and 1.2 gathered, 8 queries 1.3 and 1.5, 16 queries 3.0 and 1.6, 32 queries 3.9 and 1.9.)
 MOST_QUERIES = 8
+LEAST_PARTS = 4  # that are worth waking up a thread
 NO_WINDOW = 2**30  # positions
+
+
+class _Named(TypedDict):
+    scale: float
+    sliding_window: int | None
 
 
 def paged_attention(
@@ -45,33 +53,29 @@ def paged_attention(
     check: bool = True,
 ) -> Tensor:
     """Arguments, answer and errors of `paged_attention_gathered`. check=False: the caller has checked the arguments."""
-    tables = (block_tables, seq_lens, query_start_loc)
+    tables, named = (block_tables, seq_lens, query_start_loc), _Named(scale=scale, sliding_window=sliding_window)
     if check:
         check_paged_attention(query, key_cache, value_cache, *tables, sliding_window)
     if not can_compile(query, key_cache, value_cache):
-        return paged_attention_gathered(
-            query, key_cache, value_cache, *tables, scale=scale, sliding_window=sliding_window
-        )
-    q = array_of(query.to(torch.promote_types(query.dtype, torch.float32)))  # halves are computed in float32
-    table, lens, starts = (array_of(tensor.to(torch.int32)) for tensor in tables)
-    counts = query_start_loc.diff().numpy()
-    num_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
-    rows = q.shape[1] // num_kv_heads * int(counts.max(initial=0, where=counts <= MOST_QUERIES))
-    parts = (-(-int(lens.max(initial=0)) // PART_SLOTS), len(lens), num_kv_heads)
-    m, l = np.full((*parts, rows), -np.inf, q.dtype), np.empty((*parts, rows), q.dtype)
-    acc, answers = np.empty((*parts, rows, head_dim), q.dtype), np.empty_like(q)
-    window = q.dtype.type(scale), min(sliding_window or NO_WINDOW, NO_WINDOW)
-    caches = array_of(key_cache), array_of(value_cache)
+        return paged_attention_gathered(query, key_cache, value_cache, *tables, **named)
+    wide = query.to(torch.promote_types(query.dtype, torch.float32)).contiguous()  # halves are computed in float32
+    out, counts = torch.empty_like(wide), query_start_loc.diff()
+    rows = query.shape[1] // key_cache.shape[1] * max(counts[counts <= MOST_QUERIES].tolist(), default=0)
     if rows:
-        attend_parts = _loop(query.dtype)
-        in_threads(attend_parts, m[..., 0].size, q, *caches, table, lens, starts, *window, m, l, acc, least=4)
-        _merge(starts, m, l, acc, answers)
-    out = torch.from_numpy(answers)
-    for seq in np.flatnonzero(counts > MOST_QUERIES):
-        mine, one = slice(starts[seq], starts[seq + 1]), slice(seq, seq + 1)
-        alone = (block_tables[one], seq_lens[one], torch.tensor([0, mine.stop - mine.start], dtype=torch.int32))
-        prompt = (query[mine], key_cache, value_cache, *alone)
-        out[mine] = paged_attention_gathered(*prompt, scale=scale, sliding_window=sliding_window).to(out.dtype)
+        parts = (-(-int(seq_lens.max()) // PART_SLOTS), len(seq_lens), key_cache.shape[1], rows)
+        partial = (wide.new_full(parts, -torch.inf), wide.new_empty(parts), wide.new_empty(*parts, query.shape[2]))
+        q, answers, *m_l_acc = map(array_of, (wide, out, *partial))
+        table, lens, starts = (array_of(tensor.to(torch.int32).contiguous()) for tensor in tables)
+        window = q.dtype.type(scale), min(sliding_window or NO_WINDOW, NO_WINDOW)
+        work = (q, array_of(key_cache), array_of(value_cache), table, lens, starts, *window, *m_l_acc)
+        in_threads(_loop(query.dtype), math.prod(parts[:3]), *work, least=LEAST_PARTS)
+        _merge(starts, *m_l_acc, answers)
+    for seq in (counts > MOST_QUERIES).nonzero().flatten().tolist():
+        # torch's attention sums bfloat16 in float32. Products of float16 would overflow on the way.
+        dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
+        mine, seq_len = slice(int(query_start_loc[seq]), int(query_start_loc[seq + 1])), int(seq_lens[seq])
+        key, value = (gather(cache, block_tables[seq], seq_len).to(dtype) for cache in (key_cache, value_cache))
+        out[mine] = causal_attention(query[mine].to(dtype), key, value, **named).to(out.dtype)
     return out.to(query.dtype)
 
 
@@ -81,11 +85,12 @@ def write_kv(
     """Arguments and errors of `paged.write_kv`. check=False: the caller has checked the arguments."""
     if check:
         check_write_kv(key, value, key_cache, value_cache, slot_mapping)
-    if not can_compile(key, value, key_cache, value_cache):
+    if can_compile(key, value, key_cache, value_cache):
+        new = array_of(key.contiguous()), array_of(value.contiguous())
+        slots = array_of(slot_mapping.to(torch.int64).contiguous())
+        in_threads(_store, len(slots), *new, array_of(key_cache), array_of(value_cache), slots, least=256)
+    else:
         write_kv_by_index(key, value, key_cache, value_cache, slot_mapping)
-        return
-    arrays = (array_of(tensor) for tensor in (key, value, key_cache, value_cache, slot_mapping.to(torch.int64)))
-    in_threads(_store, len(slot_mapping), *arrays, least=256)
 
 
 @compiled
@@ -101,8 +106,8 @@ def _store(first, last, key, value, key_cache, value_cache, slot_mapping):
 
 @lru_cache
 def _loop(dtype: torch.dtype) -> Any:
-    """The loop for caches of one dtype. What a closure holds is a constant to Numba: it compiles one branch of each."""
-    is_half, is_bfloat16 = dtype.itemsize == 2, dtype is torch.bfloat16
+    """The loop for caches of one dtype. What a closure holds is a constant to Numba: dead branches are left out."""
+    is_half = dtype in BITS
 
     @compiled
     def attend_parts(
@@ -113,7 +118,7 @@ def _loop(dtype: torch.dtype) -> Any:
         num_kv_heads, block_size, head_dim = key_cache.shape[1:]
         group = query.shape[1] // num_kv_heads
         q = np.empty((m.shape[3], head_dim), query.dtype)
-        weights = np.empty((m.shape[3], block_size + 3), query.dtype)  # slots are taken by four
+        weights = np.empty((m.shape[3], block_size), query.dtype)
         widened = np.empty((block_size, head_dim), query.dtype)
         for part in range(first, last):
             kv_head, seq = part % num_kv_heads, part // num_kv_heads % len(seq_lens)
@@ -136,7 +141,7 @@ def _loop(dtype: torch.dtype) -> Any:
                 following = block_tables[seq, min(origin + block_size, end - 1) // block_size]
                 keys = key_cache[block, kv_head, low:high]  # [slots, head_dim]
                 if is_half:
-                    keys = widen(keys, widened, is_bfloat16)
+                    keys = widen(keys, widened)
                 scores(q, rows, keys, key_cache[following, kv_head], weights)
                 newest = position - origin - low  # the last of the slots that the first query sees
                 _soften(
@@ -144,7 +149,7 @@ def _loop(dtype: torch.dtype) -> Any:
                 )
                 values = value_cache[block, kv_head, low:high]
                 if is_half:
-                    values = widen(values, widened, is_bfloat16)
+                    values = widen(values, widened)
                 add_weighted(weights, rows, values, value_cache[following, kv_head], sums)
 
     return attend_parts
@@ -157,31 +162,20 @@ def _soften(weights, rows, num_slots, group, newest, window, m, l, sums):
     newest: the last slot that the first query sees, counted from the first of these.
     """
     for row in range(rows):
-        seen_from = min(max(newest + row // group + 1 - window, 0), num_slots)
-        seen_to = min(max(newest + row // group + 1, 0), num_slots)
-        maximum = m[row]
-        for s in range(seen_from, seen_to):
+        last, maximum, total = newest + row // group, m[row], weights.dtype.type(0)  # last: the last slot it sees
+        for s in range(num_slots):
+            if s > last or s <= last - window:
+                weights[row, s] = -np.inf
             maximum = max(maximum, weights[row, s])
-        if maximum > m[row]:
-            rescale = np.exp(m[row] - maximum)
-            m[row] = maximum
-            l[row] *= rescale
-            for d in range(sums.shape[1]):
-                sums[row, d] *= rescale
-        if weights.itemsize == 8:
-            for s in range(num_slots):
-                weights[row, s] = np.exp(weights[row, s] - maximum)
-        else:
-            for s in range(num_slots):
-                weights[row, s] = exp(weights[row, s] - maximum)
-        for s in range(seen_from):
-            weights[row, s] = 0
-        for s in range(seen_to, num_slots + 3):
-            weights[row, s] = 0
-        total = l[row]
+        finite = maximum if maximum > -np.inf else total  # -inf: nothing is seen yet, and -inf - (-inf) would be NaN
+        for s in range(num_slots):
+            weights[row, s] = exp(weights[row, s] - finite)
         for s in range(num_slots):
             total += weights[row, s]
-        l[row] = total
+        rescale = exp(m[row] - finite)
+        m[row], l[row] = maximum, l[row] * rescale + total
+        for d in range(sums.shape[1] if rescale != 1 else 0):
+            sums[row, d] *= rescale
 
 
 @compiled

@@ -54,24 +54,21 @@ def paged_attention_gathered(
     Returns the shape of query. Raises ValueError for arguments that do not fit.
     """
     check_paged_attention(query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, sliding_window)
-    block_size = key_cache.shape[2]
     out = torch.empty_like(query)
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     for seq, seq_len in enumerate(lens):
         rows = slice(starts[seq], starts[seq + 1])
-        if rows.start == rows.stop:
-            continue
-        blocks = block_tables[seq, : -(-seq_len // block_size)]  # [num_logical_blocks]
-        key = gather(key_cache, blocks)[:, :seq_len]  # [num_kv_heads, seq_len, head_dim]
-        value = gather(value_cache, blocks)[:, :seq_len]
-        out[rows] = causal_attention(query[rows], key, value, scale=scale, sliding_window=sliding_window)
+        if rows.start < rows.stop:
+            context = gather(key_cache, block_tables[seq], seq_len), gather(value_cache, block_tables[seq], seq_len)
+            out[rows] = causal_attention(query[rows], *context, scale=scale, sliding_window=sliding_window)
     return out
 
 
 paged_attention = paged_attention_gathered  # one signature, one name: the module says which form it is
 
 
-def gather(cache: Tensor, blocks: Tensor) -> Tensor:
-    """The blocks of one table, in logical order, as one piece: [num_kv_heads, num_blocks * block_size, head_dim]."""
-    _, num_kv_heads, _, head_dim = cache.shape
-    return cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
+def gather(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor:
+    """The tokens of one sequence, in logical order, as one piece: [num_kv_heads, seq_len, head_dim]."""
+    _, num_kv_heads, block_size, head_dim = cache.shape
+    blocks = cache[block_table[: -(-seq_len // block_size)]]  # [num_logical_blocks, num_kv_heads, block_size, head_dim]
+    return blocks.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :seq_len]

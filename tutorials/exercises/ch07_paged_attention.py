@@ -65,6 +65,6 @@ def paged_attention_gathered(
 paged_attention = paged_attention_gathered  # one signature, one name: the module says which form it is
 
 
-def gather(cache: Tensor, blocks: Tensor) -> Tensor:
-    """The blocks of one table, in logical order, as one piece: [num_kv_heads, num_blocks * block_size, head_dim]."""
+def gather(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor:
+    """The tokens of one sequence, in logical order, as one piece: [num_kv_heads, seq_len, head_dim]."""
     raise NotImplementedError("ch07: gather")
