@@ -131,7 +131,7 @@ def attention(found: dict[str, Any]) -> str:
     """One decode step's attention, in milliseconds: less is better. The floor reads the same bytes and no more."""
     machine = found["machine"]
     parts = [
-        f"torch {machine['torch']}, {machine['threads']} threads; medians, all of them in turn.\n",
+        f"{_processor(machine)}torch {machine['torch']}, {machine['threads']} threads; all of them in turn.\n",
         _beside_contiguous(found["tables"]),
     ]
     for dtype in dict.fromkeys(each["dtype"] for each in found["tables"]):
@@ -159,15 +159,20 @@ def attention(found: dict[str, Any]) -> str:
                     f"{medians[name]:.2f}",
                     f"{min(ms):.2f} to {max(ms):.2f}",
                     "" if name == ours else f"{medians[ours] / medians[name]:.2f} x",
+                    "" if name == ours else f"{min(each['ms'][ours]) / min(ms):.2f} x",
                     f"{each['errors'][name]:.0e}" if name in each["errors"] else "",
                 ]
                 for name, ms in each["ms"].items()
             ]
+            parts.append(f"**{each['pool'].capitalize()}**\n")
             parts.append(
-                f"**{each['pool'].capitalize()}**; the plan, once a step for all layers: {each['plan_ms']:.2f} ms\n"
+                table(["", "ms, median", "quickest to slowest", f"{ours} takes", "by the best", "error"], rows)
             )
-            parts.append(table(["", "ms", "quickest to slowest", f"{ours} takes", "error"], rows))
     return "\n\n".join(parts)
+
+
+def _processor(machine: dict[str, Any]) -> str:
+    return f"{machine['processor']}. " if machine["processor"] else ""
 
 
 def _beside_contiguous(tables: list[dict[str, Any]]) -> str:

@@ -46,14 +46,14 @@ FORMS = {  # what the benchmarks write, in small: the fields of minipaged/bench,
         "memory": {"contiguous": [[140, 2048], [280, 4096]], "paged": [[140, 144], [280, 288]]},
     },
     "attention": {
-        "machine": {"torch": "2.13.0", "threads": 2, "processor": ""},
+        "machine": {"torch": "2.13.0", "threads": 2, "processor": "A processor (avx2 fma)"},
         "tables": [
             {
                 "dtype": "float32",
                 "pool": "no block free",
                 "ms": {"minipaged": [4.0, 5.0, 6.0], "contiguous, padded": [9.0, 10.0, 12.0], "bandwidth floor": [3.0]},
-                "plan_ms": 0.25,
                 "errors": {"minipaged": 1e-7, "contiguous, padded": 2e-7},
+                "best": {"minipaged": 4.0, "contiguous, padded": 9.0, "bandwidth floor": 3.0},
                 "medians": {"minipaged": 5.0, "contiguous, padded": 10.0, "bandwidth floor": 3.0},
             }
         ],
@@ -200,6 +200,8 @@ def test_paging_costs_nothing_only_where_the_figures_say_so():
     found = copy.deepcopy(FORMS["attention"])
     shown = measured_tables.attention(found)
     assert "Paging costs nothing here" in shown and "in float32 0.50 times (contiguous, padded)" in shown
+    assert "A processor (avx2 fma). torch" in shown
+    assert "| contiguous, padded | 10.00 | 9.00 to 12.00 | 0.50 x | 0.44 x | 2e-07 |" in shown
     found["tables"][0]["ms"]["contiguous, padded"] = [4.8, 4.9, 5.0]
     found["tables"][0]["medians"]["contiguous, padded"] = 4.9
     assert "Paging has a price here" in measured_tables.attention(found)
