@@ -39,7 +39,7 @@ settings.register_profile(
     "course", max_examples=int(os.environ.get("MINIPAGED_EXAMPLES", "50")), derandomize=True, **_COMMON
 )
 # Loops as plain Python, a thousand times as slow: a few examples pass through every line.
-settings.register_profile("numba_as_python", max_examples=8, derandomize=True, **_COMMON)
+settings.register_profile("numba_as_python", max_examples=5, derandomize=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 

@@ -264,6 +264,7 @@ def test_weights_that_were_written_to_are_those_that_are_used():
 # ---- Numba itself ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(is_python, reason="this is that run")
 def test_all_of_this_holds_without_the_compiler_too():
     """Where every function is the Python that it is written in, and NumPy checks each index."""

@@ -16,6 +16,7 @@ from minipaged.model import fetch, load, weight_cache
 from minipaged.model.load import load_model
 from minipaged.model.transformer import ModelConfig
 from model_files import SMALL, TOKENS, random_weights, write_gguf
+from strategies import costly
 
 pytestmark = pytest.mark.ch02
 
@@ -99,6 +100,7 @@ def test_a_copy_of_another_version_is_made_anew(monkeypatch):
         assert loaded(source)[1]
 
 
+@costly(1 / 2)
 @given(where=st.floats(0.0, 1.0, exclude_max=True), bit=st.integers(0, 7))
 def test_a_bit_that_flipped_anywhere_is_noticed(where, bit):
     with folder_with_source(TIED) as source:
@@ -112,6 +114,7 @@ def test_a_bit_that_flipped_anywhere_is_noticed(where, bit):
         assert_same(loaded(source)[0], source)
 
 
+@costly(1 / 2)
 @given(share=st.floats(0.0, 1.0, exclude_max=True))
 def test_a_copy_that_was_cut_is_made_anew(share):
     with folder_with_source(TIED) as source:

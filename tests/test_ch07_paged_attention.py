@@ -223,15 +223,21 @@ def test_a_child_forked_after_use_attends():
 
 
 @pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="this is that run")
-def test_the_same_as_plain_python_where_each_index_is_checked():
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        "equals_the_oracle or write or refused_there",
+        pytest.param(
+            "smaller_types or widened or past_the_end or before_the_window or products", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_the_same_as_plain_python_where_each_index_is_checked(chosen):
     """A learner steps through the loop so; and an index past an array's end, or before its start, cannot hide."""
-    chosen = (
-        "oracle or smaller_types or widened or write or past_the_end or before_the_window or products or refused_there"
-    )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"compiled and ({chosen})"],
         cwd=Path(__file__).parents[1],
-        env={**os.environ, "NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "course", "MINIPAGED_EXAMPLES": "6"},
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_PROFILE": "course", "MINIPAGED_EXAMPLES": "4"},
         capture_output=True,
         text=True,
         check=False,

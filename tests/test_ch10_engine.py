@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from minipaged import LLM, SamplingParams
 from minipaged.model.load import load_model
 from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer
+from strategies import costly
 
 pytestmark = pytest.mark.ch10
 
@@ -70,6 +71,7 @@ prompts = (
 ).map(tuple)
 
 
+@costly(1 / 2)
 @given(llm=engines(), texts=st.lists(prompts, min_size=1, max_size=6), max_tokens=st.integers(1, 12), eos=st.booleans())
 def test_greedy_tokens_equal_those_of_the_request_alone(llm, texts, max_tokens, eos):
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=not eos)
@@ -86,6 +88,7 @@ def test_greedy_tokens_equal_those_of_the_request_alone(llm, texts, max_tokens, 
     assert not llm.scheduler.has_unfinished()
 
 
+@costly(1 / 2)
 @given(llm=engines(2), texts=st.lists(prompts, min_size=1, max_size=5), seed=st.integers(0, 99), data=st.data())
 def test_a_seed_gives_the_same_text_in_any_batch(llm, texts, seed, data):
     params = SamplingParams(n=2, max_tokens=5, temperature=1.5, top_p=0.9, top_k=40, seed=seed, ignore_eos=True)
@@ -95,6 +98,7 @@ def test_a_seed_gives_the_same_text_in_any_batch(llm, texts, seed, data):
     assert [o.token_ids for o in together[chosen].outputs] == [o.token_ids for o in apart.outputs]
 
 
+@costly(1 / 2)
 @given(llm=engines(), texts=st.lists(prompts, min_size=1, max_size=5), after=st.integers(1, 12))
 def test_leaving_a_stream_early_gives_back_all_memory(llm, texts, after):
     stream = llm.stream([{"prompt_token_ids": list(text)} for text in texts], SamplingParams(max_tokens=8))
@@ -110,6 +114,7 @@ def test_leaving_a_stream_early_gives_back_all_memory(llm, texts, after):
     ].token_ids == alone(text, 4, True)
 
 
+@costly(1 / 2)
 @given(llm=engines(), fail_at=st.integers(0, 5), texts=st.lists(prompts, min_size=1, max_size=4))
 def test_a_model_that_fails_leaves_no_memory_behind(llm, fail_at, texts):
     steps = 0
@@ -145,6 +150,7 @@ def test_a_small_pool_preempts_and_changes_no_text():
     assert [o.outputs[0].token_ids for o in outputs] == [alone(t, 20, True) for t in texts]
 
 
+@costly(1 / 2)
 @given(
     llm=engines(),
     texts=st.lists(prompts, min_size=1, max_size=4),
@@ -159,6 +165,7 @@ def test_streamed_pieces_join_to_the_final_text(llm, texts, stop):
     assert pieces == [output.outputs[0].text for output in llm.generate(requests, params)]
 
 
+@costly(1 / 2)
 @given(llm=engines(), texts=st.lists(prompts, min_size=2, max_size=4), turns=st.lists(st.booleans(), max_size=20))
 def test_two_streams_that_take_turns_lose_no_token(llm, texts, turns):
     """Whoever steps computes for all; what is the other's is kept for it."""
@@ -183,6 +190,7 @@ def test_a_stream_that_nobody_reads_holds_nothing():
     assert not llm.scheduler.has_unfinished()
 
 
+@costly(1 / 2)
 @given(text=prompts.filter(lambda text: len(text) < 30), at=st.integers(0, 7))
 def test_the_end_of_text_token_ends_it(text, at):
     """`tiny` hardly ever ends a text by itself, so call one of the tokens that it does write the end."""
@@ -197,6 +205,7 @@ def test_the_end_of_text_token_ends_it(text, at):
     assert ignoring.token_ids == whole
 
 
+@costly(1 / 2)
 @given(text=prompts.filter(lambda text: len(text) < 30), at=st.integers(0, 9), length=st.integers(1, 3))
 def test_a_stop_string_ends_the_text_before_it(text, at, length):
     llm = engine()

@@ -196,7 +196,16 @@ CHAPTERS = {
                     note=_CACHE,
                 ),
             ),
-            deselect=("recompute", "contiguous]", "in_use_exactly", "translates_every_position"),
+            deselect=(
+                "recompute",
+                "contiguous]",
+                "in_use_exactly",
+                "translates_every_position",
+                "plain_python",
+                "forked",
+                "three_threads",
+                "widened",  # of the compiled loop alone
+            ),
             examples=25,
         ),
         Chapter(
