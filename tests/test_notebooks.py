@@ -232,6 +232,7 @@ def test_a_chart_takes_the_colours_of_its_page():
         ("1 + 1", None),
         ("raise ValueError('no such block')", "no such block"),
         ("import warnings; warnings.warn('old name')", "wrote to stderr"),
+        ("import sys; print('minipaged: compiling loops for this processor', file=sys.stderr)", None),
         ("import time; time.sleep(3)", "took|timed out"),
     ],
 )

@@ -5,7 +5,8 @@
     python tutorials/run_notebooks.py --keep site/tutorials   and write what ran, with its outputs, into a folder
     python tutorials/run_notebooks.py --strip                 run nothing: take outputs, counts and ids out of the files
 
-A notebook fails where a cell raises, where one writes to stderr (a warning), or where it takes longer than allowed.
+A notebook fails where a cell raises, where one writes to stderr (a warning; minipaged's notice that it compiles, which
+comes once on a machine, is none), or where it takes longer than allowed.
 """
 
 import json
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 FOLDER = Path(__file__).parent
+NOTICE = re.compile(r"^minipaged: compiling loops .*$", re.MULTILINE)
 SECONDS = 60.0  # what one notebook may take on two cores (the course's promise)
 
 
@@ -93,7 +95,8 @@ def run(path: Path, limit: float, keep: Path | None) -> tuple[Path, float, str |
 
 def _stderr(notebook: Any) -> list[str]:
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+    texts = (output.text for output in outputs if output.output_type == "stream" and output.name == "stderr")
+    return [text for text in texts if NOTICE.sub("", text).strip()]
 
 
 def stripped(path: Path) -> None:
