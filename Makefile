@@ -115,7 +115,7 @@ test-site: site $(VENV)/.site-test ## the built site in a headless Chromium (CHR
 	@$(BIN)/python -m pytest tools/website -p no:cacheprovider -rs
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis minipaged/__pycache__/loops-*
 
 # The mark is written last. An environment without it was never finished, and is not mended but made anew.
 $(READY): pyproject.toml constraints.txt

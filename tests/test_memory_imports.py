@@ -33,4 +33,10 @@ def test_nothing_heavy_comes_along():
     names = [f"minipaged.memory.{path.stem}" for path in MODULES if path.stem != "__init__"]
     code = f"import sys, {', '.join(names)}; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "numpy", "triton", "hypothesis"} & set(loaded)
+    assert not {"torch", "numpy", "numba", "triton", "hypothesis"} & set(loaded)
+
+
+def test_the_package_and_the_scheduler_bring_no_compiler_and_no_tensor_library():
+    code = "import sys, minipaged, minipaged.engine, minipaged.engine.scheduler; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "numba", "triton"} & set(loaded)
