@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
@@ -51,7 +51,6 @@ def known_bytes(tokenizer: TextTokenizer):
 # ---- there and back --------------------------------------------------------------------------------------------------
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=any_text)
 def test_decoding_what_was_encoded_gives_the_text(tokenizer, text):
     known = known_bytes(tokenizer)
@@ -155,7 +154,6 @@ def test_what_is_no_unicode_text_is_refused_with_its_place(before, half, after):
 # ---- streaming -------------------------------------------------------------------------------------------------------
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_streamed_text_is_the_text_of_all_tokens(tokenizer, data):
     """Any tokens, as a model that was never trained writes them: characters broken off in the middle among them."""
@@ -171,7 +169,6 @@ def test_streamed_text_is_the_text_of_all_tokens(tokenizer, data):
     assert stream.finish() == "", "given out twice"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=any_text.filter(lambda text: "\ufffd" not in text))
 def test_text_is_given_out_as_soon_as_a_token_ends_with_a_whole_character(tokenizer, text):
     if set(text.encode()) - known_bytes(tokenizer):

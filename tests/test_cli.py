@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged import __version__
@@ -21,7 +21,6 @@ from minipaged.model.load import load_model
 from model_files import SMALL, random_weights, write_folder, write_gguf
 from test_fetch import MODEL, WHEEL_NAME, make_wheel
 
-same_home = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 WEIGHTS = random_weights(SMALL)
 HANG = 600  # seconds, at least ten times what a busy machine needs: a process that takes longer stands still
 
@@ -100,7 +99,6 @@ def test_generate_continues_the_prompt(run):
     assert len(out) > len("Hello\n")
 
 
-@same_home
 @given(prompt=st.text(min_size=1, max_size=20).filter(lambda text: text.strip("-") and not text.startswith("-")))
 def test_json_and_text_say_the_same_with_every_cache(run, prompt):
     answers = []
@@ -297,7 +295,6 @@ def test_without_a_network_every_command_says_how_to_get_the_model(run, home, ar
 _WORDS = st.sampled_from(("-1", "0", "1", "2", "3", "16", "1.5", "1e3", "x", "", "nan", "-inf", "१", "--", "0x1", " 2"))
 
 
-@same_home
 @given(
     options=st.dictionaries(
         st.sampled_from(

