@@ -203,7 +203,8 @@ CHAPTERS = {
                 "translates_every_position",
                 "plain_python",
                 "forked",
-                "three_threads",
+                "two_threads",
+                "other_threads",
                 "widened",  # of the compiled loop alone
             ),
             examples=25,
