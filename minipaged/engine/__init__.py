@@ -1,12 +1,12 @@
 """Chapter 10. The serving engine: requests, sampling, the scheduler, and `LLM` on top.
 
-Imported lazily: the scheduler is plain Python, and whoever wants only that does not wait for torch.
+Imported lazily: the scheduler is plain Python, and a program that wants only that does not wait for torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minipaged.engine.beam import BeamSearchParams
+    from minipaged.engine.beam_search import BeamSearchParams
     from minipaged.engine.llm import LLM
     from minipaged.engine.sequence import CompletionOutput, RequestOutput, SamplingParams
 
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name == "BeamSearchParams":
-        from minipaged.engine.beam import BeamSearchParams
+        from minipaged.engine.beam_search import BeamSearchParams
 
         return BeamSearchParams
     if name in __all__:

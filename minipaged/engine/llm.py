@@ -1,9 +1,9 @@
-"""Chapter 10. `LLM`: prompts in, texts out, over any of the three caches. The engine below does the work."""
+"""Chapter 10. `LLM`: prompts in, texts out. The engine below does the work."""
 
 import operator
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -11,13 +11,19 @@ from typing import NotRequired, TypedDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from minipaged.engine.beam import BeamSearchParams
-from minipaged.engine.llm_engine import LLMEngine, StreamOutput
-from minipaged.engine.metrics import Metrics
+from minipaged.engine.beam_search import BeamSearchParams, Search, beam_search
+from minipaged.engine.cache_config import CACHES, make_cache_config
+from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.runner import Runner
-from minipaged.engine.scheduler import Preemption, Scheduler
-from minipaged.engine.sequence import RequestOutput, SamplingParams
-from minipaged.engine.settings import CACHES, cache_settings
+from minipaged.engine.scheduler import Scheduler
+from minipaged.engine.sequence import (
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Sequence,
+    StreamOutput,
+)
+from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.trace import Trace
 from minipaged.model.load import Model, default_device, load_model
 from minipaged.model.tokenizer import Message
@@ -34,23 +40,22 @@ class TokenPrompt(TypedDict):
 
 Prompt = str | TokenPrompt
 Prompts = Prompt | list[Prompt] | list[str]
-Params = SamplingParams | BeamSearchParams
 
 
-class LLM:
-    """A model, a cache and a scheduler. The arguments and methods carry vLLM's names.
+class LLM(LLMEngine):
+    """An engine that is built from a model's name and takes prompts. The arguments and methods carry vLLM's names.
 
     model: "smollm2-135m", "tiny", a GGUF file, a folder with safetensors, or what `load_model` returned (so that
-    several engines share one copy of the weights). cache: "recompute", "contiguous" or "paged". num_blocks: size of the
-    pool; by default at most what 1 GiB holds, the same for every cache. max_model_len: tokens of context at most, by
+    several engines share one copy of the weights). cache: "paged", or "contiguous": blocks as long as the longest request.
+    num_blocks: size of the pool; by default at most what 1 GiB holds, the same for both caches. max_model_len: tokens of context at most, by
     default the model's own. backend of the paged cache: "torch", "triton" (on a CPU with Triton's interpreter, which is
     slow), or "auto": Triton on a CUDA device, else torch. dtype and device: of weights and cache; by default float32,
     and "cuda" where there is such a device. dtype "auto" is float32 or bfloat16, whichever is the faster here. A loaded
     model has its own, and another is refused.
 
     enable_prefix_caching: full blocks of the paged cache stay findable by their tokens. preemption: what happens to the
-    latest request when the pool runs out: "recompute" or, with the paged cache, "swap" to num_host_blocks blocks of the
-    host's memory (by default as many as the pool has). watermark: the share of the pool that stays free when a request
+    latest sequence when the pool runs out: "recompute" or, with the paged cache, "swap" to num_host_blocks blocks of the
+    host's memory (by default as many as the pool has). watermark: the share of the pool that stays free when a sequence
     enters. trace: True keeps every change of ownership in `llm.trace`; a path also saves it there at the end of each
     `generate`, `stream` and `beam_search`. Raises ValueError for an argument that does not fit.
 
@@ -73,7 +78,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         enable_prefix_caching: bool = True,
-        preemption: Preemption = "recompute",
+        preemption: str = "recompute",
         num_host_blocks: int | None = None,
         watermark: float = 0.01,
         trace: bool | str | Path = False,
@@ -83,23 +88,23 @@ class LLM:
     ):
         if trace and cache != "paged":
             raise ValueError(f"a trace shows the blocks of the paged cache, and cache is {cache!r}")
-        parts = None
+        sharded = None
         if tensor_parallel_size != 1:
             # One floor up, and imported by those who ask for it alone.
-            from minipaged.distributed.runner import ParallelRunner, Parts
+            from minipaged.distributed.runner import ParallelRunner, ShardedModel
 
-            parts = Parts(model, tensor_parallel_size, dtype, seed, device, distributed_timeout)
-            model = parts.model
+            sharded = ShardedModel(model, tensor_parallel_size, dtype, seed, device, distributed_timeout)
+            model = sharded.model
         elif not isinstance(model, Model):
             model = load_model(model, dtype or "float32", seed, device or default_device())
-        transformer, self.tokenizer = model
-        self.config, self.seed = parts.loaded.config if parts else transformer.config, seed
+        transformer, tokenizer = model
+        self.config, self.seed = sharded.loaded.config if sharded else transformer.config, seed
         weights = transformer.embed_tokens.weight
         dtype = None if dtype == "auto" else dtype
         for name, wanted, has in (("dtype", dtype, str(weights.dtype)[6:]), ("device", device, str(weights.device))):
             if wanted is not None and wanted not in (has, has.partition(":")[0]):
                 raise ValueError(f"{name} {wanted!r} was asked for, and the loaded model has {has!r}")
-        settings = cache_settings(
+        cache_config = make_cache_config(
             transformer.config,
             weights,
             cache=cache,
@@ -112,28 +117,26 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             preemption=preemption,
         )
-        self.trace = Trace(settings.num_blocks, block_size, settings.num_host_blocks) if trace else None
+        sizes = cache_config.num_blocks, cache_config.block_size
         self._trace_path = Path(trace) if isinstance(trace, str | Path) else None
-        runner = ParallelRunner(parts, settings, self.trace) if parts else Runner(transformer, settings, self.trace)
-        self.cache, self.memory = runner.cache, runner.memory
-        self.device, self.dtype, self.bytes_per_token = runner.device, runner.dtype, runner.bytes_per_token
-        self.scheduler = Scheduler(
-            self.memory,
-            settings.max_model_len,
-            max_num_seqs,
-            max_num_batched_tokens,
-            preemption=preemption,
-            watermark=watermark,
-            trace=self.trace,
+        # The tensors first: a pool that no memory holds is refused before its blocks are counted.
+        runner = ParallelRunner(sharded, cache_config) if sharded else Runner(transformer, cache_config)
+        blocks = BlockManager(
+            *sizes,
+            num_host_blocks=cache_config.num_host_blocks,
+            enable_prefix_caching=cache_config.enable_prefix_caching,
+            trace=Trace(*sizes, cache_config.num_host_blocks) if trace else None,
         )
-        self.engine = LLMEngine(runner, self.scheduler, self.tokenizer, self.trace)
+        scheduler = Scheduler(
+            blocks, cache_config.max_model_len, max_num_seqs, max_num_batched_tokens, watermark=watermark
+        )
+        super().__init__(scheduler, runner, tokenizer)
         self._request_ids = count()
-        self._boxes: dict[str, deque[StreamOutput]] = {}  # request -> tokens that its caller has not taken yet
         runner.start()  # the last thing: where an argument was wrong, no process was started
 
     def close(self) -> None:
         """End the other ranks, where there are any. It cannot generate any more then; without other ranks it can."""
-        self.engine.runner.close()
+        self.runner.close()
 
     # ---- many prompts at once ----------------------------------------------------------------------------------
 
@@ -143,9 +146,32 @@ class LLM:
         """Answer every prompt, in the order given. progress: a bar on the terminal (by default where there is one).
 
         Raises ValueError, before anything runs, for a prompt that can never run. An exception or Ctrl-C in the middle
-        gives back all memory of these prompts.
+        ends these requests and frees their blocks.
         """
-        return self._finish(prompts, sampling_params or SamplingParams(), progress)
+        requests = self._make_requests(prompts, sampling_params)
+        seqs = {seq for request in requests for seq in request.seqs}
+        with self._running(requests), _progress(progress, sum(seq.params.max_tokens for seq in seqs)) as advance:
+            while not all(request.finished for request in requests):
+                advance(sum(seq in seqs for seq in self.step()))
+        return [request.output() for request in requests]
+
+    def stream(self, prompts: Prompts, sampling_params: SamplingParams | None = None) -> Iterator[StreamOutput]:
+        """Answer every prompt and yield each token when it is there. Prompts are checked at the call, not at the first
+        token. Request ids count up in the order of the prompts. Several streams may take turns. Leaving the loop early
+        ends these requests and frees their blocks."""
+        return self._stream(self._make_requests(prompts, sampling_params))
+
+    def _stream(self, requests: list[Request]) -> Iterator[StreamOutput]:
+        num_read = {seq: 0 for request in requests for seq in request.seqs}
+        with self._running(requests):
+            finished = False
+            while not finished:
+                self.step()
+                finished = all(request.finished for request in requests)  # first: others may step while we yield
+                for seq in num_read:
+                    for piece in seq.pieces(num_read[seq]):
+                        num_read[seq] += 1
+                        yield piece
 
     def chat(
         self,
@@ -166,104 +192,72 @@ class LLM:
     def beam_search(
         self, prompts: Prompts, params: BeamSearchParams | None = None, *, progress: bool | None = None
     ) -> list[RequestOutput]:
-        """The likeliest texts of every prompt, best first, each with its score. Raises ValueError as `generate`."""
-        return self._finish(prompts, params or BeamSearchParams(), progress)
-
-    def stream(self, prompts: Prompts, sampling_params: SamplingParams | None = None) -> Iterator[StreamOutput]:
-        """Answer every prompt and yield each token when it is there. Prompts are checked at the call, not at the first
-        token. Request ids count up in the order of the prompts. Leaving the loop early gives back all memory."""
-        return self._run(self._checked(prompts, sampling_params or SamplingParams()), [])
-
-    # ---- one request, one step ---------------------------------------------------------------------------------
-
-    def add_request(self, prompt: Prompt, params: Params | None = None) -> RequestOutput:
-        """Queue one prompt. Its answer grows with each `step`. Raises ValueError where it can never run."""
-        return self._add(*self._checked([prompt], params or SamplingParams())[0])
-
-    def step(self) -> list[StreamOutput]:
-        """One iteration over everything that is unfinished: the tokens that it gave."""
-        return self._delivered(self.engine.step())
-
-    def abort(self, request_id: str) -> None:
-        """Stop a request, wherever it stands, and give back its memory. Its text so far remains.
-
-        Raises ValueError where there is no such unfinished request.
-        """
-        self._delivered(self.engine.abort(request_id))
-
-    def metrics(self) -> Metrics:
-        """What the engine did so far, and how it stands now."""
-        return self.engine.metrics()
-
-    # ---- requests ----------------------------------------------------------------------------------------------
-
-    def _finish(self, prompts: Prompts, params: Params, progress: bool | None) -> list[RequestOutput]:
-        checked = self._checked(prompts, params)
-        total = sum(params.max_tokens * getattr(params, "n", 1) for _ in checked)
-        answers: list[RequestOutput] = []
-        with closing(self._run(checked, answers)) as run, _progress(progress, total) as one_more:
-            for _ in run:
-                one_more()
-        return answers
-
-    def _run(self, checked: list["_Checked"], answers: list[RequestOutput]) -> Generator[StreamOutput]:
-        """Queue the requests and step until they are finished. Several of these may be under way at once, taking turns:
-        whoever steps computes for all, and puts what is not its own into the others' boxes."""
+        """The likeliest texts of every prompt, best first, each with its score (beam_search.py). Raises ValueError as
+        `generate`. Other requests wait meanwhile, and keep their blocks."""
+        params = params or BeamSearchParams()
+        requests = self._make_requests(prompts, SamplingParams(max_tokens=params.max_tokens))
+        end_tokens = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            end_tokens |= self.tokenizer.eos_token_ids
+        searches = [
+            Search(params, request.seqs, end_tokens, self.scheduler.max_model_len - len(request.seqs[0]))
+            for request in requests
+        ]
         try:
-            for item in checked:
-                answer = self._add(*item)
-                self._boxes[answer.request_id] = deque()
-                answers.append(answer)
-            while True:
-                # Looked at before the boxes are emptied: while we yield, others may step, and fill one that was empty.
-                finished = all(answer.finished for answer in answers)
-                for answer in answers:
-                    while box := self._boxes[answer.request_id]:
-                        yield box.popleft()
-                if finished:
-                    break
-                self.step()
+            with _progress(progress, params.max_tokens * len(searches)) as advance:
+                beam_search(self, searches, lambda: advance(1))
         finally:
-            for answer in answers:
-                self._boxes.pop(answer.request_id, None)
-                if not answer.finished:
-                    self.engine.abort(answer.request_id)
-            if self.trace is not None and self._trace_path is not None:
-                self.trace.save(self._trace_path)
+            self._save_trace()
+        return [
+            RequestOutput(request.request_id, request.prompt, search.prompt_token_ids, search.outputs(self.tokenizer))
+            for request, search in zip(requests, searches, strict=True)
+        ]
 
-    def _delivered(self, new: list[StreamOutput]) -> list[StreamOutput]:
-        for item in new:
-            if (box := self._boxes.get(item.request_id)) is not None:
-                box.append(item)
-        return new
+    # ---- one request -------------------------------------------------------------------------------------------
 
-    def _add(self, number: int, prompt: Prompt, token_ids: list[int], params: Params) -> RequestOutput:
-        seed = getattr(params, "seed", None)
-        return self.engine.add_request(
-            str(number),
-            token_ids,
-            params,
-            # Without a seed of its own, a request draws from the engine's seed and its number.
-            seed=seed if seed is not None else self.seed + 7919 * (number + 1),
-            prompt=prompt if isinstance(prompt, str) else None,
-            cache_salt=None if isinstance(prompt, str) else prompt.get("cache_salt"),
-        )
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """Queue one prompt; `step` until it is `finished`, and read its `output()` at any time. Raises ValueError,
+        changing nothing, where it can never run."""
+        [request] = self._make_requests(prompt, params)
+        self.add(request)
+        return request
 
-    def _checked(self, prompts: Prompts, params: Params) -> list["_Checked"]:
-        """Prompts with their tokens. Nothing is queued yet: either all are accepted or none."""
+    @contextmanager
+    def _running(self, requests: list[Request]) -> Iterator[None]:
+        """Queue requests, and abort those that are unfinished when the block is left, however it is left."""
+        try:
+            for request in requests:
+                self.add(request)
+            yield
+        finally:
+            self.abort(*(request.request_id for request in requests if request.request_id in self.requests))
+            self._save_trace()
+
+    def _save_trace(self) -> None:
+        if self.trace is not None and self._trace_path is not None:
+            self.trace.save(self._trace_path)
+
+    def _make_requests(self, prompts: Prompts, params: SamplingParams | None) -> list[Request]:
+        """Requests that are not queued yet: either all prompts are accepted or none."""
+        params = params or SamplingParams()
         items: Iterable[Prompt] = [prompts] if isinstance(prompts, str | dict) else prompts
-        num_seqs = params.n if isinstance(params, SamplingParams) else params.beam_width
-        if not self.memory.shares_blocks:
-            num_seqs = 1  # each sample is a request of its own
         checked = []
         for number, prompt in enumerate(items):
             try:
                 token_ids = self._encode(prompt)
-                self.scheduler.check(len(token_ids), params.max_tokens, num_seqs)
+                self.scheduler.check(len(token_ids), params.max_tokens)
             except ValueError as error:
                 raise ValueError(f"prompt {number}: {error}") from error
             checked.append((prompt, token_ids))
-        return [(next(self._request_ids), prompt, token_ids, params) for prompt, token_ids in checked]
+        return [self._make_request(prompt, token_ids, params) for prompt, token_ids in checked]
+
+    def _make_request(self, prompt: Prompt, token_ids: list[int], params: SamplingParams) -> Request:
+        number = next(self._request_ids)
+        # Without a seed of its own, a request draws from the engine's seed and its number.
+        seed = params.seed if params.seed is not None else self.seed + 7919 * (number + 1)
+        text, salt = (prompt, None) if isinstance(prompt, str) else (None, prompt.get("cache_salt"))
+        seqs = [Sequence(str(number), index, token_ids, params, seed, salt) for index in range(params.n)]
+        return Request(str(number), text, seqs, time.perf_counter())
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -282,17 +276,14 @@ class LLM:
         return token_ids
 
 
-_Checked = tuple[int, Prompt, list[int], Params]  # the first is the request's number
-
-
 @contextmanager
-def _progress(wanted: bool | None, total: int) -> Iterator[Callable[[], None]]:
-    """A bar of tokens on the terminal, where there is one or it is wanted; yields what to call at each token."""
+def _progress(wanted: bool | None, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of tokens on the terminal, where there is one or it is wanted; yields what to call with each number of new ones."""
     console = Console(stderr=True)
     if not (console.is_terminal if wanted is None else wanted):
-        yield lambda: None
+        yield lambda number: None
         return
     columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
+        yield lambda number: bar.advance(task, number)

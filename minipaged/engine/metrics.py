@@ -4,12 +4,16 @@ Two times are what a user of a serving engine feels. The time to first token is 
 token: waiting in the queue, and prefill. The time between tokens is from one token of a sample to its next.
 """
 
-import time
-from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 
-KEPT = 100_000  # times that are kept, the latest ones: an engine may run for days
+from minipaged.engine.scheduler import Scheduler
+from minipaged.engine.scheduler_output import SchedulerOutput
+from minipaged.engine.sequence import Request
+from minipaged.memory.prefix_cache import PrefixCache
+
+KEPT = 10_000  # times that are kept, the latest ones: an engine may run for days
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,11 @@ class Metrics:
     num_blocks_free: int  # neither
     num_host_blocks: int
     num_host_blocks_used: int
-    num_running: int  # requests
-    num_waiting: int  # requests; those swapped out are among them
-    num_finished: int
+    num_running: int  # sequences
+    num_waiting: int  # sequences; those swapped out are among them
+    num_finished: int  # requests
     num_aborted: int
+    num_failed: int
     prefix_tokens_looked_up: int  # tokens of requests as they entered, or came back
     prefix_tokens_found: int
     preemptions: dict[str, int]  # by mode: recompute, swap
@@ -56,6 +61,40 @@ class Metrics:
     time_between_tokens: Times
     step_seconds: float  # all steps together
     scheduler_seconds: float  # what of it the scheduler and its bookkeeping took
+
+    @classmethod
+    def of(
+        cls, scheduler: Scheduler, unfinished: Iterable[Request], totals: "Totals", stats: "StepStats"
+    ) -> "Metrics":
+        """The view of an engine with this scheduler, these requests and these sums."""
+        pool, host = scheduler.blocks.device, scheduler.blocks.host
+        used = pool.num_blocks - pool.num_free
+        cached = pool.num_unused if isinstance(pool, PrefixCache) else 0
+        return cls(
+            num_blocks=pool.num_blocks,
+            num_blocks_used=used,
+            num_blocks_cached=cached,
+            num_blocks_free=pool.num_free - cached,
+            num_host_blocks=host.num_blocks if host else 0,
+            num_host_blocks_used=host.num_blocks - host.num_free if host else 0,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_finished=totals.num_finished,
+            num_aborted=totals.num_aborted,
+            num_failed=totals.num_failed,
+            prefix_tokens_looked_up=scheduler.counts["looked_up"] if scheduler.blocks.enable_prefix_caching else 0,
+            prefix_tokens_found=scheduler.counts["found"],
+            preemptions={mode: scheduler.counts[mode] for mode in ("recompute", "swap")},
+            num_steps=stats.num_steps,
+            num_tokens_computed=stats.num_computed,
+            num_tokens_generated=totals.num_tokens + sum(len(s.outputs) for each in unfinished for s in each.seqs),
+            mean_batch_size=stats.num_scheduled / max(1, stats.num_steps),
+            mean_tokens_per_step=stats.num_computed / max(1, stats.num_steps),
+            time_to_first_token=Times.of(totals.first),
+            time_between_tokens=Times.of(totals.between),
+            step_seconds=stats.step_seconds,
+            scheduler_seconds=stats.scheduler_seconds,
+        )
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -83,36 +122,48 @@ class Metrics:
         ]
 
 
-@dataclass
-class Meter:
-    """What an engine writes down while it runs."""
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the requests that are gone. What a request adds follows from the request alone."""
+
+    num_finished: int = 0
+    num_aborted: int = 0
+    num_failed: int = 0
+    num_tokens: int = 0
+    first: tuple[float, ...] = ()  # seconds to the first token, of the latest requests
+    between: tuple[float, ...] = ()  # seconds between tokens
+
+    def plus(self, request: Request) -> "Totals":
+        reasons = {seq.finish_reason for seq in request.seqs}
+        failed, aborted = "error" in reasons, "abort" in reasons
+        times = [[token.time for token in seq.outputs] for seq in request.seqs]
+        first = [min(each[0] for each in times if each) - request.arrival_time] if any(times) else []
+        between = [b - a for each in times for a, b in pairwise(each)]
+        return Totals(
+            self.num_finished + (not failed and not aborted),
+            self.num_aborted + (aborted and not failed),
+            self.num_failed + failed,
+            self.num_tokens + sum(map(len, times)),
+            (*self.first, *first)[-KEPT:],
+            (*self.between, *between)[-KEPT:],
+        )
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What the steps cost. A step that was interrupted is not counted; what it computes again is."""
 
     num_steps: int = 0
     num_scheduled: int = 0  # sequences, over all steps
     num_computed: int = 0  # tokens
-    num_generated: int = 0
-    ended: Counter[str] = field(default_factory=Counter)  # requests, by how they ended: finished, aborted
+    scheduler_seconds: float = 0.0  # the scheduler and its bookkeeping
     step_seconds: float = 0.0
-    scheduler_seconds: float = 0.0
-    first: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
-    between: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
-    _arrived: dict[str, float] = field(default_factory=dict)
-    _last_token: dict[str, float] = field(default_factory=dict)
 
-    def arrive(self, request_id: str) -> None:
-        self._arrived[request_id] = time.perf_counter()
-
-    def token(self, request_id: str, seq_id: str) -> None:
-        now = time.perf_counter()
-        self.num_generated += 1
-        if request_id in self._arrived:
-            self.first.append(now - self._arrived.pop(request_id))
-        if seq_id in self._last_token:
-            self.between.append(now - self._last_token[seq_id])
-        self._last_token[seq_id] = now
-
-    def leave(self, request_id: str, seq_ids: Iterable[str], aborted: bool) -> None:
-        self.ended["aborted" if aborted else "finished"] += 1
-        self._arrived.pop(request_id, None)
-        for seq_id in seq_ids:
-            self._last_token.pop(seq_id, None)
+    def plus(self, output: SchedulerOutput, scheduler_seconds: float, step_seconds: float) -> "StepStats":
+        return StepStats(
+            self.num_steps + 1,
+            self.num_scheduled + len(output.num_scheduled_tokens),
+            self.num_computed + output.total_num_scheduled_tokens,
+            self.scheduler_seconds + scheduler_seconds,
+            self.step_seconds + step_seconds,
+        )

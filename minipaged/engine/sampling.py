@@ -13,42 +13,60 @@ Curious Case of Neural Text Degeneration" (2020), section 3.1; min-p, Nguyen et 
 repetition penalty, Keskar et al., "CTRL" (2019), section 4.1. The order is vLLM's.
 """
 
+import time
 from collections.abc import Sequence as Items
-from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minipaged.engine.sequence import SamplingParams, Sequence
+from minipaged.engine.sequence import SamplingParams, Sequence, Token
 
 CANDIDATES = 1024  # tokens sorted at first: more are hardly ever needed, and sorting the vocabulary takes long
 
 
-def sample(logits: Tensor, seqs: Items[Sequence]) -> list[int]:
-    """The next token of each sequence. logits [num_seqs, vocab_size], row i for seqs[i]."""
-    logits = penalised(logits, seqs)
+def sample(logits: Tensor, seqs: Items[Sequence]) -> list[Token | Exception]:
+    """The next token of each sequence, or why it has none. logits [num_seqs, vocab_size], row i for seqs[i].
+
+    A sequence that fails fails alone: the others are then sampled one by one, which gives the same tokens.
+    """
+    try:
+        return [*_sample(logits, seqs)]
+    except Exception as error:
+        if len(seqs) == 1:
+            return [error]
+        return [sample(logits[i : i + 1], [seq])[0] for i, seq in enumerate(seqs)]
+
+
+def _sample(logits: Tensor, seqs: Items[Sequence]) -> list[Token]:
+    adjusted = penalised(logits, seqs)
     # Of equal ones the first, as argmax does, in half the time.
-    tokens: list[int] = logits.max(-1).indices.tolist()
+    token_ids: list[int] = adjusted.max(-1).indices.tolist()
     drawn = [i for i, seq in enumerate(seqs) if seq.params.temperature > 0.0]
     if drawn:
-        weights = probabilities(logits[drawn], [seqs[i].params for i in drawn])  # [num_drawn, vocab_size]
-        uniform = [random(seqs[i].seed, seqs[i].output.index, len(seqs[i])) for i in drawn]
-        for i, token in zip(drawn, draw(weights, uniform), strict=True):
-            tokens[i] = token
-    return tokens
+        weights = probabilities(adjusted[drawn], [seqs[i].params for i in drawn])  # [num_drawn, vocab_size]
+        numbers = [uniform(seqs[i].seed, seqs[i].index, len(seqs[i])) for i in drawn]
+        for i, token_id in zip(drawn, draw(weights, numbers), strict=True):
+            token_ids[i] = token_id
+    kept: list[dict[int, float] | None] = [None] * len(seqs)
+    if asked := [i for i, seq in enumerate(seqs) if seq.params.logprobs is not None]:
+        counts = [seqs[i].params.logprobs or 0 for i in asked]
+        for i, found in zip(asked, logprobs(logits[asked], [token_ids[i] for i in asked], counts), strict=True):
+            kept[i] = found
+    now = time.perf_counter()
+    return [Token(token_id, found, now) for token_id, found in zip(token_ids, kept, strict=True)]
 
 
-def random(seed: int, index: int, position: int) -> float:
+def uniform(seed: int, index: int, position: int) -> float:
     """The random number, in [0, 1), that decides the token at this position of sample `index`."""
     bits = np.random.Philox(key=np.array([seed % 2**64, index], np.uint64), counter=position)
     return float(np.random.Generator(bits).random())
 
 
-def draw(weights: Tensor, uniform: Items[float]) -> list[int]:
+def draw(weights: Tensor, numbers: Items[float]) -> list[int]:
     """A token for each row of probabilities [num_rows, vocab_size]: where the running sum passes the random number."""
     total = weights.cumsum(-1)  # [num_rows, vocab_size]
-    below = torch.tensor(uniform, dtype=weights.dtype, device=weights.device)[:, None] * total[:, -1:]
+    below = torch.tensor(numbers, dtype=weights.dtype, device=weights.device)[:, None] * total[:, -1:]
     # Sums are rounded: never past the last token that has a probability at all.
     last = weights.shape[-1] - 1 - weights.gt(0).flip(-1).int().argmax(-1)
     tokens: list[int] = torch.searchsorted(total, below, right=True)[:, 0].minimum(last).tolist()
@@ -98,8 +116,7 @@ def penalised(logits: Tensor, seqs: Items[Sequence]) -> Tensor:
     if rows:
         logits = logits.clone()
     for i in rows:
-        tokens = chain(seqs[i].prompt_token_ids, seqs[i].output.token_ids)
-        seen = torch.from_numpy(np.unique(np.fromiter(tokens, np.int64))).to(logits.device)
+        seen = torch.from_numpy(np.unique(seqs[i].tokens(0, len(seqs[i])))).to(logits.device)
         penalty, old = seqs[i].params.repetition_penalty, logits[i, seen]
         logits[i, seen] = torch.where(old > 0, old / penalty, old * penalty)  # both make it less likely
     return logits

@@ -4,22 +4,26 @@
                         ^ num_computed    K and V of the tokens before this point are in the cache
 
 A step computes tokens from `num_computed` on. When it reaches the end, the last token's logits give the next token.
-Prefill, a chunk of it, decode, a prefix found in the cache, and starting over after preemption are this one sentence
-with other numbers.
+Prefill, a chunk of it, decode, a cached prefix, and recomputation after preemption are this one sentence with other
+numbers.
 
-A request with several samples is a group. Its prompt is computed once, by its first sequence; then the others fork.
+A request for `n` samples is `n` sequences. The first computes the prompt; the others fork its block table.
 
-    group   seqs [ s0 ]            unborn [ s1 s2 ]       the prompt is on its way
-            seqs [ s0 s1 s2 ]      unborn [ ]             it is there: three tables name its blocks
-            seqs [ s0 s2 ]                                s1 has finished
+The fields of a request are of two kinds. *State* is what was asked for and what was generated: it changes by one append
+or one assignment. *Derived* fields follow from the state, and are computed anew after a call that was interrupted
+(llm_engine.py).
 """
 
 import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-FinishReason = Literal["stop", "length", "abort"]
+if TYPE_CHECKING:
+    from minipaged.engine.detokenizer import IncrementalDetokenizer
+
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,10 @@ class SamplingParams:
 class CompletionOutput:
     """One sample, or one hypothesis of a beam search.
 
-    finish_reason: "stop" (end of text, a stop token or a stop string), "length", "abort", or None while it runs.
+    finish_reason: "stop" (end of text, a stop token or a stop string), "length", "abort", "error" (it alone failed, and
+    `error` says why), or None while it runs.
     logprobs, where asked for: for each token, {token id: natural logarithm of its probability}; cumulative_logprob is
-    the sum over the tokens. score, of a beam search alone: see beam.py.
+    the sum over the tokens. score, of a beam search alone: see beam_search.py.
     """
 
     index: int
@@ -93,6 +98,7 @@ class CompletionOutput:
     logprobs: list[dict[int, float]] | None = None
     cumulative_logprob: float | None = None
     score: float | None = None
+    error: str | None = None
 
 
 @dataclass
@@ -109,58 +115,115 @@ class RequestOutput:
         return all(output.finish_reason is not None for output in self.outputs)
 
 
-@dataclass(eq=False)  # a sequence is itself, whatever its tokens
-class Sequence:
-    """One sample on its way. Invariant: 0 <= num_computed < len(self): the last token is always still to come."""
+class Token(NamedTuple):
+    """One generated token: all that a step adds to a sequence, in one append."""
 
-    seq_id: str
+    token_id: int
+    logprobs: dict[int, float] | None  # where asked for: token id -> natural logarithm of its probability
+    time: float  # seconds, of time.perf_counter
+
+
+class StreamOutput(NamedTuple):
+    """One new token of one sample. `text` is what it adds: nothing, while a character or a stop string may follow.
+
+    A sample that is aborted, or fails, ends with one whose token_id is None.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_id: int | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(eq=False, slots=True)  # a sequence is itself, whatever its tokens
+class Sequence:
+    """One sample of a request. The scheduler runs, preempts and resumes each sequence by itself.
+
+    Invariant while it is unfinished: 0 <= num_computed < len(self). The last token is always still to be computed.
+    """
+
+    request_id: str
+    index: int  # which of the request's samples
     prompt_token_ids: list[int]
     params: SamplingParams
-    output: CompletionOutput
+    seed: int = 0  # with `index` and the token's position, it decides every draw (sampling.py)
     cache_salt: str | None = None  # sequences of unequal salts share no block
-    seed: int = 0  # with the sample's index and the token's position, it decides every draw (sampling.py)
-    num_computed: int = 0
-    writer: Any = None  # what turns its tokens into text (text.py); the scheduler knows nothing of it
+    outputs: list[Token] = field(default_factory=list)  # state
+    aborted: bool = False  # state
+    error: str | None = None  # state: why this sequence failed
+    num_computed: int = 0  # derived
+    detokenizer: "IncrementalDetokenizer | None" = None  # derived: text, and where it ends; the scheduler ignores it
+    seq_id: str = field(init=False)  # request_id.index: names its block table and its events
+
+    def __post_init__(self) -> None:
+        self.seq_id = f"{self.request_id}.{self.index}"
 
     def __len__(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output.token_ids)
+        return len(self.prompt_token_ids) + len(self.outputs)
 
     @property
-    def num_missing(self) -> int:
-        """Tokens that are there, and not computed yet. At least 1."""
-        return len(self.prompt_token_ids) + len(self.output.token_ids) - self.num_computed
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose K and V are not in the cache yet: 1 in decode, more in prefill."""
+        return len(self.prompt_token_ids) + len(self.outputs) - self.num_computed
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        if self.error is not None:
+            return "error"
+        ended = self.detokenizer.finish_reason if self.detokenizer else None
+        return ended or ("abort" if self.aborted else None)
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens at positions start to end - 1, prompt and output as one."""
         num_prompt = len(self.prompt_token_ids)
-        if start >= num_prompt:  # the common case, a decode: do not touch the prompt
-            return self.output.token_ids[start - num_prompt : end - num_prompt]
-        if end <= num_prompt:
-            return self.prompt_token_ids[start:end]
-        return (self.prompt_token_ids + self.output.token_ids)[start:end]
+        outputs = self.outputs[max(0, start - num_prompt) : max(0, end - num_prompt)]
+        return self.prompt_token_ids[start:end] + [token.token_id for token in outputs]
+
+    def fork(self, index: int) -> "Sequence":
+        """Another sample with the same tokens, as far computed."""
+        outputs = list(self.outputs)
+        return replace(self, index=index, outputs=outputs, detokenizer=None)
+
+    def pieces(self, start: int) -> Iterator[StreamOutput]:
+        """What the sequence gave out, from piece `start` on. A reader that counts its pieces loses none and gets none
+        twice, whatever happens to the engine in between."""
+        given = self.detokenizer.pieces if self.detokenizer else []
+        for i in range(start, len(given)):
+            token_id = self.outputs[i].token_id if i < len(self.outputs) else None
+            reason = self.finish_reason if i + 1 == len(given) else None
+            yield StreamOutput(self.request_id, self.index, given[i], token_id, reason)
+
+    def completion(self) -> CompletionOutput:
+        """The sample so far."""
+        output = CompletionOutput(
+            index=self.index,
+            text=self.detokenizer.text if self.detokenizer else "",
+            token_ids=[token.token_id for token in self.outputs],
+            finish_reason=self.finish_reason,
+            error=self.error,
+        )
+        if self.params.logprobs is not None:
+            output.logprobs = [token.logprobs or {} for token in self.outputs]
+            if self.outputs:
+                output.cumulative_logprob = sum((token.logprobs or {})[token.token_id] for token in self.outputs)
+        return output
 
 
-@dataclass(eq=False)
-class SequenceGroup:
-    """All sequences of one request: they are admitted, preempted, swapped and resumed together.
-
-    Invariant: `seqs` and `unborn` are unfinished. The unborn have no table yet; they fork from the first of `seqs` when
-    it has computed the prompt.
-    """
+@dataclass(eq=False, slots=True)
+class Request:
+    """One prompt and its samples."""
 
     request_id: str
+    prompt: str | None
     seqs: list[Sequence]
-    unborn: list[Sequence] = field(default_factory=list)  # may have tokens, of a time before a preemption
-    beam_width: int = 0  # above 0, `seqs` are the beams of a search: they choose their next tokens together
-    search: Any = None  # the state of that search (beam.py); the scheduler knows nothing of it
-    is_swapped: bool = False
+    arrival_time: float
 
     @property
-    def num_places(self) -> int:
-        """How many sequences it may grow to."""
-        return max(len(self.seqs) + len(self.unborn), self.beam_width)
+    def finished(self) -> bool:
+        return all(seq.finish_reason for seq in self.seqs)
 
-    @property
-    def is_decoding(self) -> bool:
-        """Whether each of its sequences wants exactly one token."""
-        return all(seq.num_missing == 1 for seq in self.seqs)
+    def output(self) -> RequestOutput:
+        """The answer so far, made from the state."""
+        outputs = [seq.completion() for seq in self.seqs]
+        return RequestOutput(self.request_id, self.prompt, self.seqs[0].prompt_token_ids, outputs)

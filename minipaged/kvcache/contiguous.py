@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.contiguous import causal_attention
-from minipaged.model.contract import Step
+from minipaged.model.batch import ForwardBatch
 from minipaged.model.transformer import ModelConfig
 
 
@@ -38,10 +38,10 @@ class ContiguousCache:
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch) -> Tensor:
         """Store the new K and V behind the old ones of each slab, then attend over the slab."""
-        starts, lens = step.query_start_loc.tolist(), step.seq_lens.tolist()
-        slabs = step.block_tables[:, 0].tolist()
+        starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+        slabs = batch.block_tables[:, 0].tolist()
         out = torch.empty_like(query)
         for seq, (slab, seq_len) in enumerate(zip(slabs, lens, strict=True)):
             rows = slice(starts[seq], starts[seq + 1])
@@ -54,3 +54,9 @@ class ContiguousCache:
                 query[rows], keys[:, :seq_len], values[:, :seq_len], scale=query.shape[-1] ** -0.5
             )
         return out
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole slabs (source, target) in every layer, in this order: what a fork costs without blocks."""
+        for source, target in copies:
+            self.key_cache[:, target] = self.key_cache[:, source]
+            self.value_cache[:, target] = self.value_cache[:, source]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minipaged.attention import compiled
 from minipaged.attention.checks import check_paged_attention, check_write_kv
-from minipaged.model.contract import Step
+from minipaged.model.batch import ForwardBatch
 from minipaged.model.transformer import ModelConfig
 
 
@@ -42,28 +42,28 @@ class PagedCache:
             raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
         shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self._kernels = _triton_functions(backend, torch.device(device))
-        self._checked: Step | None = None  # the step whose numbers fit
+        self._checked: ForwardBatch | None = None  # the step whose numbers fit
         # Not zeroed: the system hands out pages of this memory when they are first written, and not before.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables."""
         key_cache, value_cache = self.key_cache[layer], self.value_cache[layer]
         scale = query.shape[-1] ** -0.5
-        tables = (step.block_tables, step.seq_lens, step.query_start_loc)
+        tables = (batch.block_tables, batch.seq_lens, batch.query_start_loc)
         if self._kernels:
             write_kv, paged_attention = self._kernels
-            write_kv(key, value, key_cache, value_cache, step.slot_mapping)
+            write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
             # What the host knows, a launcher need not ask the GPU for, and wait.
             return paged_attention(
-                query, key_cache, value_cache, *tables, scale=scale, max_query_len=step.max_query_len
+                query, key_cache, value_cache, *tables, scale=scale, max_query_len=batch.max_query_len
             )
-        if self._checked is not step:  # all of it is refused before anything is written
-            check_write_kv(key, value, key_cache, value_cache, step.slot_mapping)
+        if self._checked is not batch:  # all of it is refused before anything is written
+            check_write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
             check_paged_attention(query, key_cache, value_cache, *tables, sliding_window=None)
-            self._checked = step
-        compiled.write_kv(key, value, key_cache, value_cache, step.slot_mapping, check=False)
+            self._checked = batch
+        compiled.write_kv(key, value, key_cache, value_cache, batch.slot_mapping, check=False)
         return compiled.paged_attention(query, key_cache, value_cache, *tables, scale=scale, check=False)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:

@@ -16,6 +16,7 @@ Chapter 9 comes back to the same class: a block that two tables name is shared, 
 
 from collections.abc import Sequence
 
+from minipaged.cdiv import cdiv
 from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
 from minipaged.memory.trace import Trace
 
@@ -59,7 +60,7 @@ class BlockTable:
         """
         if num_new_tokens < 0:
             raise ValueError(f"cannot append {num_new_tokens} tokens")
-        new = self._blocks_for(self.num_tokens + num_new_tokens) - len(self._blocks)
+        new = cdiv(self.num_tokens + num_new_tokens, self.block_size) - len(self._blocks)
         return new + self._must_copy(num_new_tokens)
 
     def append_tokens(self, num_new_tokens: int) -> list[tuple[int, int]]:
@@ -82,7 +83,7 @@ class BlockTable:
             if self.trace is not None:
                 self.trace.record("copy", seq=self.seq, logical=len(self._blocks) - 1, source=shared, target=own)
         self.num_tokens += num_new_tokens
-        while len(self._blocks) < self._blocks_for(self.num_tokens):
+        while len(self._blocks) < cdiv(self.num_tokens, self.block_size):
             self._blocks.append(self.allocator.allocate())
             if self.trace is not None:
                 self.trace.record("allocate", seq=self.seq, logical=len(self._blocks) - 1, block=self._blocks[-1])
@@ -97,7 +98,7 @@ class BlockTable:
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"cannot keep {num_tokens} tokens of {self.num_tokens}")
         self.num_tokens = num_tokens
-        while len(self._blocks) > self._blocks_for(num_tokens):
+        while len(self._blocks) > cdiv(num_tokens, self.block_size):
             block = self._blocks.pop()
             self.allocator.free(block)
             if self.trace is not None:
@@ -112,6 +113,8 @@ class BlockTable:
         child = BlockTable(self.allocator, self.block_size, seq=seq, trace=self.trace)
         child._name(self._blocks)
         child.num_tokens = self.num_tokens
+        if self.trace is not None:
+            self.trace.record("fork", seq=seq, parent=self.seq, count=self.num_tokens)
         return child
 
     def append_shared(self, blocks: Sequence[int]) -> None:
@@ -126,17 +129,6 @@ class BlockTable:
                 raise ValueError(f"block {block} is free: it holds nobody's tokens")
         self._name(blocks)
         self.num_tokens += len(blocks) * self.block_size
-
-    def replace(self, logical: int, block: int) -> None:
-        """Name another block with the same tokens instead, and give the own one back. (Chapter 9.)"""
-        if not 0 <= logical < len(self._blocks):
-            raise ValueError(f"logical block {logical} is not in the table: it has {len(self._blocks)} blocks")
-        self.allocator.share(block)
-        own, self._blocks[logical] = self._blocks[logical], block
-        self.allocator.free(own)
-        if self.trace is not None:
-            self.trace.record("free", seq=self.seq, logical=logical, block=own)
-            self.trace.record("share", seq=self.seq, logical=logical, block=block)
 
     def move(self, allocator: BlockAllocator, blocks: Sequence[int]) -> None:
         """Name blocks of another pool instead, one for each, and give the own ones back. (Chapter 9: swap.)
@@ -155,9 +147,6 @@ class BlockTable:
             self._blocks.append(block)
             if self.trace is not None:
                 self.trace.record("share", seq=self.seq, logical=len(self._blocks) - 1, block=block)
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
 
     def _must_copy(self, num_new_tokens: int) -> bool:
         partly_full = self.num_tokens % self.block_size != 0

@@ -30,7 +30,7 @@ Sources: vLLM's design page "Automatic Prefix Caching"; the PagedAttention paper
 
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 
 from minipaged.memory.block_allocator import BlockAllocator
@@ -95,6 +95,10 @@ class PrefixCache(BlockAllocator):
         """How many blocks are findable and named by no table."""
         return len(self._unused)
 
+    def num_evictable(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks no table names: they count as free ones until a table does."""
+        return sum(block in self._unused for block in blocks)
+
     def match(self, tokens: Sequence[int], extra: str | None = None) -> list[int]:
         """The longest run of findable blocks that holds the first tokens of a prompt. O(1) a block; changes nothing.
 
@@ -109,36 +113,27 @@ class PrefixCache(BlockAllocator):
         return blocks
 
     def insert(self, table: BlockTable, tokens: Sequence[int], extra: str | None = None) -> None:
-        """Make findable each full block of a table whose tokens are written: `tokens`, from position 0 on.
+        """Cache each full block of a table whose tokens are written: `tokens`, from position 0 on.
 
-        Where two blocks have the same key, one block in use remains: the table names the findable block instead of
-        its own, or the findable one, if it is unused, is forgotten for the table's own. (If a fork names the own one
-        too, and the other is in use, both stay, and nothing behind them is inserted: insert a prompt, then fork it.)
-        Blocks that are findable already cost nothing, so a decode step calls this with all its tokens.
-        Raises ValueError, changing nothing, on a table of another pool or shorter than its tokens.
+        Nothing cached is ever replaced: if another block has the key already, the table keeps its own block, and that
+        block and those behind it stay uncached. Blocks that are cached already cost nothing, so a decode step calls
+        this with all its tokens. Raises ValueError, changing nothing, on a table of another pool or shorter than its
+        tokens.
         """
         if table.allocator is not self or table.block_size != self.block_size:
             raise ValueError("the table draws from another pool, or its blocks are of another size")
         if len(tokens) > table.num_tokens:
             raise ValueError(f"{len(tokens)} tokens cannot be written in a table of {table.num_tokens}")
-        num_full = len(tokens) // self.block_size
-        first = num_full  # the first block to insert: what a table has findable is always a run from its start
-        while first > 0 and self._block_at(table, first - 1) not in self._key_of:
+        blocks = table.blocks[: len(tokens) // self.block_size]
+        first = len(blocks)  # the first block to cache: the cached blocks of a table are always a run from its start
+        while first > 0 and blocks[first - 1] not in self._key_of:
             first -= 1
-        parent = self._key_of[self._block_at(table, first - 1)] if first else ROOT
-        keys = list(block_keys(tokens[first * self.block_size :], self.block_size, extra, parent))
-        for logical, key in enumerate(keys, start=first):
-            block = self._block_at(table, logical)
-            found = self._block_of.get(key)
-            if found is None:
-                self._keep(block, key)
-            elif found in self._unused:
-                self._evict(found)
-                self._keep(block, key)
-            elif super().ref_count(block) == 1:
-                table.replace(logical, found)
-            else:
-                break  # or a fork would name findable blocks behind this one, which is not
+        parent = self._key_of[blocks[first - 1]] if first else ROOT
+        rest = tokens[first * self.block_size :]
+        for block, key in zip(blocks[first:], block_keys(rest, self.block_size, extra, parent), strict=False):
+            if key in self._block_of:
+                break
+            self._keep(block, key)
 
     def allocate(self) -> int:
         """Take a free block, or evict the block that has been unused longest. Raises OutOfBlocks, changing nothing.
@@ -176,7 +171,3 @@ class PrefixCache(BlockAllocator):
         super().free(block)
         if self.trace is not None:
             self.trace.record("evict", block=block)
-
-    @staticmethod
-    def _block_at(table: BlockTable, logical: int) -> int:
-        return table.slot(logical * table.block_size) // table.block_size

@@ -2,7 +2,7 @@
 
 A trace is JSON Lines. The first line is the header, each further line one event:
 
-    {"schema": "minipaged.trace", "version": 1, "num_blocks": 8, "block_size": 4, "num_host_blocks": 0}
+    {"schema": "minipaged.trace", "version": 2, "num_blocks": 8, "block_size": 4, "num_host_blocks": 0}
     {"event": "schedule", "step": 1, "seqs": {"A": 6}}                    this step computes 6 tokens of A
     {"event": "allocate", "step": 1, "seq": "A", "logical": 0, "block": 5}
     {"event": "allocate", "step": 1, "seq": "A", "logical": 1, "block": 2}
@@ -24,26 +24,26 @@ from pathlib import Path
 from typing import Any, Self
 
 SCHEMA = "minipaged.trace"
-VERSION = 1
+VERSION = 2
 
 # Event -> the fields it must have. `step` is added to each; further fields (tokens=[...], text=...) are allowed.
 EVENTS: dict[str, tuple[str, ...]] = {
     "allocate": ("seq", "logical", "block"),  # a free block becomes the logical block of seq
     "share": ("seq", "logical", "block"),  # seq names a block that is in use, or cached, too
     "copy": ("seq", "logical", "source", "target"),  # copy-on-write: a free block, target, stands for source in seq
+    "fork": ("seq", "parent", "count"),  # after its shares: seq has the first count tokens of parent
     "write": ("seq", "start", "count"),  # K and V of positions start .. start + count - 1 are stored; seq ends there
     "free": ("seq", "logical", "block"),  # seq names the block no more; with no owner left it is free, or cached
     "cache": ("block",),  # the block is full and findable by its tokens, also with no owner, until it is evicted
     "evict": ("block",),  # a cached block with no owner is forgotten, and free
     "swap_out": ("seq", "logical", "block", "host_block"),  # seq names the host block, and the device block no more
     "swap_in": ("seq", "logical", "block", "host_block"),  # seq names the device block, and the host block no more
+    "reset": (),  # no table is left, every block of both pools is free, and nothing is cached
     "schedule": ("seqs",),  # seqs: sequence -> tokens of it in this step
     "preempt": ("seq", "mode"),  # mode: recompute or swap
-    "finish": ("seq", "reason"),  # reason: stop, length or abort
+    "finish": ("seq", "reason"),  # reason: stop, length, abort or error
 }
-# Two finer points for whoever replays. A `free` of a swapped-out sequence gives its host block. A `free` in the middle
-# of a table is followed at once by a `share` of the same logical block: two sequences computed the same tokens, and
-# the later one now names the earlier one's block.
+# A `free` of a sequence on the host gives its host block.
 
 Event = dict[str, Any]
 

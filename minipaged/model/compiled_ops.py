@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minipaged.compiling import DTYPES, array_of, compiled, in_threads
 from minipaged.compiling_helpers import computed, exp, number, rounded
-from minipaged.model.contract import KVCache, Step
+from minipaged.model.batch import ForwardBatch, KVCache
 from minipaged.model.transformer import Layer, Transformer
 
 _PIECE = 1 << 16  # numbers at least that are worth another thread
@@ -31,19 +31,19 @@ _PIECE = 1 << 16  # numbers at least that are worth another thread
 class CompiledTransformer(Transformer):
     """`Transformer` with another `forward`: the same steps in the same order. Weights, names and layers are its own."""
 
-    def forward(self, step: Step, cache: KVCache) -> Tensor:
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         if not self._can_run_compiled():
             return super().forward(step, cache)
         heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        added = self.embed_tokens(step.token_ids)  # [num_tokens, hidden_size]
+        added = self.embed_tokens(batch.token_ids)  # [num_tokens, hidden_size]
         hidden = torch.zeros_like(added)
-        cos, sin = self.cos[step.positions], self.sin[step.positions]  # [num_tokens, head_dim / 2]
+        cos, sin = self.cos[batch.positions], self.sin[batch.positions]  # [num_tokens, head_dim / 2]
         for layer in cast(Iterable[Layer], self.layers):
             normed = add_rms_norm(hidden, added, layer.attention_norm)
             qkv = layer.qkv_proj(normed).view(-1, heads + 2 * kv_heads, head_dim)
             rotate(qkv, cos, sin, heads + kv_heads)
             query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
-            out = cache.attend(layer.index, query, key, value, step)  # [num_tokens, heads, head_dim]
+            out = cache.attend(layer.index, query, key, value, batch)  # [num_tokens, heads, head_dim]
             normed = add_rms_norm(hidden, layer.o_proj(out.reshape(-1, heads * head_dim)), layer.mlp_norm)
             added = layer.down_proj(silu_and_multiply(layer.gate_up_proj(normed)))
         return add_rms_norm(hidden, added, self.norm)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipaged.model.contract import KVCache, Step
+from minipaged.model.batch import ForwardBatch, KVCache
 
 MAX_POSITION = 1 << 20  # tokens; the rotary table of a context as long as this is the largest that is built
 
@@ -94,17 +94,17 @@ class Layer(nn.Module):
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, step: Step) -> Tensor:
-        hidden = hidden + self.attention(self.attention_norm(hidden), cos, sin, cache, step)
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, batch: ForwardBatch) -> Tensor:
+        hidden = hidden + self.attention(self.attention_norm(hidden), cos, sin, cache, batch)
         return hidden + self.mlp(self.mlp_norm(hidden))  # [num_tokens, hidden_size]
 
-    def attention(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, step: Step) -> Tensor:
+    def attention(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, batch: ForwardBatch) -> Tensor:
         heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         qkv = self.qkv_proj(hidden).view(-1, heads + 2 * kv_heads, head_dim)  # [num_tokens, all heads, head_dim]
         turned, value = qkv.split([heads + kv_heads, kv_heads], dim=1)
         # Positions enter here, and K is kept with its position already in it: a cached key is never turned again.
         query, key = rotate(turned, cos, sin).split([heads, kv_heads], dim=1)  # [num_tokens, (kv_)heads, head_dim]
-        out = cache.attend(self.index, query, key, value, step)  # [num_tokens, heads, head_dim]
+        out = cache.attend(self.index, query, key, value, batch)  # [num_tokens, heads, head_dim]
         return self.o_proj(out.reshape(-1, heads * head_dim))  # Concat(head_1, ..., head_h) W^O
 
     def mlp(self, hidden: Tensor) -> Tensor:
@@ -135,12 +135,12 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, step: Step, cache: KVCache) -> Tensor:
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [num_tokens, hidden_size] of the step's tokens; their K and V are in the cache afterwards."""
-        hidden = self.embed_tokens(step.token_ids)  # [num_tokens, hidden_size]
-        cos, sin = self.cos[step.positions, None], self.sin[step.positions, None]  # [num_tokens, 1, head_dim / 2]
+        hidden = self.embed_tokens(batch.token_ids)  # [num_tokens, hidden_size]
+        cos, sin = self.cos[batch.positions, None], self.sin[batch.positions, None]  # [num_tokens, 1, head_dim / 2]
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, cache, step)
+            hidden = layer(hidden, cos, sin, cache, batch)
         return self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:

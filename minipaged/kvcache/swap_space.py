@@ -10,13 +10,14 @@ Source: the PagedAttention paper, section 4.5.
 
 import torch
 
+from minipaged.kvcache.contiguous import ContiguousCache
 from minipaged.kvcache.paged import PagedCache
 
 
-class HostPool:
+class SwapSpace:
     """`num_blocks` blocks like those of `cache`, in the host's memory (pinned, where the device is a GPU)."""
 
-    def __init__(self, cache: PagedCache, num_blocks: int):
+    def __init__(self, cache: PagedCache | ContiguousCache, num_blocks: int):
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
         self.cache = cache

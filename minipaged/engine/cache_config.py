@@ -5,27 +5,29 @@ from importlib.util import find_spec
 
 import torch
 
+from minipaged.cdiv import cdiv
 from minipaged.model.transformer import ModelConfig
 
 DEFAULT_POOL_BYTES = 1 << 30  # K and V of all layers; the system commits a page of it when it is first written
-CACHES = ("recompute", "contiguous", "paged")
+CACHES = ("contiguous", "paged")
 BACKENDS = ("auto", "torch", "triton")
 
 
 @dataclass(frozen=True)
-class CacheSettings:
-    """The arguments of `LLM` that speak of memory, complete and fit for each other."""
+class CacheConfig:
+    """The arguments of `LLM` that speak of memory, complete and fit for each other. A contiguous cache has blocks as
+    long as the longest request: slabs."""
 
     cache: str
     backend: str  # "torch" or "triton"
-    block_size: int
+    block_size: int  # tokens
     num_blocks: int
     num_host_blocks: int  # 0 where nothing is swapped
     max_model_len: int
     enable_prefix_caching: bool
 
 
-def cache_settings(
+def make_cache_config(
     config: ModelConfig,
     weights: torch.Tensor,
     *,
@@ -38,8 +40,13 @@ def cache_settings(
     max_num_seqs: int,
     enable_prefix_caching: bool,
     preemption: str,
-) -> CacheSettings:
+) -> CacheConfig:
     """Fill in what was left open. Raises ValueError for an argument that does not fit the others or the model."""
+    if cache == "recompute":
+        raise ValueError(
+            "cache 'recompute' keeps nothing, and an engine needs a cache: chapter 2's loop runs without one "
+            "(minipaged.model.recompute), and `minipaged demo` shows it beside the two caches"
+        )
     if cache not in CACHES:
         raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
     if backend not in BACKENDS:
@@ -57,15 +64,17 @@ def cache_settings(
     if not 2 <= max_model_len <= config.max_position:
         raise ValueError(f"max_model_len must be 2 to {config.max_position}, got {max_model_len}")
     if num_blocks is None:
-        most = max(1, max_num_seqs) * -(-max_model_len // block_size)  # more could never be in use at once
+        most = max(1, max_num_seqs) * cdiv(max_model_len, block_size)  # more could never be in use at once
         num_blocks = max(1, min(most, DEFAULT_POOL_BYTES // (config.kv_bytes_per_token(weights.dtype) * block_size)))
     if cache == "contiguous" and num_blocks * block_size < max_model_len:
         raise ValueError(
             f"the pool of {num_blocks} * {block_size} = {num_blocks * block_size} slots holds no slab of "
             f"max_model_len = {max_model_len}: give it more blocks, or a smaller max_model_len"
         )
+    if cache == "contiguous":
+        num_blocks, block_size = num_blocks * block_size // max_model_len, max_model_len
     if backend == "auto":
         backend = "triton" if weights.device.type == "cuda" and find_spec("triton") else "torch"
     num_host_blocks = (num_host_blocks or num_blocks) if preemption == "swap" else 0
     caching = enable_prefix_caching and cache == "paged"
-    return CacheSettings(cache, backend, block_size, num_blocks, num_host_blocks, max_model_len, caching)
+    return CacheConfig(cache, backend, block_size, num_blocks, num_host_blocks, max_model_len, caching)
