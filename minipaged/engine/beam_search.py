@@ -252,6 +252,7 @@ def beam_search(engine: LLMEngine, searches: list[Search], on_token: Callable[[]
         beams.waiting.extend(searches)
         while beams.waiting or beams.running:
             start = time.perf_counter()
+            engine.begin_step()
             output = beams.schedule()
             logits = engine.execute(output)
             for search in beams.update_from_output(output):

@@ -67,6 +67,7 @@ class LLMEngine:
         """
         with self.changing():
             start = time.perf_counter()
+            self.begin_step()
             output = self.scheduler.schedule()
             if output.num_scheduled_tokens:
                 scheduled = time.perf_counter()
@@ -85,6 +86,11 @@ class LLMEngine:
             else:
                 seq.outputs.append(token)  # the one line that changes the sequence's state
             self._settle(seq)
+
+    def begin_step(self) -> None:
+        """Events that are recorded from here on are of the next step."""
+        if self.trace is not None:
+            self.trace.step += 1
 
     def execute(self, output: SchedulerOutput) -> Tensor:
         """Run a step on the device, and record it in the trace. Returns logits [num_sampled, vocab_size]."""
@@ -126,8 +132,6 @@ class LLMEngine:
         if self._changing:
             self._recover()
         self._changing = True
-        if self.trace is not None:
-            self.trace.step += 1
         yield
         self._changing = False
 

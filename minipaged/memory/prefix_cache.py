@@ -15,9 +15,9 @@ a table longest. An operating system's page cache holds its pages in the same wa
 
 A block becomes findable when its tokens are *written*, not when they are planned: a request that is aborted between
 the two leaves nothing behind. So two requests with one prefix that are admitted in the same step do not see each other
-and both compute it. When the first of them is inserted its blocks become findable; when the second is, it finds them
-under its own keys, names them instead of its own, and gives its own back. From the first written block on, they share.
-(A scheduler that wants to save the computing too lets the second wait: see `block_keys`.)
+and both compute it. The blocks of the one that is inserted first become findable. A block whose key another block has
+stays as it is, in its table and not findable, and so do those behind it: the cache only appends, and a table never
+changes because of it. (A scheduler that wants to save the second computation lets that request wait: see `block_keys`.)
 
 Through all of this, tables that name one block name the same blocks before it. A prefix is shared as a whole or not.
 

@@ -33,7 +33,7 @@ class CompiledTransformer(Transformer):
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         if not self._can_run_compiled():
-            return super().forward(step, cache)
+            return super().forward(batch, cache)
         heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         added = self.embed_tokens(batch.token_ids)  # [num_tokens, hidden_size]
         hidden = torch.zeros_like(added)
