@@ -125,19 +125,15 @@ class PrefixMachine(SharingMachine):
         """After a step: what was written becomes findable. (A step that wrote less than there is room for, too.)"""
         sequence = self.sequences[self.draw_sequence(data)]
         written = data.draw(st.integers(0, len(sequence.tokens)) | st.just(len(sequence.tokens)), label="written")
-        tokens, before, owners = sequence.tokens[:written], sequence.table.blocks, self.owners()
-        keys = self.prefixes(sequence.salt, tokens)
-        due = len(keys)  # how many blocks must be findable afterwards, and be the table's
-        for logical, (key, block) in enumerate(zip(keys, before, strict=False)):
-            found = self.block_of(key)
-            if found in owners and found != block and owners[block] > 1:
-                due = logical  # it is in use twice, here by a fork too: that may stay so
-                break
+        tokens, found = sequence.tokens[:written], {key: self.block_of(key) for key in self.entries}
+        tables = [table.blocks for table in self.tables()]
+        for key, block in zip(self.prefixes(sequence.salt, tokens), sequence.table.blocks, strict=False):
+            if found.setdefault(key, block) != block:
+                break  # another block has the key: it keeps it, and what the table has from here on is not inserted
         self.allocator.insert(sequence.table, tokens, sequence.salt)
-        assert self.find(sequence.salt, tokens)[:due] == sequence.table.blocks[:due], "one prefix, one run of blocks"
-        assert sequence.table.blocks[len(keys) :] == before[len(keys) :], "what is not full stays where it is"
-        assert self.named() <= set(owners) | self.kept(), "inserting takes no block"
-        for key in keys[:due] + [key for key in keys[due:] if self.block_of(key) is not None]:
+        assert [table.blocks for table in self.tables()] == tables, "inserting changes no table"
+        assert {key: self.block_of(key) for key in found} == found, "what is found stays, and full blocks are added"
+        for key in found:
             self.entries.setdefault(key, Entry(self.now))
 
     def grow(self, name, tokens):

@@ -17,11 +17,11 @@ from torch import nn
 
 from minipaged.compiling import array_of
 from minipaged.compiling_helpers import number, rounded
-from minipaged.kvcache import RecomputeCache
 from minipaged.model import compiled_ops
+from minipaged.model.batch import make_batch
 from minipaged.model.compiled_ops import CompiledTransformer, add_rms_norm, rotate, silu_and_multiply, use_compiled_ops
-from minipaged.model.contract import Scheduled, make_step
 from minipaged.model.load import load_model, tiny_transformer
+from minipaged.model.recompute import RecomputeCache
 from minipaged.model.transformer import rotate as rotate_by_formula
 
 pytestmark = pytest.mark.ch02
@@ -192,9 +192,9 @@ def test_every_half_is_read_and_every_float32_is_rounded_as_torch_does_it(dtype)
 
 
 def hidden_states(model, *sequences):
-    step = make_step([Scheduled(token_ids, 0) for token_ids in sequences], block_size=0)
+    batch = make_batch(sequences, [0] * len(sequences))
     with torch.inference_mode():
-        return model(step, RecomputeCache())
+        return model(batch, RecomputeCache())
 
 
 def quick_of(plain):
@@ -226,9 +226,9 @@ def test_halves_come_nearer_to_the_truth_than_by_the_formulas():
 def test_a_model_goes_on_by_the_formulas_where_a_gradient_is_wanted(monkeypatch):
     plain = tiny_transformer().requires_grad_(True)
     quick = quick_of(plain)
-    step = make_step([Scheduled([1, 2, 3], 0)], block_size=0)
+    batch = make_batch([[1, 2, 3]], [0])
     for model in (plain, quick):
-        model(step, RecomputeCache()).square().sum().backward()
+        model(batch, RecomputeCache()).square().sum().backward()
     for (name, ours), theirs in zip(quick.named_parameters(), plain.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None), name
         if theirs.grad is not None:
@@ -236,7 +236,7 @@ def test_a_model_goes_on_by_the_formulas_where_a_gradient_is_wanted(monkeypatch)
     with torch.no_grad():  # the same parameters, and no gradient wanted
         monkeypatch.setattr(compiled_ops, "add_rms_norm", lambda *arguments: pytest.fail("compiled"))
         with pytest.raises(pytest.fail.Exception):
-            quick(step, RecomputeCache())
+            quick(batch, RecomputeCache())
 
 
 def test_a_model_elsewhere_than_on_a_cpu_goes_on_by_the_formulas():

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.kvcache import RecomputeCache
-from minipaged.model.contract import Scheduled, make_step
+from minipaged.model.batch import make_batch
 from minipaged.model.load import tiny_transformer
+from minipaged.model.recompute import RecomputeCache, generate, next_logits
 from minipaged.model.transformer import MAX_POSITION, ModelConfig, rotary_table, rotate
 from minipaged.reference import masked_attention
 from strategies import generators, head_shapes
@@ -100,9 +100,9 @@ def token_lists(config, max_size=12):
 
 def run(model, *sequences):
     """Hidden states of whole sequences in one ragged batch, one array each."""
-    step = make_step([Scheduled(token_ids, 0) for token_ids in sequences], block_size=0)
+    batch = make_batch(sequences, [0] * len(sequences))
     with torch.inference_mode():
-        hidden = model(step, RecomputeCache())
+        hidden = model(batch, RecomputeCache())
     return [part.numpy() for part in hidden.split([len(token_ids) for token_ids in sequences])]
 
 
@@ -163,21 +163,43 @@ class Recorder(RecomputeCache):
     def __init__(self):
         self.calls = []
 
-    def attend(self, layer, query, key, value, step):
-        self.calls.append((layer, query.shape, key.shape, value.shape, step))
-        return super().attend(layer, query, key, value, step)
+    def attend(self, layer, query, key, value, batch):
+        self.calls.append((layer, query.shape, key.shape, value.shape, batch))
+        return super().attend(layer, query, key, value, batch)
 
 
 @given(model=models(), data=st.data())
 def test_every_layer_asks_the_cache_once_under_its_own_number(model, data):
     config, recorder = model.config, Recorder()
     token_ids = data.draw(token_lists(config), label="tokens")
-    step = make_step([Scheduled(token_ids, 0)], block_size=0)
+    batch = make_batch([token_ids], [0])
     with torch.inference_mode():
-        model(step, recorder)
+        model(batch, recorder)
     query = (len(token_ids), config.num_heads, config.head_dim)
     key = (len(token_ids), config.num_kv_heads, config.head_dim)
-    assert recorder.calls == [(layer, query, key, key, step) for layer in range(config.num_layers)]
+    assert recorder.calls == [(layer, query, key, key, batch) for layer in range(config.num_layers)]
+
+
+@given(model=models(), data=st.data())
+def test_next_logits_are_those_of_each_texts_last_token(model, data):
+    texts = data.draw(st.lists(token_lists(model.config, 8), min_size=1, max_size=4), label="texts")
+    expected = np.stack([model_in_numpy(model, text)[1][-1] for text in texts])
+    np.testing.assert_allclose(next_logits(model, texts).numpy(), expected, **CLOSE)
+
+
+@given(model=models(), num_new=st.integers(0, 4), data=st.data())
+def test_generate_appends_the_likeliest_token_to_every_text(model, num_new, data):
+    """Each text for itself, however many are generated together; the prompts that were given stay as they are."""
+    prompts = data.draw(st.lists(token_lists(model.config, 6), min_size=1, max_size=3), label="prompts")
+    texts = [list(prompt) for prompt in prompts]
+    steps = list(generate(model, prompts, num_new))
+    assert len(steps) == num_new
+    for tokens in steps:
+        for text, token in zip(texts, tokens, strict=True):
+            logits = model_in_numpy(model, text)[1][-1]
+            np.testing.assert_allclose(logits[token], logits.max(), **CLOSE)
+            text.append(token)
+    assert all(text[: len(prompt)] == prompt for text, prompt in zip(texts, prompts, strict=True))
 
 
 @given(
@@ -216,61 +238,60 @@ def test_rotation_keeps_lengths_and_leaves_position_0_alone(half, position, rng)
 
 @st.composite
 def batches(draw):
-    """Scheduled sequences over blocks, as the scheduler makes them: any start, any order of blocks, spare blocks."""
-    block_size = draw(st.integers(0, 5), label="block_size")
-    blocks = iter(draw(st.permutations(range(40))))
-    batch = []
-    for _ in range(draw(st.integers(1, 4), label="sequences")):
-        start = draw(st.integers(0, 10))
-        token_ids = draw(st.lists(st.integers(0, 99), min_size=1, max_size=6))
-        needed = -(-(start + len(token_ids)) // block_size) if block_size else 0
-        num_blocks = needed + draw(st.integers(0, 2)) if draw(st.booleans(), label="keeps tokens") else 0
-        batch.append(Scheduled(token_ids, start, [next(blocks) for _ in range(num_blocks if block_size else 0)]))
-    return batch, block_size
+    """Scheduled tokens as make_batch takes them: any starts, any order of blocks, spare blocks, or no table at all."""
+    token_ids = draw(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=6), min_size=1, max_size=4))
+    starts = [draw(st.integers(0, 10)) for _ in token_ids]
+    sampled = draw(st.none() | st.lists(st.sampled_from(range(len(token_ids))), unique=True), label="sampled")
+    block_size = draw(st.integers(0, 5), label="block_size, or 0 without tables")
+    blocks = iter(draw(st.permutations(range(100))))
+    tables = []
+    for tokens, start in zip(token_ids, starts, strict=True):
+        needed = len(range(0, start + len(tokens), block_size or 100))
+        tables.append([next(blocks) for _ in range(needed + draw(st.integers(0, 2), label="spare blocks"))])
+    return token_ids, starts, tables if block_size else [], block_size, sampled
 
 
 @given(batches())
-def test_make_step_lays_tokens_out_as_a_plain_loop_does(drawn):
-    batch, block_size = drawn
-    token_ids, positions, slots, starts = [], [], [], [0]
-    for item in batch:
-        for offset, token in enumerate(item.token_ids):
-            position = item.start + offset
-            token_ids.append(token)
+def test_make_batch_lays_tokens_out_as_a_plain_loop_does(drawn):
+    token_ids, starts, tables, block_size, sampled = drawn
+    flat, positions, slots, edges = [], [], [], [0]
+    for i, (tokens, start) in enumerate(zip(token_ids, starts, strict=True)):
+        for position, token in enumerate(tokens, start=start):
+            flat.append(token)
             positions.append(position)
-            if item.blocks:
-                slots.append(item.blocks[position // block_size] * block_size + position % block_size)
-            else:
-                slots.append(-1)
-        starts.append(len(token_ids))
-    step = make_step(batch, block_size)
-    assert step.token_ids.tolist() == token_ids
-    assert step.positions.tolist() == positions
-    assert step.slot_mapping.tolist() == slots
-    assert step.query_start_loc.tolist() == starts
-    assert step.seq_lens.tolist() == [item.start + len(item.token_ids) for item in batch]
-    width = max(1, max(len(item.blocks) for item in batch))
-    tables = [list(item.blocks) + [-1] * (width - len(item.blocks)) for item in batch]
-    assert step.block_tables.tolist() == tables
-    dtypes = {name: getattr(step, name).dtype for name in ("block_tables", "seq_lens", "query_start_loc")}
+            in_table = bool(tables) and tables[i][position // block_size] * block_size + position % block_size
+            slots.append(in_table if tables else -1)
+        edges.append(len(flat))
+    batch = make_batch(token_ids, starts, tables, block_size, sampled=sampled)
+    assert batch.token_ids.tolist() == flat
+    assert batch.positions.tolist() == positions
+    assert batch.slot_mapping.tolist() == slots
+    assert batch.query_start_loc.tolist() == edges
+    assert batch.seq_lens.tolist() == [start + len(tokens) for tokens, start in zip(token_ids, starts, strict=True)]
+    rows = range(len(token_ids)) if sampled is None else sampled
+    assert batch.logits_rows.tolist() == [edges[i + 1] - 1 for i in rows], "the last token of each that is sampled"
+    assert batch.max_query_len == max(map(len, token_ids))
+    width = max([1, *map(len, tables)])
+    assert batch.block_tables.tolist() == [table + [-1] * (width - len(table)) for table in tables or [[]] * len(starts)]
+    dtypes = {name: getattr(batch, name).dtype for name in ("block_tables", "seq_lens", "query_start_loc")}
     assert set(dtypes.values()) == {torch.int32}, dtypes
-    assert step.token_ids.dtype == step.positions.dtype == step.slot_mapping.dtype == torch.int64
+    assert {t.dtype for t in (batch.token_ids, batch.positions, batch.slot_mapping, batch.logits_rows)} == {torch.int64}
 
 
-@given(block_size=st.integers(1, 5), num_blocks=st.integers(1, 4), over=st.integers(1, 20), others=st.booleans())
+@given(block_size=st.integers(1, 5), num_blocks=st.integers(0, 4), over=st.integers(1, 20), others=st.booleans())
 def test_tokens_that_no_block_holds_are_refused(block_size, num_blocks, over, others):
     """A slot of -1 would drop them silently."""
     start = block_size * num_blocks + over - 1
-    batch = [Scheduled([7], start, list(range(num_blocks)))]
+    token_ids, starts, tables = [[7]], [start], [list(range(num_blocks))]
     if others:  # a wider row beside it does not lend its columns
-        batch.append(Scheduled([7], 0, list(range(num_blocks, num_blocks + 30))))
+        token_ids, starts, tables = [*token_ids, [7]], [*starts, 0], [*tables, list(range(num_blocks, num_blocks + 30))]
     with pytest.raises(ValueError, match=f"{start + 1} tokens do not fit into {num_blocks} blocks of {block_size}"):
-        make_step(batch, block_size)
+        make_batch(token_ids, starts, tables, block_size)
 
 
 def test_a_sequence_without_tokens_is_refused():
     with pytest.raises(ValueError, match="no token"):
-        make_step([Scheduled([1], 0), Scheduled([], 3)], block_size=0)
+        make_batch([[1], []], [0, 3])
 
 
 GOOD = {

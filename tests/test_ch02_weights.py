@@ -23,10 +23,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.kvcache import RecomputeCache
+from minipaged.model.batch import make_batch
 from minipaged.model.compiled_ops import use_compiled_ops
-from minipaged.model.contract import Scheduled, make_step
 from minipaged.model.load import load_model
+from minipaged.model.recompute import RecomputeCache
 from minipaged.model.transformer import MAX_POSITION, ModelConfig
 from minipaged.model.weights import ModelFileError
 from model_files import (
@@ -88,9 +88,9 @@ def file_of(data, name="model.gguf"):
 
 
 def logits(transformer, token_ids=(0, 7, EOS, 8, 7, EOS - 1)):
-    step = make_step([Scheduled(token_ids, 0)], block_size=0)
+    batch = make_batch([token_ids], [0])
     with torch.inference_mode():
-        return transformer.logits(transformer(step, RecomputeCache()))
+        return transformer.logits(transformer(batch, RecomputeCache()))
 
 
 def written(config, weights):

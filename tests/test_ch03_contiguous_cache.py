@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.attention.contiguous import causal_attention
-from minipaged.kvcache import ContiguousCache, PagedCache, RecomputeCache
+from minipaged.kvcache import ContiguousCache, PagedCache
 from minipaged.memory.block_manager import BlockManager
-from minipaged.memory.unpaged import NoMemory, SlabManager
-from minipaged.model.contract import Scheduled, Step, make_step
+from minipaged.model.batch import make_batch
+from minipaged.model.recompute import RecomputeCache
 from minipaged.model.transformer import ModelConfig
 from minipaged.reference import masked_attention
 from strategies import BLOCK_SIZES, generators, head_shapes
@@ -48,7 +48,7 @@ def poisoned(cache):
 
 
 def contiguous(shape, draw):
-    return SlabManager(MAX_LIVE, MAX_LEN), poisoned(ContiguousCache(config(*shape), MAX_LIVE, MAX_LEN, torch.float64))
+    return BlockManager(MAX_LIVE, MAX_LEN), poisoned(ContiguousCache(config(*shape), MAX_LIVE, MAX_LEN, torch.float64))
 
 
 def paged(shape, draw):
@@ -60,7 +60,7 @@ def paged(shape, draw):
 
 
 def recompute(shape, draw):
-    return NoMemory(), RecomputeCache()
+    return None, RecomputeCache()
 
 
 @dataclass
@@ -77,49 +77,57 @@ class Live:
 @pytest.mark.parametrize("make", [recompute, contiguous, paged], ids=lambda make: make.__name__)
 @given(data=st.data())
 def test_tokens_in_any_portions_equal_all_at_once(make, data):
+    """Also where sequences fork: the two have one past, and from then on each stores tokens of its own."""
     shape = data.draw(head_shapes(max_group=3), label="heads")
     memory, cache = make(shape, data.draw)
     rng = data.draw(generators())
     live: list[Live] = []
+
+    def numbers():
+        num_heads, num_kv_heads, head_dim = shape
+        return [rng.standard_normal((NUM_LAYERS, MAX_LEN, h, head_dim)) for h in (num_heads, *[num_kv_heads] * 2)]
+
     for number in range(data.draw(st.integers(1, 6), label="steps")):
         # Some sequences end; their memory goes to whoever comes next.
         for seq in [s for s in live if s.done == MAX_LEN or data.draw(st.integers(0, 4), label="ends if 0") == 0]:
-            memory.free(seq.name)
+            if memory:
+                memory.free(seq.name)
             live.remove(seq)
         while len(live) < MAX_LIVE and (not live or data.draw(st.booleans(), label="one more sequence")):
-            num_heads, num_kv_heads, head_dim = shape
-            arrays = [rng.standard_normal((NUM_LAYERS, MAX_LEN, h, head_dim)) for h in (num_heads, *[num_kv_heads] * 2)]
-            live.append(Live(f"{number}.{len(live)}", *arrays))
+            seq = Live(f"{number}.{len(live)}", *numbers())
+            parent = [None, *live][data.draw(st.integers(0, len(live)), label="forks from, or 0")]
+            if parent and parent.done:
+                for name in ("query", "key", "value"):
+                    getattr(seq, name)[:, : parent.done] = getattr(parent, name)[:, : parent.done]
+                seq.done = parent.done
+                if memory:
+                    memory.fork(parent.name, seq.name)
+            live.append(seq)
         counts = [min(data.draw(st.just(1) | st.integers(1, 9), label="new tokens"), MAX_LEN - s.done) for s in live]
-        batch = []
-        for seq, count in zip(live, counts, strict=True):
-            if seq.done == 0:
-                memory.begin(seq.name, [], count)
-            else:
-                assert memory.grow({seq.name: seq.done + count}) == []  # nothing is shared, so nothing is copied
-            start = seq.done if memory.keeps_tokens else 0
-            batch.append(Scheduled([0] * (seq.done + count - start), start, memory.blocks(seq.name)))
-        step = make_step(batch, memory.block_size)
+        starts = [seq.done if memory else 0 for seq in live]
+        ends = [seq.done + count for seq, count in zip(live, counts, strict=True)]
+        tables, block_size = [], 0
+        if memory:
+            copies = [memory.allocate_slots(seq.name, end) for seq, end in zip(live, ends, strict=True)]
+            assert None not in copies, "the pool holds MAX_LIVE sequences of any length"
+            cache.copy_blocks([pair for each in copies for pair in each])
+            tables, block_size = [memory.blocks(seq.name) for seq in live], memory.block_size
+        tokens = [[0] * (end - start) for start, end in zip(starts, ends, strict=True)]
+        batch = make_batch(tokens, starts, tables, block_size)
 
         for layer in range(NUM_LAYERS):
 
-            def new(name, layer=layer, batch=batch):
-                parts = [
-                    getattr(s, name)[layer, b.start : b.start + len(b.token_ids)]
-                    for s, b in zip(live, batch, strict=True)
-                ]
+            def new(name, layer=layer, spans=tuple(zip(starts, ends, strict=True))):
+                parts = [getattr(s, name)[layer, start:end] for s, (start, end) in zip(live, spans, strict=True)]
                 return torch.from_numpy(np.concatenate(parts))
 
-            out = cache.attend(layer, new("query"), new("key"), new("value"), step)
-            for i, (seq, item) in enumerate(zip(live, batch, strict=True)):
-                rows = slice(*step.query_start_loc[i : i + 2].tolist())
-                length = item.start + len(item.token_ids)
-                expected = masked_attention(
-                    seq.query[layer, item.start : length], seq.key[layer, :length], seq.value[layer, :length]
-                )
+            out = cache.attend(layer, new("query"), new("key"), new("value"), batch)
+            for i, (seq, start, end) in enumerate(zip(live, starts, ends, strict=True)):
+                rows = slice(*batch.query_start_loc[i : i + 2].tolist())
+                expected = masked_attention(seq.query[layer, start:end], seq.key[layer, :end], seq.value[layer, :end])
                 np.testing.assert_allclose(out[rows].numpy(), expected, rtol=1e-9, atol=1e-10)
-        for seq, count in zip(live, counts, strict=True):
-            seq.done += count
+        for seq, end in zip(live, ends, strict=True):
+            seq.done = end
 
 
 @given(
@@ -143,9 +151,9 @@ def test_causal_attention_equals_the_oracle(shape, num_keys, window, scale, data
 
 
 def test_recompute_refuses_a_sequence_that_does_not_come_whole():
-    step = make_step([Scheduled([1, 2], start=3)], 0)
+    batch = make_batch([[1, 2]], [3])
     with pytest.raises(ValueError, match="all 5 tokens must come; got 2"):
-        RecomputeCache().attend(0, torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), step)
+        RecomputeCache().attend(0, torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), batch)
 
 
 @given(
@@ -153,24 +161,21 @@ def test_recompute_refuses_a_sequence_that_does_not_come_whole():
     spans=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=5),
     rng=generators(),
 )
-def test_a_step_translates_every_position_to_its_slot(block_size, spans, rng):
-    """make_step does it in bulk; here it is done one token at a time."""
+def test_a_batch_translates_every_position_to_its_slot(block_size, spans, rng):
+    """make_batch does it in bulk; here it is done one token at a time."""
     tables = [list(rng.permutation(100)[: -(-(start + count) // block_size)]) for start, count in spans]
-    batch = [
-        Scheduled(list(range(start, start + count)), start, table)
-        for (start, count), table in zip(spans, tables, strict=True)
-    ]
-    step: Step = make_step(batch, block_size)
+    token_ids = [list(range(start, start + count)) for start, count in spans]
+    batch = make_batch(token_ids, [start for start, _ in spans], tables, block_size)
     expected = [
         (position, table[position // block_size] * block_size + position % block_size)
         for (start, count), table in zip(spans, tables, strict=True)
         for position in range(start, start + count)
     ]
-    assert list(zip(step.positions.tolist(), step.slot_mapping.tolist(), strict=True)) == expected
-    assert step.token_ids.tolist() == step.positions.tolist()
-    assert step.seq_lens.tolist() == [start + count for start, count in spans]
-    assert step.query_start_loc.tolist() == [0, *np.cumsum([count for _, count in spans])]
-    for row, table in zip(step.block_tables.tolist(), tables, strict=True):
+    assert list(zip(batch.positions.tolist(), batch.slot_mapping.tolist(), strict=True)) == expected
+    assert batch.token_ids.tolist() == batch.positions.tolist()
+    assert batch.seq_lens.tolist() == [start + count for start, count in spans]
+    assert batch.query_start_loc.tolist() == [0, *np.cumsum([count for _, count in spans])]
+    for row, table in zip(batch.block_tables.tolist(), tables, strict=True):
         assert row == [*table, *[-1] * (len(row) - len(table))]
 
 
@@ -182,68 +187,59 @@ def test_a_cache_of_no_size_is_refused(sizes):
 
 
 def test_a_pool_is_in_use_exactly_as_far_as_its_tables_say():
-    paged, slabs = BlockManager(8, 4), SlabManager(2, 16)
+    """The same two sequences over blocks of 4 tokens and over slabs of 16, in as much memory."""
+    paged, slabs = BlockManager(8, 4), BlockManager(2, 16)
     for memory in (paged, slabs):
-        memory.begin("A", [], 5)
-        memory.begin("B", [], 1)
-        assert memory.num_tokens == 6
-    assert (paged.num_slots, paged.num_slots_reserved) == (32, 12)  # two blocks and one
-    assert (slabs.num_slots, slabs.num_slots_reserved) == (32, 32)  # a slab each, however little they hold
-    assert slabs.fits(1, 16)
-    assert not slabs.fits(1, 17), "a request lies in one slab"
-    assert paged.fits(1, 32)
-    assert not paged.fits(1, 33)
-    assert slabs.blocks_to_grow({"A": 16}) == 0, "a slab is taken whole"
-    assert slabs.blocks_to_begin([], [1], 1) > slabs.num_free, "both slabs are taken"
-    assert paged.blocks_to_grow({"A": 8}) == 0
-    assert paged.blocks_to_grow({"A": 9}) == 1
-    assert paged.blocks_to_begin([], [20], 1) <= paged.num_free
-    assert paged.blocks_to_begin([], [21], 1) > paged.num_free
+        assert memory.num_slots == 32
+        assert memory.allocate_slots("A", 5) == memory.allocate_slots("B", 1) == []
+        assert (memory.num_tokens("A"), memory.num_tokens("B"), memory.num_tokens("nobody")) == (5, 1, 0)
+        assert memory.blocks("nobody") == []
+    assert paged.num_free == 5, "two blocks and one"
+    assert slabs.num_free == 0, "a slab each, however little they hold"
+    assert slabs.allocate_slots("A", 16) == [], "a slab is taken whole"
+    assert slabs.allocate_slots("C", 1) is None, "both slabs are taken"
+    assert paged.allocate_slots("A", 8) == []
+    assert paged.num_free == 5, "the second block had room"
+    assert paged.allocate_slots("A", 9) == []
+    assert paged.num_free == 4
+    assert paged.allocate_slots("C", 17) is None
+    assert paged.allocate_slots("C", 16) == []
     for memory in (paged, slabs):
-        memory.free("A")
-        memory.free("B")
-        memory.free("nobody")
-        assert memory.num_slots_reserved == memory.num_tokens == 0
+        for name in ("A", "B", "C", "nobody"):
+            memory.free(name)
+        assert memory.num_free == memory.num_blocks
+        assert memory.blocks("A") == []
 
 
-def test_a_slab_takes_what_fits_into_it_whole_and_has_one_owner():
-    slabs = SlabManager(2, 16)
-    assert [slabs.fits(1, num_tokens) for num_tokens in (1, 15, 16, 17)] == [True, True, True, False]
-    assert not slabs.shares_blocks
+@given(num_blocks=st.integers(1, 6), block_size=st.integers(1, 6), num_tokens=st.integers(1, 40))
+def test_what_can_ever_fit_is_what_the_empty_pool_takes(num_blocks, block_size, num_tokens):
+    memory = BlockManager(num_blocks, block_size)
+    assert memory.can_ever_fit(num_tokens) == (num_tokens <= memory.num_slots)
+    assert memory.can_ever_fit(num_tokens) == (memory.allocate_slots("A", num_tokens) is not None)
+    assert len(memory.blocks("A")) == (memory.blocks_for(num_tokens) if memory.can_ever_fit(num_tokens) else 0)
 
 
-@given(prompts=st.lists(st.integers(1, 10**6), max_size=5), num_seqs=st.integers(1, 100))
-def test_where_nothing_is_kept_there_is_always_room_and_never_a_block(prompts, num_seqs):
-    memory = NoMemory()
-    for number, length in enumerate(prompts):
-        name = str(number)
-        assert memory.fits(length, 2 * length, num_seqs)
-        assert memory.find([0] * 3) == []
-        assert memory.blocks_to_begin([], [length], length) == 0
-        memory.begin(name, [], length)
-        memory.insert(name, [0] * 3)
-        assert memory.blocks_to_grow({name: 2 * length}) == 0
-        assert memory.grow({name: 2 * length}) == []
-        memory.fork(name, f"{name}'")
-        assert not memory.can_swap_out([name])
-        assert memory.blocks_to_swap_in({name: 2 * length}) == 0
-        assert memory.blocks(name) == []
-        assert memory.length(name) == 0
-    assert memory.shares_blocks, "any number of samples share nothing"
-    assert not memory.keeps_tokens
-    assert (memory.block_size, memory.num_slots, memory.num_free) == (0, 0, 0)
-    assert (memory.num_slots_reserved, memory.num_tokens) == (0, 0)
+def test_a_fork_of_a_slab_takes_a_whole_slab_when_one_of_the_two_goes_on():
+    slabs = BlockManager(2, 16)
+    slabs.allocate_slots("A", 5)
+    slabs.fork("A", "B")
+    assert slabs.blocks("A") == slabs.blocks("B") and slabs.num_free == 1
+    [(source, target)] = slabs.allocate_slots("B", 6)
+    assert ([source], [target]) == (slabs.blocks("A"), slabs.blocks("B"))
+    assert slabs.allocate_slots("A", 6) == [], "alone with its slab again"
+    assert slabs.num_free == 0
 
 
+@pytest.mark.parametrize("kind", [ContiguousCache, PagedCache])
 @given(
     data=st.data(),
     copies=st.lists(
         st.tuples(st.integers(0, 4), st.integers(0, 4)).filter(lambda pair: pair[0] != pair[1]), max_size=6
     ),
 )
-def test_copies_are_made_in_order_and_in_every_layer(data, copies):
+def test_copies_are_made_in_order_and_in_every_layer(kind, data, copies):
     """The source of one copy may be the target of one before it, as copy-on-write asks for."""
-    cache = PagedCache(config(2, 1, 4), num_blocks=5, block_size=3, dtype=torch.float64)
+    cache = kind(config(2, 1, 4), 5, 3, torch.float64)
     for part in (cache.key_cache, cache.value_cache):
         part.copy_(torch.from_numpy(data.draw(generators()).standard_normal(tuple(part.shape))))
     before = cache.key_cache.clone(), cache.value_cache.clone()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from minipaged.attention import compiled, paged, paged_attention_gathered, paged_attention_online
 from minipaged.kvcache import PagedCache
-from minipaged.model.contract import Scheduled, make_step
+from minipaged.model.batch import make_batch
 from minipaged.model.transformer import ModelConfig
 from strategies import BLOCK_SIZES, generators, paged_batches
 
@@ -421,16 +421,16 @@ def test_a_step_is_checked_once_for_all_layers_and_the_next_one_anew(monkeypatch
     monkeypatch.setattr(paged, "check_paged_attention", lambda *a, **k: checked.append(a))
     cache = PagedCache(CONFIG, num_blocks=4, block_size=2, dtype=torch.float64)
     for position in range(3):
-        step = make_step([Scheduled([1], position, [3, 1])], block_size=2)
+        batch = make_batch([[1]], [position], [[3, 1]], block_size=2)
         for layer in range(CONFIG.num_layers):
-            cache.attend(layer, drawn(1, 4, 4), drawn(1, 2, 4), drawn(1, 2, 4), step)
+            cache.attend(layer, drawn(1, 4, 4), drawn(1, 2, 4), drawn(1, 2, 4), batch)
         assert len(checked) == position + 1
 
 
 def test_a_step_that_does_not_fit_is_refused_before_anything_is_written_and_again_when_it_comes_again():
     cache = PagedCache(CONFIG, num_blocks=4, block_size=2, dtype=torch.float64)
     cache.key_cache.zero_()
-    good = make_step([Scheduled([1], 2, [3, 1])], block_size=2)
+    good = make_batch([[1]], [2], [[3, 1]], block_size=2)
     bad = replace(good, block_tables=torch.tensor([[3, 4]], dtype=torch.int32))
     for _ in range(2):
         with pytest.raises(ValueError, match="got 4"):
@@ -441,9 +441,9 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_written_and_agai
 def test_a_slot_past_the_pool_is_refused_before_anything_is_written():
     cache = PagedCache(CONFIG, num_blocks=4, block_size=2, dtype=torch.float64)
     cache.key_cache.zero_()
-    step = make_step([Scheduled([1], 2, [3, 1])], block_size=2)
+    batch = make_batch([[1]], [2], [[3, 1]], block_size=2)
     with pytest.raises(ValueError, match="slot_mapping must lie in -1 to 7, got 8"):
-        cache.attend(0, drawn(1, 4, 4), drawn(1, 2, 4), drawn(1, 2, 4), replace(step, slot_mapping=torch.tensor([8])))
+        cache.attend(0, drawn(1, 4, 4), drawn(1, 2, 4), drawn(1, 2, 4), replace(batch, slot_mapping=torch.tensor([8])))
     assert not cache.key_cache.any()
 
 
@@ -451,9 +451,9 @@ def test_a_token_without_a_slot_is_not_stored():
     cache = PagedCache(CONFIG, num_blocks=4, block_size=2, dtype=torch.float64)
     cache.key_cache.zero_()
     cache.value_cache.zero_()
-    step = make_step([Scheduled([1, 2], 0, [3])], block_size=2)
+    batch = make_batch([[1, 2]], [0], [[3]], block_size=2)
     key = drawn(2, 2, 4)
-    cache.attend(0, drawn(2, 4, 4), key, key, replace(step, slot_mapping=torch.tensor([-1, 7])))
+    cache.attend(0, drawn(2, 4, 4), key, key, replace(batch, slot_mapping=torch.tensor([-1, 7])))
     assert torch.equal(cache.key_cache[0, 3, :, 1], key[1])
     cache.key_cache[0, 3, :, 1] = 0.0
     assert not cache.key_cache.any()

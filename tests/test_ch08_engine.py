@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from minipaged import LLM, SamplingParams
 from minipaged.model.load import load_model
+from minipaged.model.recompute import generate
 from strategies import costly
 
 pytestmark = pytest.mark.ch08
@@ -40,10 +41,9 @@ def test_triton_writes_the_same_tokens_as_no_cache(texts, block_size, budget):
         max_num_seqs=3,
         max_num_batched_tokens=budget,
     )
-    paged.cache.key_cache.fill_(torch.nan)
-    paged.cache.value_cache.fill_(torch.nan)
-    plain = LLM(model, cache="recompute", max_model_len=32)
-    expected = [plain.generate(request, params)[0].outputs[0].token_ids for request in requests]
+    paged.runner.cache.key_cache.fill_(torch.nan)
+    paged.runner.cache.value_cache.fill_(torch.nan)
+    expected = [[token for [token] in generate(model.transformer, [text], params.max_tokens)] for text in texts]
     assert [output.outputs[0].token_ids for output in paged.generate(requests, params)] == expected
 
 

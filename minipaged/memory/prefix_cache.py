@@ -32,6 +32,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
+from itertools import takewhile
 
 from minipaged.memory.block_allocator import BlockAllocator
 from minipaged.memory.block_table import BlockTable
@@ -118,7 +119,7 @@ class PrefixCache(BlockAllocator):
         Nothing cached is ever replaced: if another block has the key already, the table keeps its own block, and that
         block and those behind it stay uncached. Blocks that are cached already cost nothing, so a decode step calls
         this with all its tokens. Raises ValueError, changing nothing, on a table of another pool or shorter than its
-        tokens.
+        tokens, and where block_keys does.
         """
         if table.allocator is not self or table.block_size != self.block_size:
             raise ValueError("the table draws from another pool, or its blocks are of another size")
@@ -130,9 +131,9 @@ class PrefixCache(BlockAllocator):
             first -= 1
         parent = self._key_of[blocks[first - 1]] if first else ROOT
         rest = tokens[first * self.block_size :]
-        for block, key in zip(blocks[first:], block_keys(rest, self.block_size, extra, parent), strict=False):
-            if key in self._block_of:
-                break
+        keys = block_keys(rest, self.block_size, extra, parent)
+        new = [*takewhile(lambda pair: pair[1] not in self._block_of, zip(blocks[first:], keys, strict=False))]
+        for block, key in new:  # after all keys were made: one of them may be refused
             self._keep(block, key)
 
     def allocate(self) -> int:
