@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
+from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.swap import Swap
 from minipaged.memory.trace import EVENTS, VERSION, Trace
 from sharing_model import PagedMemoryMachine
+from trace_model import Replay
 
 
 class TracedMachine(PagedMemoryMachine):
@@ -44,12 +46,11 @@ class TracedMachine(PagedMemoryMachine):
         self.trace.step += 1
         for on_host in (False, True):
             tables = {
-                name: dict(enumerate(sequence.table.blocks))
+                name: sequence.table.blocks
                 for name, sequence in self.sequences.items()
                 if sequence.on_host == on_host and sequence.tokens
             }
-            replayed = self.replay.host_tables if on_host else self.replay.tables
-            assert {name: table for name, table in replayed.items() if table} == tables
+            assert self.replay.whole_tables(on_host) == tables
         assert self.replay.cached == self.kept()
 
     parts = (*PagedMemoryMachine.parts, a_replay_of_the_events_gives_the_tables)
@@ -60,51 +61,14 @@ class TracedMachine(PagedMemoryMachine):
             assert again.events == self.trace.events and again.header() == self.trace.header()
 
 
-class Replay:
-    """The schema's words, taken literally: tables are dictionaries, and each event changes an entry of one."""
-
-    def __init__(self, block_size):
-        self.block_size = block_size
-        self.tables, self.host_tables, self.cached = {}, {}, set()  # tables: sequence -> logical -> block
-
-    def apply(self, event):
-        seq, logical, block = event.get("seq"), event.get("logical"), event.get("block")
-        table, host_table = self.tables.setdefault(seq, {}), self.host_tables.setdefault(seq, {})
-        in_use = [block for blocks in self.tables.values() for block in blocks.values()]
-        match event["event"]:
-            case "allocate":
-                assert logical not in table and block not in in_use and block not in self.cached
-                table[logical] = block
-            case "share":
-                assert logical not in table and (block in in_use or block in self.cached)
-                table[logical] = block
-            case "copy":
-                assert table[logical] == event["source"]
-                assert event["target"] not in in_use and event["target"] not in self.cached
-                table[logical] = event["target"]
-            case "write":
-                for position in range(event["start"], event["start"] + event["count"]):
-                    written = table[position // self.block_size]
-                    assert in_use.count(written) == 1 and written not in self.cached, "a shared block is never written"
-            case "free":
-                assert (host_table if logical in host_table else table).pop(logical) == block
-            case "cache":
-                assert block in in_use and block not in self.cached
-                self.cached.add(block)
-            case "evict":
-                assert block not in in_use
-                self.cached.remove(block)
-            case "swap_out":
-                assert table.pop(logical) == block
-                host_table[logical] = event["host_block"]
-            case "swap_in":
-                assert host_table.pop(logical) == event["host_block"]
-                table[logical] = block
-            case other:
-                pytest.fail(f"the memory recorded {other}")
-
-
 TestTraced = TracedMachine.TestCase
+
+
+def replayed(trace):
+    replay = Replay(trace.block_size)
+    for event in trace.events:
+        replay.apply(event)
+    return replay
 
 
 def run(script, trace):
@@ -178,6 +142,7 @@ def test_what_each_verb_records():
         [0, "allocate", "A", 1, second],
         [1, "share", "B", 0, first],
         [1, "share", "B", 1, second],
+        [1, "fork", "B", "A", 3],
         [1, "copy", "B", 1, second, target],
         [2, "cache", first],
         [2, "swap_out", "A", 0, first, host_first],
@@ -188,22 +153,34 @@ def test_what_each_verb_records():
     ]
 
 
-def test_a_twin_names_the_earlier_block():
-    """Two sequences computed the same block. The later one frees its own, and shares at the same logical place."""
+def test_a_twin_records_nothing():
+    """Two sequences computed the same block. The later one keeps its own, which is not cached."""
     trace = Trace(4, 2)
     cache = PrefixCache(4, 2, trace=trace)
     tables = [BlockTable(cache, 2, seq=seq, trace=trace) for seq in "AB"]
     for table in tables:
         table.append_tokens(3)
-    first, own = tables[0].blocks[0], tables[1].blocks[0]
+    first = tables[0].blocks[0]
     del trace.events[:]
     for table in tables:
         cache.insert(table, [5, 6, 7])
-    assert [list(event.values()) for event in trace.events] == [
-        ["cache", 0, first],
-        ["free", 0, "B", 0, own],
-        ["share", 0, "B", 0, first],
-    ]
+    assert trace.events == [{"event": "cache", "step": 0, "block": first}]
+
+
+def test_a_reset_is_one_event_and_what_follows_begins_with_empty_pools():
+    trace = Trace(4, 2, 4)
+    blocks = BlockManager(4, 2, num_host_blocks=4, enable_prefix_caching=True, trace=trace)
+    for seq in "AB":
+        blocks.allocate_slots(seq, 4)
+        blocks.cache_blocks(seq, [1, 2, 3, 4], cache_salt=seq)
+    blocks.swap_out("B")
+    num_before = len(trace.events)
+    blocks.reset()
+    blocks.allocate_slots("B", 8)
+    assert trace.events[num_before] == {"event": "reset", "step": 0}
+    assert [event["event"] for event in trace.events[num_before + 1 :]] == ["allocate"] * 4, "and no evict"
+    assert replayed(trace).whole_tables() == {"B": blocks.blocks("B")}
+    assert not replayed(trace).whole_tables(on_host=True) and not replayed(trace).cached
 
 
 def test_a_refusal_records_nothing():
@@ -265,7 +242,7 @@ def test_a_header_has_sizes(sizes):
 
 
 # Written out: traces are kept in files, and a reader of this version must read them.
-HEADER = {"schema": "minipaged.trace", "version": 1, "num_blocks": 2, "block_size": 2, "num_host_blocks": 0}
+HEADER = {"schema": "minipaged.trace", "version": 2, "num_blocks": 2, "block_size": 2, "num_host_blocks": 0}
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,22 @@ def test_a_fork_sees_no_more_than_its_parent_where_a_third_sees_more():
 
 
 @given(scripts())
+def test_after_a_reset_the_pools_are_empty_and_the_same_events_may_follow(script):
+    trace = run_script(script)
+    twice = Trace.loads(trace.dumps())
+    twice.record("reset")
+    number = len(twice.events)
+    for event in trace.events:
+        twice.record(event["event"], **{key: value for key, value in event.items() if key not in ("event", "step")})
+    states = list(replay(twice))
+    empty = states[number - 1]
+    assert not (empty.tables or empty.host_tables or empty.num_tokens or empty.texts or empty.cached)
+    assert empty.num_free == empty.num_blocks
+    for before, after in zip(states[: number - 1], states[number:], strict=True):
+        assert maps_of(before) == maps_of(after)
+
+
+@given(scripts())
 def test_references_fill_and_free_blocks_follow_from_the_tables(script):
     _, after = run_and_look(script)
     for snapshot, blocks in after:
@@ -241,6 +257,8 @@ def test_an_event_that_happened_twice_is_refused_with_its_number(trace, data):
 ALLOCATED = {"event": "allocate", "seq": "A", "logical": 0, "block": 0}
 WRITTEN = {"event": "write", "seq": "A", "start": 0, "count": 2}
 SHARED = {"event": "share", "seq": "B", "logical": 0, "block": 0}
+NEXT = {**ALLOCATED, "logical": 1, "block": 1}
+FORKED = {"event": "fork", "seq": "B", "parent": "A", "count": 2}
 
 
 @pytest.mark.parametrize(
@@ -269,6 +287,14 @@ SHARED = {"event": "share", "seq": "B", "logical": 0, "block": 0}
             "the host pool has no",
         ),
         ([{"event": "schedule", "seqs": 3}], "seqs must map a sequence to its tokens"),
+        ([ALLOCATED, NEXT, {"event": "free", "seq": "A", "logical": 0, "block": 0}], "its last one is given back first"),
+        ([ALLOCATED, WRITTEN, FORKED], "B does not name the blocks of A"),
+        ([ALLOCATED, NEXT, WRITTEN, SHARED, FORKED], "B does not name the blocks of A"),
+        ([ALLOCATED, WRITTEN, SHARED, {**FORKED, "parent": "C"}], "B does not name the blocks of C"),
+        ([ALLOCATED, SHARED, FORKED], "A holds 0 tokens in 1 blocks, and B has 2 of them"),
+        ([ALLOCATED, WRITTEN, SHARED, {**FORKED, "count": 0}], "A holds 2 tokens in 1 blocks, and B has 0 of them"),
+        ([ALLOCATED, {"event": "reset"}, WRITTEN], "A holds 0 tokens in room for 0"),
+        ([ALLOCATED, {"event": "reset"}, SHARED], "block 0 of the pool is free: it cannot be shared"),
     ],
 )
 def test_an_event_that_contradicts_the_state_is_refused_with_its_number(events, says):
@@ -486,10 +512,11 @@ def test_what_is_shown_of_a_token(text, shown):
 
 def test_every_event_of_the_schema_has_words():
     sample = {"seq": "A", "logical": 1, "block": 5, "source": 5, "target": 6, "start": 4, "count": 2, "host_block": 3}
-    sample |= {"seqs": {"A": 2, "B": 1}, "mode": "swap", "reason": "stop"}
+    sample |= {"seqs": {"A": 2, "B": 1}, "mode": "swap", "reason": "stop", "parent": "C"}
     said = {kind: in_words({"event": kind, "step": 1, **{key: sample[key] for key in EVENTS[kind]}}) for kind in EVENTS}
     assert said["allocate"] == "A takes physical block 5 for its logical block 1"
     assert said["schedule"] == "this step computes 2 tokens of A, 1 token of B"
+    assert said["fork"] == "A is a fork of C: it has the same first 2 tokens in the same blocks"
     assert len(set(said.values())) == len(EVENTS) and not any("{" in words for words in said.values())
 
 

@@ -51,10 +51,12 @@ export class BlockFilm {
 
   #queueAfter(queue, event, state) {
     const next = { ...queue };
-    if (event.event === "finish") next[event.seq] = "done";
+    if (event.event === "reset") {
+      for (const seq in next) if (next[seq] === "running") next[seq] = "waiting";
+    } else if (event.event === "finish") next[event.seq] = "done";
     else if (event.event === "preempt") next[event.seq] = "waiting";
     else if (event.event === "swap_out") next[event.seq] = "waiting";
-    else if (["allocate", "share", "write", "swap_in"].includes(event.event)) next[event.seq] = "running";
+    else if (["allocate", "share", "fork", "write", "swap_in"].includes(event.event)) next[event.seq] = "running";
     else if (event.event === "free" && !(event.seq in state.tables) && next[event.seq] === "running") {
       next[event.seq] = "done"; // a script has no `finish`; a beam that dies has none either
     }
@@ -142,5 +144,5 @@ export function plural(count, word) {
 function place([device, host], logical) {
   if ((device[logical] ?? -1) >= 0) return `block ${device[logical]}`;
   if ((host[logical] ?? -1) >= 0) return `host block ${host[logical]}`;
-  return "a block on its way";
+  return "no block";
 }

@@ -42,7 +42,7 @@ def run(settings):
 def trace_of(settings):
     """The trace of a run."""
     from minipaged.engine.scheduler import Scheduler
-    from minipaged.engine.sequence import CompletionOutput, SamplingParams, Sequence, SequenceGroup
+    from minipaged.engine.sequence import SamplingParams, Sequence, Token
     from minipaged.memory.block_manager import BlockManager
     from minipaged.memory.trace import Trace
 
@@ -51,7 +51,7 @@ def trace_of(settings):
     if swap and not sizes["num_host_blocks"]:
         raise ValueError("preemption by swap needs blocks of the host: num_host_blocks is 0")
     trace = Trace(sizes["num_blocks"], sizes["block_size"], sizes["num_host_blocks"] if swap else 0)
-    memory = BlockManager(
+    blocks = BlockManager(
         trace.num_blocks,
         trace.block_size,
         num_host_blocks=trace.num_host_blocks,
@@ -59,57 +59,61 @@ def trace_of(settings):
         trace=trace,
     )
     scheduler = Scheduler(
-        memory,
+        blocks,
         max_model_len=512,
         max_num_seqs=sizes["max_num_seqs"],
         max_num_batched_tokens=sizes["max_num_batched_tokens"],
-        preemption=settings["preemption"],
         watermark=0.0,
-        trace=trace,
     )
     words = {}  # word -> token id, so that equal words are equal tokens
     letters = iter(LETTERS)  # the names of sequences, one a sample
 
-    def group_of(number, request):
+    def samples_of(number, request):
         prompt = [words.setdefault(word, len(words)) for word in str(request["prompt"]).split()]
-        n, tokens = _whole(request["n"], "n", 1, 8), _whole(request["max_tokens"], "max_tokens", 1, 64)
-        params = SamplingParams(n=n, temperature=1.0, max_tokens=tokens)
-        seqs = [Sequence(name, prompt, params, CompletionOutput(i)) for i, name in zip(range(n), letters, strict=False)]
-        if len(seqs) < n:
-            raise ValueError(f"there are more than {len(LETTERS)} sequences")
-        return SequenceGroup(str(number), seqs[:1], seqs[1:])
+        n, max_tokens = _whole(request["n"], "n", 1, 8), _whole(request["max_tokens"], "max_tokens", 1, 64)
+        params = SamplingParams(n=n, temperature=1.0, max_tokens=max_tokens)
+        seqs = [Sequence(str(number), index, prompt, params) for index in range(n)]
+        for seq in seqs:
+            seq.seq_id = next(letters, None)
+            if seq.seq_id is None:
+                raise ValueError(f"there are more than {len(LETTERS)} sequences")
+        return seqs
 
-    requests = list(enumerate(settings["requests"]))
-    if not requests:
+    if not settings["requests"]:
         raise ValueError("there is no request")
-    groups = []
-    for number, request in requests:
+    arriving = []  # (before which step, the samples)
+    for number, request in enumerate(settings["requests"]):
         try:
-            group = group_of(number, request)
-            first = group.seqs[0]
-            scheduler.check(len(first.prompt_token_ids), first.params.max_tokens, group.num_places)
+            seqs = samples_of(number, request)
+            scheduler.check(len(seqs[0].prompt_token_ids), seqs[0].params.max_tokens)
         except ValueError as error:
             raise ValueError(f"request {number + 1}: {error}") from error
-        groups.append((_whole(request.get("arrives", 0), "arrives", 0, 100), group))
-    groups.sort(key=lambda item: item[0])
+        arriving.append((_whole(request.get("arrives", 0), "arrives", 0, 100), seqs))
+    arriving.sort(key=lambda item: item[0])
     shown = list(words)
     for step in range(STEPS_UP_TO):
-        while groups and groups[0][0] <= step:
-            scheduler.add(groups.pop(0)[1])
-        if not scheduler.has_unfinished():
-            if not groups:
+        while arriving and arriving[0][0] <= step:
+            scheduler.add(arriving.pop(0)[1])
+        if not (scheduler.waiting or scheduler.running):
+            if not arriving:
                 return trace
-            continue  # nobody is here yet
+            continue  # no request is here yet
+        trace.step += 1
         output = scheduler.schedule()
-        for work in output.work:
-            tokens = work.seq.tokens(work.start, work.start + work.count)
+        counts = output.num_scheduled_tokens
+        for seq, mode in output.preempted.items():
+            trace.record("preempt", seq=seq.seq_id, mode=mode)
+        trace.record("schedule", seqs={seq.seq_id: count for seq, count in counts.items()})
+        for seq, count in counts.items():
+            tokens = seq.tokens(seq.num_computed, seq.num_computed + count)
             text = [shown[token] if token >= 0 else str(-token) for token in tokens]
-            trace.record("write", seq=work.seq.seq_id, start=work.start, count=work.count, tokens=text)
-        for _, group, seq in scheduler.computed(output):
-            made = seq.output.token_ids
-            made.append(-len(made) - 1)  # the answer: 1, 2, 3, ...
-            if len(made) == seq.params.max_tokens:
-                scheduler.finish(group, seq, "length")
+            trace.record("write", seq=seq.seq_id, start=seq.num_computed, count=count, tokens=text)
+        scheduler.update_from_output(output)
+        for seq in output.sampled:
+            seq.outputs.append(Token(-len(seq.outputs) - 1, None, 0.0))  # the answer: 1, 2, 3, ...
+            if len(seq.outputs) == seq.params.max_tokens:
+                trace.record("finish", seq=seq.seq_id, reason="length")
+                scheduler.finish(seq)
     raise ValueError(f"not finished after {STEPS_UP_TO} steps")
 
 

@@ -138,11 +138,8 @@ class _Runner:
         if child in self.tables:
             raise ValueError(f"{child!r} is there already: a fork needs a new name")
         self._on_device(op["seq"], parent)
-        table = self.tables[child] = parent.fork(seq=child)
+        self.tables[child] = parent.fork(seq=child)
         self.tokens[child] = list(self.tokens[op["seq"]])
-        partial = table.num_tokens % self.trace.block_size
-        if partial and self.allocator.ref_count(table.blocks[-1]) > 2:  # somebody else may see more of the last block
-            self.trace.record("write", seq=child, start=table.num_tokens, count=0)
 
     def _truncate(self, op: dict[str, Any]) -> None:
         table, keep = self._known(op["seq"]), op["keep"]

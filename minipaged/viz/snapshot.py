@@ -15,7 +15,7 @@ from itertools import count, product
 from minipaged.memory.trace import Event
 
 NOWHERE = -1
-"""In a table: this logical block is not in this pool (it is in the other one, or on its way)."""
+"""In a table: this logical block is not in this pool, but in the other one."""
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -87,7 +87,7 @@ class Snapshot:
         return max(len(self.tables.get(seq, ())), len(self.host_tables.get(seq, ())))
 
     def place(self, seq: str, logical: int) -> str:
-        """Where a logical block lies: "5" in the pool, "h5" in the host pool, "?" while it is on its way."""
+        """Where a logical block lies: "5" in the pool, "h5" in the host pool, "?" in neither."""
         for prefix, tables in (("", self.tables), ("h", self.host_tables)):
             table = tables.get(seq, ())
             if logical < len(table) and table[logical] != NOWHERE:

@@ -6,6 +6,7 @@ a write into a shared block), then the trace is of a memory with a mistake in it
 
 from typing import Any
 
+from minipaged.cdiv import cdiv
 from minipaged.memory.trace import Event, Trace
 from minipaged.viz.snapshot import NOWHERE, Snapshot
 
@@ -41,15 +42,18 @@ class Pool:
 
 
 class State:
-    """Tables over two pools. An entry of a table is (pool, block), or None while the block is on its way."""
+    """Tables over two pools. An entry of a table is (pool, block)."""
 
     def __init__(self, trace: Trace):
         self.trace = trace
-        self.device = Pool(trace.num_blocks, "the pool")
-        self.host = Pool(trace.num_host_blocks, "the host pool")
-        self.tables: dict[str, list[tuple[Pool, int] | None]] = {}
-        self.num_tokens: dict[str, int] = {}
         self.names = tuple(dict.fromkeys(seq for event in trace.events for seq in _named_by(event)))
+        self._empty()
+
+    def _empty(self) -> None:
+        self.device = Pool(self.trace.num_blocks, "the pool")
+        self.host = Pool(self.trace.num_host_blocks, "the host pool")
+        self.tables: dict[str, list[tuple[Pool, int]]] = {}
+        self.num_tokens: dict[str, int] = {}
 
     def apply(self, number: int) -> None:
         event = self.trace.events[number]
@@ -82,15 +86,15 @@ class State:
     def _tables(self, pool: Pool) -> dict[str, list[int]]:
         """The part of each table that lies in one pool; a sequence with nothing there is left out."""
         return {
-            seq: [entry[1] if entry and entry[0] is pool else NOWHERE for entry in table]
+            seq: [block if lies is pool else NOWHERE for lies, block in table]
             for seq, table in self.tables.items()
-            if any(entry and entry[0] is pool for entry in table)
+            if any(lies is pool for lies, _ in table)
         }
 
     def _read(self, seq: str) -> list[str]:
         words: list[str] = []
-        for entry in self.tables[seq]:
-            words += entry[0].words[entry[1]] if entry else [""] * self.trace.block_size
+        for pool, block in self.tables[seq]:
+            words += pool.words[block]
         return words[: self.num_tokens[seq]]
 
     # One method an event, named after it.
@@ -107,8 +111,7 @@ class State:
                 fill = max(fill, min(self.trace.block_size, self.num_tokens[seq] - logical * self.trace.block_size))
         self.device.share(block)
         self._set(event, self.device)
-        # A fork or a prefix hit: the new owner holds what was written. (After a truncation of the other owner this can
-        # be too much; the next write, also one of 0 tokens, says where the sequence ends.)
+        # What a prefix cache finds is full. Of a fork's last block this is a guess until its `fork` says where it ends.
         self.num_tokens[event["seq"]] = max(self.num_tokens[event["seq"]], logical * self.trace.block_size + fill)
 
     def _copy(self, event: Event) -> None:
@@ -118,6 +121,16 @@ class State:
         self.device.give_back(source)
         self.tables[event["seq"]][event["logical"]] = (self.device, event["target"])
 
+    def _fork(self, event: Event) -> None:
+        seq, parent, count = _seq(event), event["parent"], _int(event, "count")
+        table, written = self.tables.get(seq, []), self.num_tokens.get(parent, 0)
+        if table != self.tables.get(parent, []):
+            raise ValueError(f"{seq} does not name the blocks of {parent}")
+        if count > written or cdiv(count, self.trace.block_size) != len(table):
+            raise ValueError(f"{parent} holds {written} tokens in {len(table)} blocks, and {seq} has {count} of them")
+        if table:
+            self.num_tokens[seq] = count
+
     def _write(self, event: Event) -> None:
         seq, start, count = _seq(event), _int(event, "start"), _int(event, "count")
         table, held = self.tables.get(seq, []), self.num_tokens.get(seq, 0)
@@ -126,10 +139,9 @@ class State:
             raise ValueError(f"{seq} holds {held} tokens in room for {room}: positions {start} to {start + count}")
         words = _words(event)
         for position in range(start, start + count):
-            entry = table[position // self.trace.block_size]
-            if entry is None or entry[0] is not self.device:
+            pool, block = table[position // self.trace.block_size]
+            if pool is not self.device:
                 raise ValueError(f"position {position} of {seq} is not in the pool")
-            block = entry[1]
             if self.device.owners[block] > 1 or block in self.device.cached:
                 others = "a hash finds" if block in self.device.cached else f"{self.device.owners[block]} tables name"
                 raise ValueError(f"{seq} writes position {position} into block {block}, which {others}")
@@ -140,13 +152,12 @@ class State:
     def _free(self, event: Event) -> None:
         seq, logical, block = _seq(event), _int(event, "logical"), _int(event, "block")
         table = self.tables.get(seq, [])
-        entry = table[logical] if logical < len(table) else None
-        pool = self.host if entry and entry[0] is self.host else self.device
+        pool = table[logical][0] if logical < len(table) else self.device
         self._expect(event, pool, block)
+        if logical != len(table) - 1:
+            raise ValueError(f"{seq} has {len(table)} blocks: its last one is given back first")
         pool.give_back(block)
-        table[logical] = None
-        while table and table[-1] is None:
-            table.pop()
+        table.pop()
         self.num_tokens[seq] = min(self.num_tokens[seq], len(table) * self.trace.block_size)
         if not table:
             del self.tables[seq], self.num_tokens[seq]
@@ -183,6 +194,9 @@ class State:
         source[0].give_back(source[1])
         self.tables[seq][logical] = target
 
+    def _reset(self, event: Event) -> None:
+        self._empty()
+
     def _schedule(self, event: Event) -> None:
         if not isinstance(event["seqs"], dict):
             raise ValueError(f"seqs must map a sequence to its tokens, got {event['seqs']!r}")
@@ -194,12 +208,12 @@ class State:
         _seq(event)
 
     def _set(self, event: Event, pool: Pool) -> None:
-        """A table gets an entry: the next one, or one that it has lost."""
+        """A table gets its next entry."""
         seq, logical = _seq(event), _int(event, "logical")
         table = self.tables.setdefault(seq, [])
-        if logical > len(table) or (logical < len(table) and table[logical] is not None):
+        if logical != len(table):
             raise ValueError(f"logical block {logical} of {seq} cannot be set: it has {len(table)} blocks")
-        table[logical : logical + 1] = [(pool, event["block"])]
+        table.append((pool, event["block"]))
         self.num_tokens.setdefault(seq, 0)
 
     def _expect(self, event: Event, pool: Pool, block: int) -> None:

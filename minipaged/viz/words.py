@@ -72,6 +72,9 @@ def in_words(event: Event) -> str:
     if kind == "copy":
         what = f"physical block {event['source']} is shared: {seq} copies it to block {event['target']}"
         return f"{what}, its logical block {event['logical']} from now on (copy-on-write)"
+    if kind == "fork":
+        parent = shorten(visible(str(event["parent"])), 40)
+        return f"{seq} is a fork of {parent}: it has the same first {_tokens(event['count'])} in the same blocks"
     if kind == "write":
         return _write_in_words(event, seq)
     if kind == "free":
@@ -86,6 +89,8 @@ def in_words(event: Event) -> str:
     if kind == "swap_in":
         where = f"from host block {event['host_block']} back to physical block {event['block']}"
         return f"{seq} moves its logical block {event['logical']} {where}"
+    if kind == "reset":
+        return "the memory is reset: no block table is left, every block is free, and nothing is cached"
     if kind == "schedule":
         return f"this step computes {_listed(event['seqs'].items()) or 'nothing'}"
     if kind == "preempt":

@@ -37,9 +37,11 @@ WHEELS = (
 OURS = (
     "pyproject.toml",
     "minipaged/__init__.py",
+    "minipaged/cdiv.py",
     "minipaged/memory/*.py",
     "minipaged/engine/__init__.py",
     "minipaged/engine/scheduler.py",
+    "minipaged/engine/scheduler_output.py",
     "minipaged/engine/sequence.py",
     "minipaged/viz/*.py",
     "minipaged/course/*.py",
