@@ -17,10 +17,11 @@ export class BlockFilm {
     this.byName = Object.fromEntries(document.sequences.map((seq) => [seq.name, seq]));
     this.states = [EMPTY];
     this.queues = [this.#firstQueue()];
-    for (const item of document.events) {
+    const last = Object.fromEntries(document.events.map((item, i) => [item.event.seq, i])); // each sequence's last event
+    document.events.forEach((item, i) => {
       this.states.push(applied(this.states.at(-1), item.changes));
-      this.queues.push(this.#queueAfter(this.queues.at(-1), item.event, this.states.at(-1)));
-    }
+      this.queues.push(this.#queueAfter(this.queues.at(-1), item.event, this.states.at(-1), last[item.event.seq] > i));
+    });
   }
 
   get length() {
@@ -49,7 +50,7 @@ export class BlockFilm {
     return Object.fromEntries(this.sequences.map((seq) => [seq.name, "waiting"]));
   }
 
-  #queueAfter(queue, event, state) {
+  #queueAfter(queue, event, state, comesBack) {
     const next = { ...queue };
     if (event.event === "reset") {
       for (const seq in next) if (next[seq] === "running") next[seq] = "waiting";
@@ -58,7 +59,7 @@ export class BlockFilm {
     else if (event.event === "swap_out") next[event.seq] = "waiting";
     else if (["allocate", "share", "fork", "write", "swap_in"].includes(event.event)) next[event.seq] = "running";
     else if (event.event === "free" && !(event.seq in state.tables) && next[event.seq] === "running") {
-      next[event.seq] = "done"; // a script has no `finish`; a beam that dies has none either
+      next[event.seq] = comesBack ? "waiting" : "done"; // a script has no `finish`; a beam that dies has none either
     }
     return next;
   }

@@ -37,12 +37,7 @@ CHAPTERS = (
     Chapter(
         3,
         "The contiguous cache",
-        (
-            "minipaged/kvcache/contiguous.py",
-            "minipaged/attention/contiguous.py",
-            "minipaged/kvcache/recompute.py",
-            "minipaged/memory/unpaged.py",
-        ),
+        ("minipaged/kvcache/contiguous.py", "minipaged/attention/contiguous.py"),
     ),
     Chapter(4, "Where does the memory go?", ("minipaged/memory/reservation.py",), ("fragmentation",)),
     Chapter(5, "Page tables", ("minipaged/memory/page_table.py", "minipaged/memory/process.py")),
@@ -65,7 +60,8 @@ CHAPTERS = (
             "minipaged/memory/prefix_cache.py",
             "minipaged/memory/swap.py",
             "minipaged/memory/block_manager.py",
-            "minipaged/kvcache/host.py",
+            "minipaged/kvcache/swap_space.py",
+            "minipaged/engine/beam_search.py",
         ),
         ("parallel_sampling", "beam_search", "prefix_cache"),
     ),

@@ -50,6 +50,7 @@ def test_each_frame_shows_the_state_of_the_trace(player, name):
     states = snapshots(film)
     assert len(frames) == len(states) + 1
     assert frames[0]["blocks"] == {} == frames[0]["rows"]
+    done = set()
     for number, (frame, state) in enumerate(zip(frames[1:], states, strict=True)):
         owned = {
             **{str(b): o for b, o in state.by_block().items()},
@@ -66,6 +67,8 @@ def test_each_frame_shows_the_state_of_the_trace(player, name):
         assert frame["said"] == film["events"][number]["words"]
         shown = [seq for lane in frame["lanes"].values() for seq in lane]
         assert sorted(shown) == sorted(seq["name"] for seq in film["sequences"]), "everybody is in one lane"
+        assert done <= set(frame["lanes"]["done"]), "a request that is preempted waits, and is not done"
+        done = set(frame["lanes"]["done"])
         assert set(frame["lanes"]["running"]) >= set(state.tables) - set(frame["lanes"]["waiting"]) - set(
             frame["lanes"]["done"]
         )

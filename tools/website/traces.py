@@ -48,8 +48,9 @@ def lettered(trace: Trace) -> Trace:
     for event in trace.events:
         renamed.step = event["step"]
         fields = {key: value for key, value in event.items() if key not in ("event", "step")}
-        if "seq" in fields:
-            fields["seq"] = letters[fields["seq"]]
+        for name in ("seq", "parent"):
+            if name in fields:
+                fields[name] = letters[fields[name]]
         if "seqs" in fields:
             fields["seqs"] = {letters[seq]: count for seq, count in fields["seqs"].items()}
         renamed.record(event["event"], **fields)
