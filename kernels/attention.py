@@ -11,7 +11,7 @@ Neither question has to wait for the device, if the caller says what a scheduler
 
 from torch import Tensor
 
-from minipaged.kernels.checks import check_prefill
+from minipaged.kernels.checks import check_attention
 from minipaged.kernels.paged_decode import paged_decode
 from minipaged.kernels.paged_decode_split import choose_num_splits, count_multiprocessors, paged_decode_split
 from minipaged.kernels.paged_prefill import paged_prefill
@@ -27,7 +27,6 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     max_query_len: int | None = None,
     max_seq_len: int | None = None,
     out: Tensor | None = None,
@@ -37,7 +36,6 @@ def paged_attention(
 
     The arguments and the answer of `minipaged.attention.paged_attention`, and further:
 
-    logits_soft_cap   scores become cap * tanh(score / cap), as in Gemma 2
     max_query_len     the most queries of one sequence; None: looked up on the device where it matters
     max_seq_len       an upper bound of seq_lens, from which the number of splits is chosen; None: the table's width
     out               where to write the answer; None: a new tensor
@@ -46,25 +44,19 @@ def paged_attention(
     A query that sees no token (seq_lens 0: the padding of a batch) gives 0. Raises ValueError for arguments that do not
     fit, before anything is launched.
     """
-    check_prefill(
-        query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, sliding_window, logits_soft_cap, out,
-        None, None, check,
-    )  # fmt: skip
+    tables = block_tables, seq_lens, query_start_loc
+    check_attention(query, key_cache, value_cache, *tables, sliding_window, out=out, check=check)
     num_seqs, max_blocks = block_tables.shape
     if max_query_len is None and len(query) == num_seqs:
         max_query_len = int(query_start_loc.diff().max()) if num_seqs else 0
+    arguments = query, key_cache, value_cache, block_tables, seq_lens
     # As many tokens as sequences, and none with two: then each has exactly one.
     if len(query) != num_seqs or max_query_len != 1:
         return paged_prefill(
-            query,
-            key_cache,
-            value_cache,
-            block_tables,
-            seq_lens,
+            *arguments,
             query_start_loc,
             scale=scale,
             sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap,
             max_query_len=max_query_len,
             out=out,
         )
@@ -72,26 +64,5 @@ def paged_attention(
     longest = min(max_seq_len or max_blocks * block_size, sliding_window or max_blocks * block_size)
     num_splits = choose_num_splits(num_seqs, num_kv_heads, longest, count_multiprocessors(query.device))
     if num_splits == 1:
-        return paged_decode(
-            query,
-            key_cache,
-            value_cache,
-            block_tables,
-            seq_lens,
-            scale=scale,
-            sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap,
-            out=out,
-        )
-    return paged_decode_split(
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        seq_lens,
-        scale=scale,
-        num_splits=num_splits,
-        sliding_window=sliding_window,
-        logits_soft_cap=logits_soft_cap,
-        out=out,
-    )
+        return paged_decode(*arguments, scale=scale, sliding_window=sliding_window, out=out)
+    return paged_decode_split(*arguments, scale=scale, num_splits=num_splits, sliding_window=sliding_window, out=out)

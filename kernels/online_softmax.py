@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = math.log2(math.e)
-_LOG2_E = tl.constexpr(LOG2_E)  # a kernel sees a global only as a constexpr
 
 
 @triton.jit
@@ -64,7 +63,6 @@ def attend_context(
     MASKED: tl.constexpr,  # False promises whole tiles, all of which every row may see
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,  # tokens that a row may see, its own included; 0: all. Used where CAUSAL
-    SOFT_CAP: tl.constexpr,  # 0: none
 ):
     token = tl.arange(0, TILE)  # [TILE]
     dim = tl.arange(0, q.shape[1])  # [HEAD_DIM_PADDED]
@@ -87,8 +85,6 @@ def attend_context(
 
         # "ieee": float32 is not rounded to tf32. float16 and bfloat16 are multiplied exactly and summed in float32.
         scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=total.dtype) * scale_log2  # [ROWS, TILE]
-        if SOFT_CAP > 0.0:
-            scores = soft_capped(scores, SOFT_CAP)
         if MASKED:
             visible = (position < end)[None, :]
             if CAUSAL:
@@ -107,12 +103,3 @@ def attend_context(
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator, input_precision="ieee", out_dtype=total.dtype)
         maximum = new_maximum
     return maximum, total, accumulator
-
-
-@triton.jit
-def soft_capped(scores, CAP: tl.constexpr):
-    """cap * tanh(score / cap), in units of log2 before and after.
-
-    tanh(x) = 1 - 2 / (exp(2x) + 1) keeps its limit where exp overflows; (exp(2x) - 1) / (exp(2x) + 1) is inf / inf.
-    """
-    return CAP * _LOG2_E * (1.0 - 2.0 / (tl.exp2(scores * (2.0 / CAP)) + 1.0))

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from minipaged.kernels.checks import check_prefill
+from minipaged.kernels.checks import check_attention
 from minipaged.kernels.online_softmax import LOG2_E, attend_context, finish_softmax, start_softmax
 
 
@@ -40,7 +40,6 @@ def paged_prefill(
     *,
     scale: float,
     sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     max_query_len: int | None = None,
     out: Tensor | None = None,
     tile: int | None = None,
@@ -53,10 +52,8 @@ def paged_prefill(
     the answer does not depend on it. `tile` (keys a step) and `rows` (query rows a program) are powers of two from 16;
     None: what fits the head size.
     """
-    check_prefill(
-        query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, sliding_window, logits_soft_cap, out,
-        tile, rows, check,
-    )  # fmt: skip
+    tables = block_tables, seq_lens, query_start_loc
+    check_attention(query, key_cache, value_cache, *tables, sliding_window, out=out, tile=tile, rows=rows, check=check)
     num_tokens, num_heads, head_dim = query.shape
     _, num_kv_heads, block_size, _ = key_cache.shape
     num_seqs = len(seq_lens)
@@ -70,7 +67,6 @@ def paged_prefill(
         block_size,
         query.dtype.itemsize,
         sliding_window,
-        logits_soft_cap,
         num_tokens if max_query_len is None else max_query_len,
         multiplies_from_shared_memory=multiplies_from_shared_memory(query.device),
         tile=tile,
@@ -102,7 +98,6 @@ def prefill_constants(
     block_size: int,
     itemsize: int,
     sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     max_query_len: int = 128,
     multiplies_from_shared_memory: bool = True,
     tile: int | None = None,
@@ -124,7 +119,6 @@ def prefill_constants(
         "BLOCK_SIZE": block_size,
         "TILE": tile or (32 if short else 64),
         "WINDOW": sliding_window or 0,
-        "SOFT_CAP": float(logits_soft_cap or 0.0),
         "num_warps": 8 if rows >= 128 or head_dim_padded > 128 else 4,
         "num_stages": 3 if head_dim_padded <= 128 else 2,
     }
@@ -161,7 +155,6 @@ def paged_prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP  # query tokens of a program
     query_tile = tl.program_id(0)
@@ -220,7 +213,6 @@ def paged_prefill_kernel(
             MASKED=False,
             CAUSAL=False,
             WINDOW=0,
-            SOFT_CAP=SOFT_CAP,
         )
         start = whole
     maximum, total, accumulator = attend_context(
@@ -243,7 +235,6 @@ def paged_prefill_kernel(
         MASKED=True,
         CAUSAL=True,
         WINDOW=WINDOW,
-        SOFT_CAP=SOFT_CAP,
     )
     out = finish_softmax(total, accumulator)
     out_place = (query_row * out_stride_token + head * out_stride_head)[:, None] + dim[None, :]

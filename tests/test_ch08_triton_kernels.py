@@ -117,34 +117,6 @@ def test_large_scores_do_not_overflow(drawn, size):
     assert_near(attend(kernel, batch, 0.25), batch.expected(0.25), tolerance)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # that is the point
-@costly(1 / 4)
-@given(kernels_and_batches(), st.sampled_from((1.0, 30.0)), st.sampled_from((1.0, 1e3)), windows)
-def test_soft_cap_bends_scores_and_never_overflows(drawn, cap, size, window):
-    """Scores of 1,000 and a cap of 1: exp(2 * 1,000) is infinite, and tanh(1,000) is 1."""
-    kernel, batch = drawn
-    batch.query *= size
-    queries = [query * size for query in batch.queries]
-    out = attend(kernel, batch, sliding_window=window, logits_soft_cap=cap)
-    expected = [
-        capped_attention(q, k, v, 0.25, cap, window) for q, k, v in zip(queries, batch.keys, batch.values, strict=True)
-    ]
-    # Where tanh is steep, a rounded score of 1,000 has an error of its own.
-    assert_near(out, torch.from_numpy(np.concatenate(expected)), 1e-5 * size**0.5 * 3)
-
-
-def capped_attention(query, key, value, scale, cap, window):
-    """The oracle with a soft cap, one line of the formula a line of code."""
-    group = query.shape[1] // key.shape[1]
-    key, value = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
-    scores = cap * np.tanh(np.einsum("qhd,khd->hqk", query, key) * scale / cap)
-    i = np.arange(len(key) - len(query), len(key))[:, None]
-    j = np.arange(len(key))[None, :]
-    visible = (j <= i) & (j > i - (window or len(key)))
-    weights = np.where(visible, np.exp(scores - cap), 0.0)
-    return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), value)
-
-
 @costly(1 / 4)
 @given(kernels_and_batches(), st.data())
 def test_where_a_block_lies_does_not_matter(drawn, data):
@@ -436,7 +408,6 @@ MORE_BAD_ARGUMENTS = [
     ("seq_lens", torch.tensor([3.0, 5.0]), "float32"),
     ("out", torch.zeros(3, 4, 4), "[3, 4, 4]"),
     ("out", torch.zeros(3, 4, 8, dtype=torch.float16), "float16"),
-    ("logits_soft_cap", 0.0, "got 0.0"),
     ("sliding_window", -1, "got -1"),
 ]
 

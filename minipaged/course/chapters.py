@@ -230,7 +230,7 @@ CHAPTERS = {
                     blank=("choose_num_splits", "paged_decode_split_kernel", "merge_splits_kernel"),
                 ),
             ),
-            deselect=("soft_cap", "without_triton", "head_sizes", "other_layouts", "cannot_do", "refused_by_name"),
+            deselect=("without_triton", "head_sizes", "other_layouts", "cannot_do", "refused_by_name"),
             examples=24,  # of which the suite's costly properties take a quarter
         ),
         Chapter(
