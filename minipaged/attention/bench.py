@@ -13,7 +13,6 @@ first 1,024 tokens, so that contiguous memory holds (and reads) 32 copies of the
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
@@ -27,6 +26,7 @@ from rich.table import Table
 
 from minipaged.attention.bench_peers import Batch, Run, bandwidth_floor, flex, gathered, one_by_one, padded
 from minipaged.attention.compiled import paged_attention
+from minipaged.processor import processor
 
 NUM_SEQS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 9, 3, 64, 16
 SHORTEST, LONGEST = 128, 2048  # tokens
@@ -136,20 +136,6 @@ def measure(dtype: torch.dtype, pool: str, repeats: int, with_flex: bool, consol
     console.print(table)
     console.print(f"{100 * best[FLOOR] / best[OURS]:.0f} % of the bandwidth floor\n")
     return {"dtype": name, "pool": pool, "ms": times, "errors": errors, "best": best, "medians": medians}
-
-
-def processor() -> str:
-    """The model's name, and which wide instructions it has: the figures of one processor are not another's."""
-    found = {}
-    if Path("/proc/cpuinfo").is_file():
-        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
-            name, _, value = line.partition(":")
-            found[name.strip()] = value.strip()
-    flags = found.get("flags", found.get("Features", "")).split()
-    wide = [
-        flag for flag in flags if flag.startswith(("amx", "avx2", "avx512", "avx_vnni", "f16c", "fma", "asimd", "sve"))
-    ]
-    return f"{found.get('model name', platform.machine())} ({' '.join(wide) or 'flags unknown'})"
 
 
 def main(arguments: list[str] | None = None) -> int:

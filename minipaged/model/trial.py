@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import tempfile
 import time
 from functools import lru_cache
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from minipaged.model.fetch import home
 from minipaged.model.linear import Packed, Way, pack, product, ways
+from minipaged.processor import processor
 
 FORMAT = "minipaged linear 1"  # raise the number when what is measured changes
 
@@ -152,18 +152,3 @@ def _read(path: Path, about: dict[str, object], possible: list[Way]) -> Times | 
         return times if is_whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-@lru_cache
-def processor() -> str:
-    """Names this processor: what the system calls it, and a digest of its flags where there are any."""
-    fields = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
-            name, _, value = line.partition(":")
-            fields[name.strip()] = value.strip()
-    except OSError:  # not Linux
-        return f"{platform.machine()} {platform.processor()}"
-    named = [fields.get(name, "") for name in ("vendor_id", "model name", "cpu family", "model", "stepping")]
-    flags = hashlib.sha256(fields.get("flags", fields.get("Features", "")).encode()).hexdigest()[:8]
-    return " ".join([*filter(None, named), platform.machine(), flags])
