@@ -271,7 +271,8 @@ def test_make_batch_lays_tokens_out_as_a_plain_loop_does(drawn):
     assert batch.logits_rows.tolist() == [edges[i + 1] - 1 for i in rows], "the last token of each that is sampled"
     assert batch.max_query_len == max(map(len, token_ids))
     width = max([1, *map(len, tables)])
-    assert batch.block_tables.tolist() == [table + [-1] * (width - len(table)) for table in tables or [[]] * len(starts)]
+    rows = tables or [[]] * len(starts)
+    assert batch.block_tables.tolist() == [table + [-1] * (width - len(table)) for table in rows]
     dtypes = {name: getattr(batch, name).dtype for name in ("block_tables", "seq_lens", "query_start_loc")}
     assert set(dtypes.values()) == {torch.int32}, dtypes
     assert {t.dtype for t in (batch.token_ids, batch.positions, batch.slot_mapping, batch.logits_rows)} == {torch.int64}

@@ -116,12 +116,11 @@ def test_tokens_in_any_portions_equal_all_at_once(make, data):
         batch = make_batch(tokens, starts, tables, block_size)
 
         for layer in range(NUM_LAYERS):
-
-            def new(name, layer=layer, spans=tuple(zip(starts, ends, strict=True))):
-                parts = [getattr(s, name)[layer, start:end] for s, (start, end) in zip(live, spans, strict=True)]
-                return torch.from_numpy(np.concatenate(parts))
-
-            out = cache.attend(layer, new("query"), new("key"), new("value"), batch)
+            new = {
+                name: [getattr(s, name)[layer, start:end] for s, start, end in zip(live, starts, ends, strict=True)]
+                for name in ("query", "key", "value")
+            }
+            out = cache.attend(layer, *(torch.from_numpy(np.concatenate(parts)) for parts in new.values()), batch)
             for i, (seq, start, end) in enumerate(zip(live, starts, ends, strict=True)):
                 rows = slice(*batch.query_start_loc[i : i + 2].tolist())
                 expected = masked_attention(seq.query[layer, start:end], seq.key[layer, :end], seq.value[layer, :end])

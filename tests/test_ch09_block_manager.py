@@ -48,9 +48,7 @@ class Entry:
 class ManagerMachine(RuleBasedStateMachine):
     """Sequences enter, grow, fork, move and go. Tokens are of two kinds, so that prefixes meet."""
 
-    @initialize(
-        num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZES, num_host_blocks=st.integers(0, 8), caching=st.booleans()
-    )
+    @initialize(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZES, num_host_blocks=st.integers(0, 8), caching=st.booleans())
     def start(self, num_blocks, block_size, num_host_blocks, caching):
         self.num_blocks, self.block_size, self.num_host_blocks = num_blocks, block_size, num_host_blocks
         self.trace = Trace(num_blocks, block_size, num_host_blocks)
@@ -289,9 +287,7 @@ def test_a_prefix_is_found_as_far_as_it_was_cached_and_its_keys_say_by_what(toke
     blocks.allocate_slots("A", len(tokens))
     blocks.cache_blocks("A", tokens[:written], salt)
     num_cached = min(min(written, len(tokens)), len(tokens) - 1) // block_size
-    assert blocks.get_computed_blocks(tokens, salt) == Prefix(
-        blocks.blocks("A")[:num_cached], num_cached * block_size
-    )
+    assert blocks.get_computed_blocks(tokens, salt) == Prefix(blocks.blocks("A")[:num_cached], num_cached * block_size)
     keys = blocks.block_keys(tokens, salt)
     assert len(keys) == len({*keys}) == len(tokens) // block_size
     assert blocks.block_keys([*tokens, 0], salt)[: len(keys)] == keys

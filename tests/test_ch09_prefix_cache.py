@@ -110,7 +110,7 @@ def test_what_is_planned_is_not_found():
 def test_of_requests_of_one_step_the_first_is_found_and_each_keeps_its_own_blocks(
     num_same, num_requests, chunk, block_size
 ):
-    """Admitted together, none finds the others, and each computes all. The cache never changes a table because of it."""
+    """Admitted together, none finds the others, and each computes all. No table is changed because of it."""
     cache = PrefixCache(100, block_size)
     prompts = [list(range(num_same)) + [100 + request] * 5 for request in range(num_requests)]
     tables = [BlockTable(cache, block_size) for _ in prompts]

@@ -201,8 +201,7 @@ def test_nothing_to_move():
 
 
 def test_a_prefix_stays_findable_on_the_device():
-    """Swapped out, a sequence leaves its full blocks to be found. Swapped in, it has blocks of its own, and leaves those
-    as they are."""
+    """Swapped out, a sequence leaves its full blocks to be found. Swapped in, it has others, and those stay."""
     cache = PrefixCache(8, 2)
     swap = Swap(cache, BlockAllocator(8))
     table = BlockTable(cache, 2)

@@ -287,7 +287,10 @@ FORKED = {"event": "fork", "seq": "B", "parent": "A", "count": 2}
             "the host pool has no",
         ),
         ([{"event": "schedule", "seqs": 3}], "seqs must map a sequence to its tokens"),
-        ([ALLOCATED, NEXT, {"event": "free", "seq": "A", "logical": 0, "block": 0}], "its last one is given back first"),
+        (
+            [ALLOCATED, NEXT, {"event": "free", "seq": "A", "logical": 0, "block": 0}],
+            "its last one is given back first",
+        ),
         ([ALLOCATED, WRITTEN, FORKED], "B does not name the blocks of A"),
         ([ALLOCATED, NEXT, WRITTEN, SHARED, FORKED], "B does not name the blocks of A"),
         ([ALLOCATED, WRITTEN, SHARED, {**FORKED, "parent": "C"}], "B does not name the blocks of C"),

@@ -9,14 +9,14 @@ A trace is JSON Lines. The first line is the header, each further line one event
     {"event": "write", "step": 1, "seq": "A", "start": 0, "count": 6}
 
 `block` is a physical block, `logical` its place in the table of `seq`. An event says what has already happened, in
-order: replaying the events from an empty pool gives the state after each of them. A table is a list of physical blocks:
-`allocate` and `share` append an entry, `copy` and the swaps change one, `free` removes the last one, and `reset` empties
-all tables. `fork` says that the entries shared before it are a fork, and how many tokens the new sequence has.
+order: replaying the events from an empty pool gives the state after each of them. A table is a list of physical
+blocks: `allocate` and `share` append an entry, `copy` and the swaps change one, `free` removes the last one, and
+`reset` removes all tables. `fork` says of which sequence the shares before it are, and how many tokens it has.
 
-What records which: a BlockTable allocate, share, copy, fork and free; a PrefixCache cache and evict; a Swap swap_out and
-swap_in; a BlockManager reset. These know which table names a block, and nothing of its contents. `write` is recorded by
-the code that stores K and V, after it did, like `schedule`, `preempt` and `finish`: the engine, or the script runner of
-`minipaged trace`. Where no trace is wanted, none is passed, and a caller pays one `is not None`.
+What records which: a BlockTable allocate, share, copy, fork and free; a PrefixCache cache and evict; a Swap swap_out
+and swap_in; a BlockManager reset. These know which table names a block, and nothing of its contents. `write` is
+recorded by the code that stores K and V, after it did, like `schedule`, `preempt` and `finish`: the engine, or the
+script runner of `minipaged trace`. Where no trace is wanted, none is passed, and a caller pays one `is not None`.
 """
 
 import json
