@@ -86,6 +86,7 @@ class LLMEngine:
             else:
                 seq.outputs.append(token)  # the one line that changes the sequence's state
             self._settle(seq)
+            self._retire(self.requests[seq.request_id])
 
     def begin_step(self) -> None:
         """Events that are recorded from here on are of the next step."""
@@ -115,9 +116,12 @@ class LLMEngine:
             if request_id not in self.requests:
                 raise ValueError(f"there is no unfinished request {request_id!r}")
         with self.changing():
-            self._aborting = [self.requests[request_id] for request_id in request_ids if request_id in self.requests]
+            ids = dict.fromkeys(request_ids)
+            self._aborting = [self.requests[request_id] for request_id in ids if request_id in self.requests]
             for seq in self._mark_aborted():
                 self._settle(seq)
+            for request in self._aborting:
+                self._retire(request)
             self._aborting = ()
 
     def metrics(self) -> Metrics:
@@ -162,7 +166,6 @@ class LLMEngine:
             if self.trace is not None:
                 self.trace.record("finish", seq=seq.seq_id, reason=seq.finish_reason)
             self.scheduler.finish(seq)
-            self._retire(self.requests[seq.request_id])
 
     def _write_text(self, seq: Sequence) -> None:
         assert seq.detokenizer
