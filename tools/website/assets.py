@@ -45,6 +45,7 @@ OURS = (
     "minipaged/engine/sequence.py",
     "minipaged/viz/*.py",
     "minipaged/course/*.py",
+    "tests/by_chapter.py",
     "tests/conftest.py",
     "tests/memory_model.py",
     "tests/test_ch06_block_table.py",

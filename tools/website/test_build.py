@@ -2,8 +2,14 @@
 
 import copy
 import functools
+import io
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from urllib.parse import unquote, urljoin, urlparse
@@ -256,3 +262,29 @@ def test_without_npm_the_playground_says_why_it_cannot_run(tmp_path, monkeypatch
     monkeypatch.setattr(assets.shutil, "which", lambda _: None)
     files, problem = assets.playground()
     assert files == {} and problem == "npm is not on this machine, and brings pyodide"
+
+
+RUN = """
+import json, sys, playground
+requests = [{"prompt": "a b c d e", "max_tokens": 4, "n": 2, "arrives": 0}]
+settings = {"requests": requests, "preemption": "swap", "prefix_caching": True, "max_num_seqs": 4}
+sizes = {"num_blocks": 8, "block_size": 2, "num_host_blocks": 4, "max_num_batched_tokens": 8}
+film = json.loads(playground.run(settings | sizes))
+assert any(item["event"]["event"] == "fork" for item in film["events"])
+assert not {"torch", "numpy"} & {*sys.modules}
+"""
+CHECK = """
+import json, playground
+source = open("minipaged/memory/block_allocator.py").read()
+assert json.loads(playground.check("block_allocator.py", source + "    share = None", "."))["wrong"]
+"""
+
+
+@pytest.mark.parametrize("script", [RUN, CHECK], ids=["run", "check"])
+def test_what_the_browser_is_given_runs_by_itself(script, tmp_path):
+    """In a process that finds no other module of ours."""
+    zipfile.ZipFile(io.BytesIO(assets.ours())).extractall(tmp_path)
+    shutil.copy(ROOT / "docs" / "playground" / "playground.py", tmp_path)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
