@@ -390,3 +390,16 @@ def test_what_cannot_be_asked_for():
         with pytest.raises(KeyError):
             act()
     assert everything(blocks) == before
+
+
+def test_where_nothing_is_said_there_is_no_host_and_no_reserve():
+    plain = BlockManager(2, 1)
+    assert plain.host is None and plain.allocate_slots("A", 2) == []
+    assert plain.swap_out("A") is None
+    blocks = BlockManager(2, 1, num_host_blocks=2)
+    blocks.allocate_slots("A", 2)
+    blocks.swap_out("A")
+    assert len(blocks.swap_in("A", 2)) == 2
+    blocks.swap_out("A")
+    blocks.allocate_slots("B", 1)
+    assert blocks.swap_in("A", 2) is None
