@@ -7,7 +7,15 @@ for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
     print(output.outputs[0].text)
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# After each product, the threads of torch's OpenMP wait for the next one in a loop, by default for milliseconds. In
+# a model of many layers that is too long: they take the cores from the compiled loops and, on a machine that does other
+# things too, from each other (a step of 32 sequences on two busy cores took 1.0 s, and 0.2 s when they sleep soon). It
+# is read once, when torch is imported. Where the environment says something about it already, that stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some tenths of a millisecond
 
 if TYPE_CHECKING:
     from minipaged.engine import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams

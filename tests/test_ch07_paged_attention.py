@@ -74,6 +74,13 @@ def test_decode_equals_the_oracle(attend, batch, scale):
     torch.testing.assert_close(out, batch.expected(scale), rtol=1e-9, atol=1e-10)
 
 
+@given(batch=paged_batches(), scale=scales, more=st.integers(0, 30))
+def test_a_bound_of_the_queries_that_the_caller_knows_changes_nothing(batch, scale, more):
+    most = int(batch.arguments[5].diff().max()) + more
+    out = compiled.paged_attention(*batch.arguments, scale=scale, max_query_len=most)
+    torch.testing.assert_close(out, compiled.paged_attention(*batch.arguments, scale=scale), rtol=0, atol=0)
+
+
 TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.float16: (0.01, 0.01), torch.bfloat16: (0.06, 0.06)}
 
 

@@ -7,18 +7,24 @@ of 16 that lie anywhere in the pool. Everyone answers the same batch; each answe
 measured in turn, in an order that changes, so that a noisy moment does not hit one alone and nobody always follows the
 same neighbour. The best of the runs says what the code can do, the median and the range how quiet the machine was.
 
+Idle threads sleep at once here (`minipaged/__init__.py` says why): else those of a peer's last product would take a
+core from whatever is measured next.
+
 Three pools: one without a free block; one of which three quarters are free; and one where all sequences share their
 first 1,024 tokens, so that contiguous memory holds (and reads) 32 copies of them.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+os.environ["GOMP_SPINCOUNT"] = "0"  # before torch is imported: OpenMP looks at it once
 
 import torch
 from rich.console import Console

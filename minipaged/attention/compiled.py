@@ -50,33 +50,44 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    max_query_len: int | None = None,
     check: bool = True,
 ) -> Tensor:
-    """Arguments, answer and errors of `paged_attention_gathered`. check=False: the caller has checked the arguments."""
+    """Arguments, answer and errors of `paged_attention_gathered`, and further:
+
+    max_query_len   at least the most queries of one sequence, for a caller that knows it (as the kernels of chapter 8)
+    check           False: the caller has checked the arguments
+    """
     tables, named = (block_tables, seq_lens, query_start_loc), _Named(scale=scale, sliding_window=sliding_window)
     if check:
         check_paged_attention(query, key_cache, value_cache, *tables, sliding_window)
     if not can_compile(query, key_cache, value_cache):
         return paged_attention_gathered(query, key_cache, value_cache, *tables, **named)
+    # In a step of the model, an operation of torch takes 5 to 10 us before it computes anything: here are few of them.
     wide = query.to(torch.promote_types(query.dtype, torch.float32)).contiguous()  # halves are computed in float32
-    out, counts = torch.empty_like(wide), query_start_loc.diff()
-    rows = query.shape[1] // key_cache.shape[1] * max(counts[counts <= MOST_QUERIES].tolist(), default=0)
-    if rows:
-        parts = (-(-int(seq_lens.max()) // PART_SLOTS), len(seq_lens), key_cache.shape[1], rows)
-        partial = (wide.new_full(parts, -torch.inf), wide.new_empty(parts), wide.new_empty(*parts, query.shape[2]))
-        q, answers, *m_l_acc = map(array_of, (wide, out, *partial))
+    q, gathered = array_of(wide), list[int]()
+    out = np.empty_like(q)
+    if max_query_len is None or max_query_len > MOST_QUERIES:
+        counts = query_start_loc.diff()
+        max_query_len = max(counts[counts <= MOST_QUERIES].tolist(), default=0)
+        gathered = (counts > MOST_QUERIES).nonzero().flatten().tolist()
+    if rows := query.shape[1] // key_cache.shape[1] * max_query_len:
+        max_parts = -(-block_tables.shape[1] * key_cache.shape[2] // PART_SLOTS)
+        parts = max_parts, len(seq_lens), key_cache.shape[1], rows
+        m_l_acc = np.empty(parts, q.dtype), np.empty(parts, q.dtype), np.empty((*parts, query.shape[2]), q.dtype)
         table, lens, starts = (array_of(tensor.to(torch.int32).contiguous()) for tensor in tables)
         window = q.dtype.type(scale), min(sliding_window or NO_WINDOW, NO_WINDOW)
         work = (q, array_of(key_cache), array_of(value_cache), table, lens, starts, *window, *m_l_acc)
         in_threads(_loop(query.dtype), math.prod(parts[:3]), *work, least=LEAST_PARTS)
-        _merge(starts, *m_l_acc, answers)
-    for seq in (counts > MOST_QUERIES).nonzero().flatten().tolist():
+        _merge(starts, *m_l_acc, out)
+    answers = torch.from_numpy(out)
+    for seq in gathered:
         # torch's attention sums bfloat16 in float32. Products of float16 would overflow on the way.
         dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
         mine, seq_len = slice(int(query_start_loc[seq]), int(query_start_loc[seq + 1])), int(seq_lens[seq])
         key, value = (gather(cache, block_tables[seq], seq_len).to(dtype) for cache in (key_cache, value_cache))
-        out[mine] = causal_attention(query[mine].to(dtype), key, value, **named).to(out.dtype)
-    return out.to(query.dtype)
+        answers[mine] = causal_attention(query[mine].to(dtype), key, value, **named).to(answers.dtype)
+    return answers.to(query.dtype)
 
 
 def write_kv(
@@ -123,6 +134,7 @@ def _loop(dtype: torch.dtype) -> Any:
         for part in range(first, last):
             kv_head, seq = part % num_kv_heads, part // num_kv_heads % len(seq_lens)
             nth = part // num_kv_heads // len(seq_lens)  # the parts that all sequences have come first
+            m[nth, seq, kv_head] = -np.inf
             num_queries = query_start_loc[seq + 1] - query_start_loc[seq]
             position = seq_lens[seq] - num_queries  # of the first query
             begin, end = max(nth * PART_SLOTS, position + 1 - window), min((nth + 1) * PART_SLOTS, seq_lens[seq])

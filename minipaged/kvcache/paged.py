@@ -50,21 +50,19 @@ class PagedCache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables."""
         key_cache, value_cache = self.key_cache[layer], self.value_cache[layer]
-        scale = query.shape[-1] ** -0.5
+        # What the host knows, a launcher need not ask the GPU for, and wait.
+        known = {"scale": query.shape[-1] ** -0.5, "max_query_len": batch.max_query_len}
         tables = (batch.block_tables, batch.seq_lens, batch.query_start_loc)
         if self._kernels:
             write_kv, paged_attention = self._kernels
             write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
-            # What the host knows, a launcher need not ask the GPU for, and wait.
-            return paged_attention(
-                query, key_cache, value_cache, *tables, scale=scale, max_query_len=batch.max_query_len
-            )
+            return paged_attention(query, key_cache, value_cache, *tables, **known)
         if self._checked is not batch:  # all of it is refused before anything is written
             check_write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
             check_paged_attention(query, key_cache, value_cache, *tables, sliding_window=None)
             self._checked = batch
         compiled.write_kv(key, value, key_cache, value_cache, batch.slot_mapping, check=False)
-        return compiled.paged_attention(query, key_cache, value_cache, *tables, scale=scale, check=False)
+        return compiled.paged_attention(query, key_cache, value_cache, *tables, **known, check=False)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks (source, target) in every layer, in this order (chapter 9: copy-on-write)."""
