@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -131,7 +131,7 @@ def test_every_request_ends_with_exactly_its_output(server, script, seed):
         chosen_tokens[number] = max(request.n, request.beam_width) * request.output_len
     assert not answered, "somebody ended who was not asked for"
     assert result.tokens == sum(chosen_tokens.values())
-    assert not server.has_unfinished()
+    assert not any((each.running, each.waiting) != ([], deque()) for each in (server.scheduler, server.beams))
     account = server.account()
     assert account.held == account.reserved == account.over_reserved == 0, f"{account}: somebody left something behind"
 

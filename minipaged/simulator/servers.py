@@ -39,8 +39,7 @@ Preemption = Literal["recompute", "swap"]
 class Server:
     """A scheduler of requests and one of beam searches over one memory. One run each.
 
-    The two take turns: each goes on until nothing of its kind is left, and so the other finds an empty pool.
-
+    The two take turns: each goes on until nothing of its kind is left, so the other begins with an empty pool.
     Raises ValueError for a name that is none of SERVERS, and whatever the scheduler and the memory refuse.
     """
 
@@ -56,7 +55,7 @@ class Server:
     def __post_init__(self) -> None:
         if self.name not in SERVERS:
             raise ValueError(f"unknown server {self.name!r}: it is one of {', '.join(SERVERS)}")
-        self.memory: BlockManager | ReservedMemory
+        self.memory: BlockManager
         if self.name in POLICIES:
             self.memory = ReservedMemory(self.num_slots, self.name, MAX_MODEL_LEN)
             self.cost = replace(self.cost, attention=1.0)
@@ -101,9 +100,6 @@ class Server:
         self.scheduler.check(request.prompt_len, request.output_len)
         self.scheduler.add(seqs)
         return seqs
-
-    def has_unfinished(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting or self.beams.running or self.beams.waiting)
 
     def whose_turn(self) -> Scheduler | BeamScheduler:
         """What schedules the next step."""
