@@ -222,6 +222,41 @@ def test_samples_share_the_prompt_and_nothing_else():
     assert apart.totals.saved == pytest.approx(0.0), "two requests share nothing"
 
 
+@given(seed=st.integers(0, 1000), preemption=st.sampled_from(("recompute", "swap")), caching=st.booleans())
+def test_no_sample_computes_a_full_block_of_the_prompt_that_another_has(seed, preemption, caching):
+    """Whether it forks, enters when another ends, or comes back. And the blocks that it names are computed."""
+    rng = random.Random(seed)
+    size = rng.choice((1, 2, 3, 16))
+    sizes = {"num_slots": rng.randint(192, 256), "block_size": size, "max_num_seqs": rng.choice((3, 6, 40))}
+    script = [Request(0.0, rng.randint(1, 30), rng.randint(1, 45), n=rng.randint(1, 3)) for _ in range(12)]
+
+    def look(server, output, seconds):
+        for place, seq in enumerate(server.running):
+            own = server.memory.blocks(seq.seq_id)
+            for earlier in server.running[:place]:
+                blocks = server.memory.blocks(earlier.seq_id)
+                num_shared = next((i for i, pair in enumerate(zip(own, blocks, strict=False)) if len({*pair}) > 1), 0)
+                assert num_shared * size <= min(seq.num_computed, earlier.num_computed), "names what is not computed"
+                assert caching or num_shared * size <= len(seq.prompt_token_ids), "shares what may differ"
+                if earlier.request_id == seq.request_id and seq in output.num_scheduled_tokens:
+                    full = min(len(seq.prompt_token_ids), len(seq) - 1) // size * size
+                    assert seq.num_computed >= full, f"{seq.seq_id} computes what {earlier.seq_id} has"
+
+    simulate(script, Server("paged", preemption=preemption, prefix_caching=caching, **sizes), on_step=look)
+
+
+def test_a_sample_without_a_place_shares_the_prompt_when_it_enters():
+    """Three places, four sequences: the third sample enters when the other request ends, and computes 1 token of 33."""
+    computed = []
+
+    def look(server, output, seconds):
+        computed.append(output.total_num_scheduled_tokens)
+
+    result = simulate([Request(0.0, 10, 2), Request(0.0, 33, 6, n=3)], Server("paged", max_num_seqs=3), on_step=look)
+    assert result.tokens == 2 + 3 * 6
+    assert sum(computed) == (10 + 1) + (33 + 2 * 5) + (1 + 5)
+
+
 def test_a_token_that_samples_share_is_held_once():
     server = Server("paged", num_slots=320)
     server.add(Request(0.0, 20, 10, n=3))
