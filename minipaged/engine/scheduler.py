@@ -106,7 +106,9 @@ class Scheduler:
         """The step has run. Samples whose prompt is computed now fork, and are sampled from the same logits."""
         cache_computed(self.blocks, output)
         for seq, row in list(output.sampled.items()):
-            samples = [other for other in self.waiting if seq.params.n > 1 and self._has_prompt_of(seq, other)]
+            if seq.params.n == 1 or seq.outputs:
+                continue
+            samples = [other for other in self.waiting if self._has_prompt_of(seq, other)]
             for sample in samples[: self.max_num_seqs - len(self.running)]:
                 self.waiting.remove(sample)
                 self.blocks.fork(seq.seq_id, sample.seq_id)
@@ -173,7 +175,7 @@ class Scheduler:
             output.copies += self.blocks.allocate_slots(seq.seq_id, len(seq)) or []
             return True
         prefix = cached = self.blocks.get_computed_blocks(seq.tokens(0, len(seq)), seq.cache_salt)
-        samples = [other for other in self.running if seq.params.n > 1 and seq.request_id == other.request_id]
+        samples = [other for other in self.running if seq.request_id == other.request_id] if seq.params.n > 1 else []
         if sample := max(samples, key=lambda other: other.num_computed, default=None):
             shared = self.blocks.prefix_of(sample.seq_id, min(len(seq.prompt_token_ids), len(seq) - 1))
             if sample.num_computed < shared.num_tokens:  # it still computes the prompt
