@@ -129,7 +129,7 @@ def test_every_request_ends_with_exactly_its_output(server, script, seed):
         for name in names:
             assert answered.pop(name) == request.output_len
         chosen_tokens[number] = max(request.n, request.beam_width) * request.output_len
-    assert not answered, "somebody ended who was not asked for"
+    assert not answered, "a sequence ended that no request asked for"
     assert result.tokens == sum(chosen_tokens.values())
     assert not any((each.running, each.waiting) != ([], deque()) for each in (server.scheduler, server.beams))
     account = server.account()
@@ -531,7 +531,7 @@ def test_beams_share_the_prompt_and_their_past():
         tables = [server.memory.blocks(beam.seq_id) for beam in server.running]
         if len(tables) == 2:
             seen.append(len(set(tables[0]) & set(tables[1])))
-            assert tables[0][:2] == tables[1][:2] and tables[0][-1] != tables[1][-1], "a block is written by two"
+            assert tables[0][:2] == tables[1][:2] and tables[0][-1] != tables[1][-1], "two beams write one block"
             assert server.memory.num_blocks - server.memory.num_free == sum(map(len, tables)) - seen[-1]
 
     result = simulate([Request(0.0, 32, 40, beam_width=2)], Server("paged"), on_step=look)
