@@ -13,6 +13,7 @@ preempted: it moves to the host's memory if there is room, or its blocks are fre
 and recomputation: the PagedAttention paper, section 4.5).
 
 The samples of a request are sequences with one prompt. The first computes it; the others then fork its block table.
+One that enters later, or again, begins with the full blocks of the prompt in the table of a sample that runs.
 Plain Python, and no tensor: the simulator of chapter 11 runs this very class.
 """
 
@@ -105,7 +106,9 @@ class Scheduler:
         """The step has run. Samples whose prompt is computed now fork, and are sampled from the same logits."""
         cache_computed(self.blocks, output)
         for seq, row in list(output.sampled.items()):
-            samples = [other for other in self.waiting if seq.params.n > 1 and self._has_prompt_of(seq, other)]
+            if seq.params.n == 1 or seq.outputs:
+                continue
+            samples = [other for other in self.waiting if self._has_prompt_of(seq, other)]
             for sample in samples[: self.max_num_seqs - len(self.running)]:
                 self.waiting.remove(sample)
                 self.blocks.fork(seq.seq_id, sample.seq_id)
@@ -171,7 +174,13 @@ class Scheduler:
             output.swap_in += copies
             output.copies += self.blocks.allocate_slots(seq.seq_id, len(seq)) or []
             return True
-        prefix = self.blocks.get_computed_blocks(seq.tokens(0, len(seq)), seq.cache_salt)
+        prefix = cached = self.blocks.get_computed_blocks(seq.tokens(0, len(seq)), seq.cache_salt)
+        samples = [other for other in self.running if seq.request_id == other.request_id] if seq.params.n > 1 else []
+        if sample := max(samples, key=lambda other: other.num_computed, default=None):
+            shared = self.blocks.prefix_of(sample.seq_id, min(len(seq.prompt_token_ids), len(seq) - 1))
+            if sample.num_computed < shared.num_tokens:  # it still computes the prompt
+                return False
+            prefix = max(cached, shared, key=lambda found: found.num_tokens)
         seq.num_computed = prefix.num_tokens
         if any(key in computing for key in self._keys(seq, len(seq) - 1)[:1]):  # its last token is computed in any case
             return False
@@ -179,7 +188,7 @@ class Scheduler:
         if copies is None:
             return False
         computing.update(self._keys(seq, len(seq)))
-        self.counts.update(looked_up=len(seq), found=prefix.num_tokens)
+        self.counts.update(looked_up=len(seq), found=cached.num_tokens)
         return True
 
     def _keys(self, seq: Sequence, end: int) -> list[bytes]:

@@ -115,6 +115,11 @@ class BlockManager:
         blocks = self.device.match(tokens, cache_salt)
         return Prefix(blocks, len(blocks) * self.block_size)
 
+    def prefix_of(self, seq_id: str, num_tokens: int) -> Prefix:
+        """The full blocks among those that hold the first `num_tokens` tokens of a sequence."""
+        num_blocks = num_tokens // self.block_size
+        return Prefix(self.blocks(seq_id)[:num_blocks], num_blocks * self.block_size)
+
     def block_keys(self, tokens: Sequence[int], cache_salt: str | None = None) -> list[bytes]:
         """The keys of the full blocks of these tokens; none where nothing is cached."""
         return [*block_keys(tokens, self.block_size, cache_salt)] if self.enable_prefix_caching else []
