@@ -46,7 +46,7 @@ def demo(
     ] = None,
     backend: BackendOption = Backend.auto,
 ) -> None:
-    """A few prompts with no cache and with two, side by side: equal tokens, unequal memory. Fetches the model if needed."""
+    """A few prompts with no cache and with two: equal tokens, unequal memory. Fetches the model if needed."""
     from minipaged.demo import run
 
     for name, number in (("max_tokens", max_tokens), ("block_size", block_size), ("max_model_len", max_model_len)):
