@@ -29,7 +29,8 @@ from minipaged.distributed.message import decode, encode, message_bytes
 from minipaged.distributed.shares import local_config, shares, step_traffic, weight_bytes
 from minipaged.distributed.team import Team, WorkerError
 from minipaged.distributed.worker import serve
-from minipaged.engine.beam_search import Search
+from minipaged.engine.beam_scheduler import Search
+from minipaged.engine.beam_search import choose
 from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.engine.sequence import Sequence, Token
 from minipaged.model.batch import ForwardBatch, make_batch
@@ -186,7 +187,7 @@ def beams_without_a_cache(model, params, prompt):
     search = Search(params, beams, model.tokenizer.eos_token_ids, room=params.max_tokens)
     while search.beams:
         beams, texts = search.beams, [beam.tokens(0, len(beam)) for beam in search.beams]
-        choices = search.choose(next_logits(model.transformer, texts))
+        choices = choose(search, next_logits(model.transformer, texts))
         search.beams = [beams[parent].fork(index) for index, (parent, _) in enumerate(choices)]
         for beam, (_, token) in zip(search.beams, choices, strict=True):
             beam.outputs.append(Token(token, None, 0.0))
