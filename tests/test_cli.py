@@ -9,18 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged import __version__
-from minipaged.bench import growth
+from minipaged.bench import compare, growth
 from minipaged.cli import main
 from minipaged.engine.detokenizer import IncrementalDetokenizer
 from minipaged.model import fetch as fetching
 from minipaged.model.load import load_model
 from minipaged.model.recompute import generate as next_tokens
+from minipaged.processor import processor
 from model_files import SMALL, random_weights, write_folder, write_gguf
 from test_fetch import MODEL, WHEEL_NAME, make_wheel
 
@@ -512,10 +514,37 @@ def test_a_terminal_of_few_letters_shows_question_marks(run, monkeypatch):
         (("--dtype", "int4"), "'int4'"),
         (("--vllm-python", "/no/such/python"), "/no/such/python"),
         (("--out", "/no/such/folder/x.json"), "no folder"),
+        (("S", "--system", "recompute"), "recompute cannot run it"),
     ],
 )
 def test_a_benchmark_of_what_is_not_there_is_refused(refused, arguments, said):
     assert said in refused("bench", *arguments)
+
+
+@pytest.mark.parametrize("num_rounds", range(6))  # in all; those of A are 2
+def test_a_benchmark_that_is_interrupted_has_shown_and_kept_what_it_measured(run, tmp_path, monkeypatch, num_rounds):
+    class Worker:
+        rounds = 0  # of all workloads, and the first of each is not counted
+
+        def ask(self, line):
+            if Worker.rounds == num_rounds:
+                raise KeyboardInterrupt
+            Worker.rounds += 1
+            return {"seconds": 1.0, "tokens": [[1] * n for n in json.loads(line)["new_tokens"]], "peak_bytes": 1}
+
+    @contextmanager
+    def workers(systems, *how):
+        yield {system: Worker() for system in systems}
+
+    monkeypatch.setattr(compare, "workers", workers)
+    file = tmp_path / "bench.json"
+    code, out, err = run("bench", "A", "B", "--system", "paged", "--rounds", 2, "--scale", 0.1, "--out", file)
+    assert code == 130 and "Traceback" not in err
+    measured = {name: n for name, n in (("A", min(num_rounds - 1, 2)), ("B", num_rounds - 4)) if n > 0}
+    found = json.loads(file.read_text()) if measured else {"timings": []}
+    assert {timing["workload"]: len(timing["seconds"]) for timing in found["timings"]} == measured
+    for name in ("A", "B"):
+        assert (f"Workload {name}" in out) == (measured.get(name) == 2)
 
 
 def test_growth_is_measured_while_all_sequences_write(run, tmp_path, monkeypatch):
@@ -525,9 +554,13 @@ def test_growth_is_measured_while_all_sequences_write(run, tmp_path, monkeypatch
     monkeypatch.setattr(growth, "BATCHES", (1, 64))
     tiny = load_model("tiny")
     monkeypatch.setattr("minipaged.model.load.load_model", lambda name: tiny)
-    code, _, said = run("bench", "growth", "--out", tmp_path / "growth.json")
+    code, out, said = run("bench", "growth", "--out", tmp_path / "growth.json")
     assert code == 0, said
     found = json.loads((tmp_path / "growth.json").read_text())
+    num_points = {"recompute": 2, "contiguous": 3, "paged": 3}
+    assert {cache: len(points) for cache, points in found["token"].items()} == num_points
+    assert [*found["step"]] == [*found["memory"]] == ["contiguous", "paged"]
+    assert "".join(processor().split()) in "".join(out.split()) and found["machine"]["processor"] == processor()
     for cache, points in found["memory"].items():
         (one, _), (many, slots) = points
         assert one > 128 and many >= 64 * 128
