@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged import __version__
-from minipaged.bench import compare, growth
+from minipaged.bench import compare, growth, worker
 from minipaged.cli import main
 from minipaged.engine.detokenizer import IncrementalDetokenizer
 from minipaged.model import fetch as fetching
@@ -166,10 +166,15 @@ def test_demo_runs_in_a_pipe_and_ends_with_0():
     assert "\x1b" not in out.decode(), "colours in a pipe"
 
 
-def test_demo_with_other_sizes(run):
-    code, out, _ = run("demo", "--model", "tiny", "--max-tokens", 2, "--block-size", 3, "--max-model-len", 300)
+@pytest.mark.parametrize(
+    ("max_tokens", "block_size", "max_model_len", "tokens"),
+    [(2, 3, 300, 8), (25, 16, 205, 3 * 25 + 12)],  # the longest prompt has 193 tokens: its text ends with the context
+)
+def test_demo_with_other_sizes(run, max_tokens, block_size, max_model_len, tokens):
+    sizes = ("--max-tokens", max_tokens, "--block-size", block_size, "--max-model-len", max_model_len)
+    code, out, _ = run("demo", "--model", "tiny", *sizes)
     assert code == 0
-    assert "tokens are equal" in out
+    assert f"All {tokens} tokens are equal" in out
 
 
 @pytest.mark.parametrize("command", ["demo", "generate", "fetch"])
@@ -519,6 +524,19 @@ def test_a_terminal_of_few_letters_shows_question_marks(run, monkeypatch):
 )
 def test_a_benchmark_of_what_is_not_there_is_refused(refused, arguments, said):
     assert said in refused("bench", *arguments)
+
+
+@pytest.mark.parametrize("arrivals", [[], [0, 2, 4]])
+def test_every_way_of_ours_that_is_timed_writes_the_same_tokens(arrivals):
+    work = {"name": "X", "prompts": [[1, 2, 3], [5] * 20, [7] * 9], "new_tokens": [5, 9, 3], "places": 3}
+    expected = worker.recompute("tiny", "float32")(work)["tokens"]
+    assert [len(tokens) for tokens in expected] == work["new_tokens"]
+    for cache, how in (("paged", {}), ("contiguous", {}), ("paged", {"caching": True}), ("paged", {"static": True})):
+        run = worker.ours(cache, "tiny", "float32", **how)
+        for _ in range(2):  # the second time in an engine that has run already
+            found = run({**work, "arrivals": arrivals})
+            assert found["tokens"] == expected, (cache, how)
+        assert arrivals or 0 < found["slots_with_tokens"] <= 1
 
 
 @pytest.mark.parametrize("num_rounds", range(6))  # in all; those of A are 2
