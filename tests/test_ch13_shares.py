@@ -1,4 +1,4 @@
-"""Chapter 13. Who holds what, and layers that are divided: the algebra, on ranks that are threads of one process.
+"""Chapter 13. Which rank holds what, and layers that are divided: the algebra, on ranks that are threads.
 
 Processes, files and the engine are in test_ch13_tensor_parallel.py.
 """
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.ch13
 PATIENCE = 5.0  # seconds; a rank that waits longer waits for a call that another rank does not make
 
 
-# ---- who holds what --------------------------------------------------------------------------------------------------
+# ---- which rank holds what -------------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 40), st.integers(1, 9))

@@ -401,7 +401,7 @@ BLOWS = [(1, signal.SIGKILL, "died .signal 9"), (2, signal.SIGSTOP, "did not ans
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim, blow, word", BLOWS)
-def test_a_rank_that_dies_or_stops_in_a_step_is_named_and_nobody_is_left(victim, blow, word):
+def test_a_rank_that_dies_or_stops_in_a_step_is_named_and_no_rank_is_left(victim, blow, word):
     llm, pids = started(3, distributed_timeout=20.0)  # a busy machine may keep a rank waiting for some seconds
     llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=2))
     threading.Thread(target=os.kill, args=(pids[victim], blow)).start()
@@ -431,7 +431,7 @@ def test_however_rank_0_ends_its_worker_does(how):
         [sys.executable, "-c", SCRIPT, str(how)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A shell that runs us in the background lets its children ignore Ctrl-C; nobody who presses it starts us so.
+        # A shell that runs us in the background lets its children ignore Ctrl-C, and a terminal does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     pid = int(rank_0.stdout.readline())

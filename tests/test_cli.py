@@ -93,7 +93,7 @@ def program(*arguments, **how):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, **how},
-        # A shell that runs us in the background lets its children ignore Ctrl-C; nobody who presses it starts us so.
+        # A shell that runs us in the background lets its children ignore Ctrl-C, and a terminal does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 

@@ -1,4 +1,4 @@
-"""Chapter 13. Who holds what: heads, inner columns and words of the vocabulary, divided over ranks.
+"""Chapter 13. Which rank holds what: heads, inner columns and words of the vocabulary, divided over ranks.
 
     SmolLM2 on 2 ranks     query heads  0 1 2 3 4 5 | 6 7 8        tiny on 3 ranks     0 | 1 | 2 3
                            KV heads     0     1     | 2                                0 | 0 |  1
