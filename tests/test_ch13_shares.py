@@ -1,4 +1,4 @@
-"""Chapter 13. Who holds what, and layers that are divided: the algebra, on ranks that are threads of one process.
+"""Chapter 13. Which rank holds what, and layers that are divided: the algebra, on ranks that are threads.
 
 Processes, files and the engine are in test_ch13_tensor_parallel.py.
 """
@@ -15,9 +15,9 @@ from minipaged.distributed.group import CollectiveError, on_threads
 from minipaged.distributed.layers import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead, parallelise
 from minipaged.distributed.load import from_transformer, slice_of
 from minipaged.distributed.shares import INNER_UNIT, local_config, parts, shares, step_traffic, weight_bytes
-from minipaged.kvcache import RecomputeCache
-from minipaged.model.contract import Scheduled, make_step
+from minipaged.model.batch import make_batch
 from minipaged.model.load import tiny_transformer
+from minipaged.model.recompute import RecomputeCache
 from minipaged.model.transformer import Transformer
 from rank_models import config, in_words, models_and_ranks
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.ch13
 PATIENCE = 5.0  # seconds; a rank that waits longer waits for a call that another rank does not make
 
 
-# ---- who holds what --------------------------------------------------------------------------------------------------
+# ---- which rank holds what -------------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
@@ -193,15 +193,15 @@ def test_rank_0_gets_the_score_of_every_word_in_order(size, words, rows, seed):
 WATCHED = re.compile(r"^(embed_tokens|layers\.\d+\.(o_proj|down_proj))$")
 
 
-def run(transformer, batch, rows):
-    """One step. Returns (what each of the layers gave that end in a sum, hidden states, logits of `rows`)."""
+def run(transformer, batch):
+    """One step. Returns (what each of the layers gave that end in a sum, hidden states, logits of the batch's rows)."""
     seen = {}
     for name, module in transformer.named_modules():
         if WATCHED.match(name):
             module.register_forward_hook(lambda _module, _input, output, name=name: seen.update({name: output.clone()}))
     with torch.no_grad():
-        hidden = transformer(make_step(batch, 0), RecomputeCache())
-        return seen, hidden, transformer.logits(hidden[rows])
+        hidden = transformer(batch, RecomputeCache())
+        return seen, hidden, transformer.logits(hidden[batch.logits_rows])
 
 
 @given(models_and_ranks(), st.integers(0, 3), st.booleans())
@@ -209,17 +209,16 @@ def test_ranks_together_compute_what_one_does_and_exchange_what_the_formula_says
     model, size = drawn
     whole = tiny_transformer(torch.float64, seed, model)
     source, found = from_transformer(whole, lambda: None), shares(model, size)
-    batch = [Scheduled([1, 2, 3, 4, 5], 0, []), Scheduled([7, 8], 0, [])]
-    rows = torch.tensor([4, 6] if ends else [], dtype=torch.long)
+    batch = make_batch([[1, 2, 3, 4, 5], [7, 8]], [0, 0], sampled=[0, 1] if ends else [])
 
     def rank_runs(group):
         part = slice_of(source, found[group.rank], torch.float64)
         parallelise(part, found[group.rank], model.vocab_size, group)
-        return group, *run(part, batch, rows)
+        return group, *run(part, batch)
 
-    seen, hidden, logits = run(whole, batch, rows)
+    seen, hidden, logits = run(whole, batch)
     results = on_threads(size, rank_runs, PATIENCE)
-    expected = step_traffic(model, size, 7, len(rows), torch.float64)
+    expected = step_traffic(model, size, 7, len(batch.logits_rows), torch.float64)
     for group, seen_there, hidden_there, _ in results:
         where = f"{in_words(model, size)}: rank {group.rank}"
         for name in seen:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from multiprocessing import Pipe
 
@@ -29,10 +29,15 @@ from minipaged.distributed.message import decode, encode, message_bytes
 from minipaged.distributed.shares import local_config, shares, step_traffic, weight_bytes
 from minipaged.distributed.team import Team, WorkerError
 from minipaged.distributed.worker import serve
-from minipaged.engine.runner import StepDescription
-from minipaged.model.contract import Scheduled
+from minipaged.engine.beam_scheduler import Search
+from minipaged.engine.beam_search import choose
+from minipaged.engine.scheduler_output import SchedulerOutput
+from minipaged.engine.sequence import Sequence, Token
+from minipaged.model.batch import ForwardBatch, make_batch
 from minipaged.model.load import TINY, load_model, tiny_transformer
-from minipaged.simulator.replicas import POLICIES, Load, simulate_replicas
+from minipaged.model.recompute import next_logits
+from minipaged.simulator.replicas import POLICIES, Workload, simulate_replicas
+from alone import alone
 from model_files import SMALL, TOKENS, random_weights, transformer_of, write_folder, write_gguf
 
 pytestmark = pytest.mark.ch13
@@ -62,23 +67,44 @@ def test_what_cannot_be_divided_is_refused_before_anything_starts(monkeypatch):
         LLM("tiny", tensor_parallel_size=2)
 
 
-# ---- what rank 0 says ------------------------------------------------------------------------------------------------
+# ---- what rank 0 sends -----------------------------------------------------------------------------------------------
 
 
 pairs = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=4)
-scheduled = st.builds(
-    Scheduled, st.lists(st.integers(0, 50_000), min_size=1, max_size=5), st.integers(0, 9), st.lists(st.integers(0, 99))
-)
 
 
-@given(pairs, pairs, pairs, st.lists(scheduled, min_size=1, max_size=5), st.data())
-def test_a_step_comes_through_as_it_was_and_costs_what_the_formula_says(out, back, copies, batch, data):
-    ends = sorted(data.draw(st.sets(st.integers(0, len(batch) - 1))))
-    told = StepDescription(out, back, copies, batch, ends)
-    assert decode(encode(told)) == told
-    assert len(encode(told)) == message_bytes(told)
+@st.composite
+def batches(draw):
+    """Some sequences: any starts, any blocks, spare ones among them; some of them are sampled."""
+    block_size = draw(st.integers(1, 4))
+    tokens = draw(st.lists(st.lists(st.integers(0, 50_000), min_size=1, max_size=5), min_size=1, max_size=5))
+    starts = [draw(st.integers(0, 9)) for _ in tokens]
+    tables = []
+    for start, new in zip(starts, tokens, strict=True):
+        needed = -(-(start + len(new)) // block_size)
+        tables.append(draw(st.lists(st.integers(0, 99), min_size=needed, max_size=needed + 3)))
+    sampled = sorted(draw(st.sets(st.integers(0, len(tokens) - 1))))
+    return make_batch(tokens, starts, tables, block_size, sampled=sampled)
+
+
+@given(pairs, pairs, pairs, batches())
+def test_a_step_comes_through_as_it_was_and_costs_what_the_formula_says(out, back, copies, batch):
+    output = SchedulerOutput(out, back, copies)
+    message = encode(output, batch)
+    found_output, found = decode(message)
+    assert found_output == output
+    for field in fields(ForwardBatch):
+        ours, theirs = getattr(batch, field.name), getattr(found, field.name)
+        if isinstance(ours, int):
+            assert theirs == ours, field.name
+        else:
+            assert theirs.dtype == ours.dtype and torch.equal(theirs, ours), field.name
+    # docs/tensor_parallel.md: 4 + 4 (9 + 3 T + 2 S + S B + E + 2 C)
+    (seqs, blocks), ends = batch.block_tables.shape, len(batch.logits_rows)
+    numbers = 9 + 3 * len(batch.token_ids) + 2 * seqs + seqs * blocks + ends + 2 * len(out + back + copies)
+    assert len(message) == message_bytes(output, batch) == 4 + 4 * numbers
     with pytest.raises(ValueError, match="was announced"):
-        decode(encode(told)[:-4])
+        decode(message[:-4])
 
 
 # ---- slices of files -------------------------------------------------------------------------------------------------
@@ -143,34 +169,49 @@ SAMPLED = SamplingParams(n=3, temperature=1.0, max_tokens=8, seed=1, ignore_eos=
 
 
 def answers(llm, params, prompts=PROMPTS):
-    asked = [llm.add_request({"prompt_token_ids": prompt}, params) for prompt in prompts]
-    while not all(answer.finished for answer in asked):
-        llm.step()
-    return [[output.token_ids for output in answer.outputs] for answer in asked]
+    run = llm.beam_search if isinstance(params, BeamSearchParams) else llm.generate
+    found = run([{"prompt_token_ids": prompt} for prompt in prompts], params, progress=False)
+    return [[output.token_ids for output in answer.outputs] for answer in found]
+
+
+def without_a_cache(model, params, prompts=PROMPTS):
+    """What `answers` must give: each prompt by itself, all of its tokens computed at every step."""
+    if isinstance(params, BeamSearchParams):
+        return [beams_without_a_cache(model, params, prompt) for prompt in prompts]
+    return [[output.token_ids for output in alone(model, prompt, params).outputs] for prompt in prompts]
+
+
+def beams_without_a_cache(model, params, prompt):
+    """The choices of a search, over the logits of whole texts."""
+    beams = [Sequence("alone", 0, prompt, SamplingParams())]
+    search = Search(params, beams, model.tokenizer.eos_token_ids, room=params.max_tokens)
+    while search.beams:
+        beams, texts = search.beams, [beam.tokens(0, len(beam)) for beam in search.beams]
+        choices = choose(search, next_logits(model.transformer, texts))
+        search.beams = [beams[parent].fork(index) for index, (parent, _) in enumerate(choices)]
+        for beam, (_, token) in zip(search.beams, choices, strict=True):
+            beam.outputs.append(Token(token, None, 0.0))
+    return [hypothesis.token_ids for hypothesis in search.hypotheses]
 
 
 class Watch:
-    """Looks over an engine's shoulder: the logits of each step, and what rank 0 told all ranks to move in it."""
+    """Records of each step of an engine the logits, and how many blocks rank 0 told all ranks to move."""
 
     def __init__(self, llm):
         self.llm, self.rows, self.moved = llm, [], Counter()
-        self.run = llm.engine.runner.run
-        llm.engine.runner.run = self.noting
+        self.run = llm.runner.run
+        llm.runner.run = self.noting
 
-    def noting(self, output):
+    def noting(self, output, batch):
         for name in ("swap_out", "swap_in", "copies"):
             self.moved[name] += len(getattr(output, name))
-        self.rows.append(self.run(output).clone())  # [num_ends, vocab_size]
+        self.rows.append(self.run(output, batch).clone())  # [num_sampled, vocab_size]
         return self.rows[-1]
 
     def everything(self, prompts, many):
-        """Answers with preemption by recompute and by swap, prefix hits, samples and beams, all in one small pool.
-
-        `many`: parameters that are asked for one after the other, once for each way of preemption."""
-        found = []
-        for self.llm.scheduler.preemption in ("recompute", "swap"):
-            found += [answers(self.llm, params, prompts) for params in many]
-        return found
+        """Answers with preemption by swap and, where the host is full, by recompute, with prefix hits, samples and
+        beams, all in one small pool. `many`: parameters that are asked for one after the other."""
+        return [answers(self.llm, params, prompts) for params in many]
 
     def assert_it_happened(self):
         """Equal answers show nothing unless what could have spoiled them has been there."""
@@ -191,6 +232,7 @@ def assert_rows_agree(several, one, tolerance):
 BEAMS = BeamSearchParams(3, max_tokens=6)
 SHAPE = {"max_model_len": 32, "block_size": 4}
 SMALL_POOL = {**SHAPE, "num_blocks": 18, "max_num_seqs": 6, "max_num_batched_tokens": 9, "watermark": 0.0}
+SMALL_POOL |= {"preemption": "swap", "num_host_blocks": 5}  # room for one sequence: a second one is computed again
 # Query heads and KV heads: groups whole and cut, KV heads replicated evenly and not, shares equal and not.
 HEADS = {"tiny": (4, 2), "a head a group": (5, 5), "one KV head": (5, 1), "SmolLM2's": (9, 3)}
 
@@ -236,13 +278,13 @@ def test_a_pool_too_small_a_prefix_cache_and_forks_change_no_token_and_no_logit(
     ranks_are_threads, model_with, kind, size
 ):
     model, many, prompts = model_with(kind), (GREEDY, SAMPLED, BEAMS), small_words(PROMPTS)
-    settings = {"dtype": "float64", "preemption": "swap", **SMALL_POOL}
-    plain = LLM(model, dtype="float64", cache="recompute", **SHAPE)
-    one, several = (Watch(LLM(model, tensor_parallel_size=n, **settings)) for n in (1, size))
-    # NaN of rank 0 goes through the first sum to all: who reads an unwritten slot anywhere shows it everywhere.
-    several.llm.cache.key_cache.fill_(torch.nan), several.llm.cache.value_cache.fill_(torch.nan)
+    one, several = (Watch(LLM(model, dtype="float64", tensor_parallel_size=n, **SMALL_POOL)) for n in (1, size))
+    # NaN of rank 0 goes through the first sum to all: an unwritten slot that is read anywhere shows everywhere.
+    pool = several.llm.runner.cache
+    pool.key_cache.fill_(torch.nan), pool.value_cache.fill_(torch.nan)
     written = several.everything(prompts, many)
-    assert written == 2 * [[answers(plain, params, [prompt])[0] for prompt in prompts] for params in many]
+    plain = load_model(model, dtype="float64")
+    assert written == [without_a_cache(plain, params, prompts) for params in many]
     assert written == one.everything(prompts, many)
     assert_rows_agree(several, one, 1e-9)
     several.assert_it_happened()
@@ -252,10 +294,39 @@ def test_a_pool_too_small_a_prefix_cache_and_forks_change_no_token_and_no_logit(
             several.llm.generate("hi")
 
 
-@pytest.mark.parametrize("cache", ["recompute", "contiguous"])
-def test_the_other_caches_are_divided_too(ranks_are_threads, cache):
-    llm = LLM("tiny", dtype="float64", tensor_parallel_size=3, cache=cache, max_model_len=32, num_blocks=12)
-    assert answers(llm, GREEDY) == answers(LLM(tiny(), cache="recompute", max_model_len=32), GREEDY)
+def test_the_contiguous_cache_is_divided_too(ranks_are_threads):
+    llm = LLM("tiny", dtype="float64", tensor_parallel_size=3, cache="contiguous", max_model_len=32, num_blocks=12)
+    for params in (GREEDY, SAMPLED, BEAMS):
+        assert answers(llm, params) == without_a_cache(tiny(), params)
+
+
+def test_ctrl_c_in_a_step_is_raised_after_it_and_the_ranks_go_on(ranks_are_threads):
+    llm = LLM("tiny", dtype="float64", tensor_parallel_size=2, **{**SMALL_POOL, "max_num_batched_tokens": 64})
+    asked = [(prompt, params) for params in (GREEDY, SAMPLED) for prompt in PROMPTS]
+    requests = [llm.add_request({"prompt_token_ids": prompt}, params) for prompt, params in asked]
+    steps, logits, through = 0, llm.runner.transformer.logits, []
+
+    def pressed(hidden):
+        if steps % 4 == 3:
+            signal.raise_signal(signal.SIGINT)
+        found = logits(hidden)
+        through.append(steps)
+        return found
+
+    llm.runner.transformer.logits = pressed
+    interrupted = 0
+    while llm.has_unfinished():
+        try:
+            llm.step()
+        except KeyboardInterrupt:
+            interrupted += 1
+            assert through[-1] == steps, "the step was cut off"
+        steps += 1
+    assert interrupted == steps // 4 > 0
+    for request, (prompt, params) in zip(requests, asked, strict=True):
+        found = [output.token_ids for output in request.output().outputs]
+        assert found == without_a_cache(tiny(), params, [prompt])[0]
+    llm.close()
 
 
 def test_the_table_of_the_page_is_counted_and_a_false_formula_is_refused(ranks_are_threads, monkeypatch, capsys):
@@ -289,7 +360,7 @@ HANG = 600  # seconds, at least ten times what a busy machine needs
 
 def started(size, **settings):
     llm = LLM("tiny", dtype="float64", tensor_parallel_size=size, num_blocks=64, **settings)
-    return llm, {rank: process.pid for rank, process in llm.engine.runner.team.processes.items()}
+    return llm, {rank: process.pid for rank, process in llm.runner.team.processes.items()}
 
 
 def wait_until_gone(pid):
@@ -310,8 +381,8 @@ def is_alive(pid):
 
 def test_three_processes_write_the_same_tokens_hold_their_shares_and_exchange_what_is_said():
     llm, pids = started(3)
-    assert answers(llm, GREEDY) == answers(LLM(tiny(), max_model_len=512), GREEDY)
-    metrics, reports = llm.metrics(), llm.engine.runner.reports()
+    assert answers(llm, GREEDY) == without_a_cache(tiny(), GREEDY)
+    metrics, reports = llm.metrics(), llm.runner.reports()
     steps, tokens = metrics.num_steps, metrics.num_tokens_computed
     for share, found in zip(shares(TINY, 3), reports, strict=True):
         local = local_config(TINY, share)
@@ -321,7 +392,7 @@ def test_three_processes_write_the_same_tokens_hold_their_shares_and_exchange_wh
         assert found["bytes"]["all_reduce"] == step_traffic(TINY, 3, tokens, 0, torch.float64).all_reduce_bytes
         assert found["bytes"]["gather"] == metrics.num_tokens_generated * 86 * 8  # 86 = ceil(257 / 3)
     assert all(is_alive(pid) for pid in pids.values())
-    del llm  # and nobody called close()
+    del llm  # without a close()
     assert not any(is_alive(pid) for pid in pids.values()), "a worker outlived the LLM"
 
 
@@ -330,7 +401,7 @@ BLOWS = [(1, signal.SIGKILL, "died .signal 9"), (2, signal.SIGSTOP, "did not ans
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim, blow, word", BLOWS)
-def test_a_rank_that_dies_or_stops_in_a_step_is_named_and_nobody_is_left(victim, blow, word):
+def test_a_rank_that_dies_or_stops_in_a_step_is_named_and_no_rank_is_left(victim, blow, word):
     llm, pids = started(3, distributed_timeout=20.0)  # a busy machine may keep a rank waiting for some seconds
     llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=2))
     threading.Thread(target=os.kill, args=(pids[victim], blow)).start()
@@ -346,7 +417,7 @@ SCRIPT = """
 import sys, time
 from minipaged import LLM, SamplingParams
 llm = LLM("tiny", tensor_parallel_size=2, num_blocks=64)
-print(llm.engine.runner.team.processes[1].pid, flush=True)
+print(llm.runner.team.processes[1].pid, flush=True)
 while sys.argv[1] != "exit":
     llm.generate("abc", SamplingParams(max_tokens=100, ignore_eos=True))
     print("written", flush=True)
@@ -360,7 +431,7 @@ def test_however_rank_0_ends_its_worker_does(how):
         [sys.executable, "-c", SCRIPT, str(how)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A shell that runs us in the background lets its children ignore Ctrl-C; nobody who presses it starts us so.
+        # A shell that runs us in the background lets its children ignore Ctrl-C, and a terminal does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     pid = int(rank_0.stdout.readline())
@@ -386,8 +457,7 @@ def test_torchrun_starts_ranks_of_which_only_the_first_speaks():
 @pytest.mark.parametrize("kind, size", [("SmolLM2's", 2), ("one KV head", 3)])
 def test_processes_write_the_same_with_everything_in_play(model_with, kind, size):
     model, many, prompts = model_with(kind), (GREEDY, SAMPLED, BEAMS), small_words(PROMPTS)
-    settings = {"dtype": "float64", "preemption": "swap", **SMALL_POOL}
-    one, several = (Watch(LLM(model, tensor_parallel_size=n, **settings)) for n in (1, size))
+    one, several = (Watch(LLM(model, dtype="float64", tensor_parallel_size=n, **SMALL_POOL)) for n in (1, size))
     assert several.everything(prompts, many) == one.everything(prompts, many)
     assert_rows_agree(several, one, 1e-9)
     several.assert_it_happened()
@@ -398,16 +468,17 @@ FRANCE = ("The capital of France is", "The capital of France was", "Once upon a 
 # Samples this cold are equal texts, forked and copied like any others: a sum in another order does not part them.
 COLD = SamplingParams(n=2, temperature=0.01, max_tokens=3, seed=1, ignore_eos=True)
 FEW = (SamplingParams(max_tokens=6, ignore_eos=True), COLD, BeamSearchParams(2, max_tokens=3))
-SMALL_POOL_OF_SMOLLM2 = {"max_model_len": 20, "block_size": 4, "num_blocks": 9, "watermark": 0.0, "preemption": "swap"}
+SMALL_POOL_OF_SMOLLM2 = {"max_model_len": 20, "block_size": 4, "num_blocks": 9, "watermark": 0.0}
+SMALL_POOL_OF_SMOLLM2 |= {"preemption": "swap", "num_host_blocks": 3}
 
 
 @pytest.fixture(scope="module")
 def smollm2_alone(smollm2):
     """One rank in the small pool: it writes what a model with no cache does."""
-    plain, one = LLM(smollm2, cache="recompute", max_model_len=20), Watch(LLM(smollm2, **SMALL_POOL_OF_SMOLLM2))
+    one = Watch(LLM(smollm2, **SMALL_POOL_OF_SMOLLM2))
     prompts = [smollm2.tokenizer.encode(text) for text in FRANCE]
     written = one.everything(prompts, FEW)
-    assert written == 2 * [answers(plain, params, prompts) for params in FEW]
+    assert written == [without_a_cache(smollm2, params, prompts) for params in FEW]
     one.assert_it_happened()
     return prompts, written, one
 
@@ -424,7 +495,7 @@ def test_smollm2_writes_the_same_tokens_and_its_logits_agree(smollm2_alone, size
     assert_rows_agree(several, one, 2e-4)
     several.assert_it_happened()
     whole = one.llm.config
-    for share, found in zip(shares(whole, size), several.llm.engine.runner.reports(), strict=True):
+    for share, found in zip(shares(whole, size), several.llm.runner.reports(), strict=True):
         local = local_config(whole, share)
         assert found["weight_bytes"] == weight_bytes(local, torch.float32)
         assert found["kv_bytes"] == 9 * 4 * local.kv_bytes_per_token(torch.float32)
@@ -445,7 +516,7 @@ def test_of_smollm2s_logits_only_rounding_differs(smollm2):
 
 # ---- replicas --------------------------------------------------------------------------------------------------------
 
-FEW_REQUESTS = Load(num_requests=4_000, rate=80.0, num_prefixes=200)
+FEW_REQUESTS = Workload(num_requests=4_000, rate=80.0, num_prefixes=200)
 
 
 def test_a_router_that_knows_prefixes_finds_more_and_waits_less():

@@ -1,5 +1,6 @@
 """The command line, as a user types at it: what is right works, and what is wrong is one line and exit code 2."""
 
+import functools
 import hashlib
 import io
 import json
@@ -8,16 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged import __version__
-from minipaged.bench import growth
+from minipaged.bench import compare, growth, worker
 from minipaged.cli import main
+from minipaged.engine.detokenizer import IncrementalDetokenizer
 from minipaged.model import fetch as fetching
 from minipaged.model.load import load_model
+from minipaged.model.recompute import generate as next_tokens
+from minipaged.processor import processor
 from model_files import SMALL, random_weights, write_folder, write_gguf
 from test_fetch import MODEL, WHEEL_NAME, make_wheel
 
@@ -72,6 +77,11 @@ def refused(run, home):
     return call
 
 
+@functools.cache
+def tiny_float64():
+    return load_model("tiny", dtype="float64")
+
+
 def generate(*arguments):
     return ("generate", "--model", "tiny", *arguments)
 
@@ -83,7 +93,7 @@ def program(*arguments, **how):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, **how},
-        # A shell that runs us in the background lets its children ignore Ctrl-C; nobody who presses it starts us so.
+        # A shell that runs us in the background lets its children ignore Ctrl-C, and a terminal does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -102,18 +112,20 @@ def test_generate_continues_the_prompt(run):
 @given(prompt=st.text(min_size=1, max_size=20).filter(lambda text: text.strip("-") and not text.startswith("-")))
 def test_json_and_text_say_the_same_with_every_cache(run, prompt):
     answers = []
-    for cache in ("recompute", "contiguous", "paged"):
+    for cache in ("contiguous", "paged"):
         code, out, err = run(*generate(prompt, "--max-tokens", 4, "--cache", cache, "--dtype", "float64", "--json"))
         assert (code, err) == (0, "")
         answers.append(json.loads(out))
         assert answers[-1].pop("cache") == cache
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[1]
     answer = answers[0]
     assert answer["prompt"] == prompt
     assert answer["prompt_token_ids"]
     assert answer["model"] == "tiny"
     assert answer["finish_reason"] in ("length", "stop")
     assert len(answer["token_ids"]) == 4 or answer["finish_reason"] == "stop"
+    without_a_cache = [token for [token] in next_tokens(tiny_float64().transformer, [answer["prompt_token_ids"]], 4)]
+    assert answer["token_ids"] == without_a_cache[: len(answer["token_ids"])]
     _, out, _ = run(*generate(prompt, "--max-tokens", 4, "--dtype", "float64"))
     assert out == prompt + answer["text"] + "\n"
 
@@ -154,10 +166,15 @@ def test_demo_runs_in_a_pipe_and_ends_with_0():
     assert "\x1b" not in out.decode(), "colours in a pipe"
 
 
-def test_demo_with_other_sizes(run):
-    code, out, _ = run("demo", "--model", "tiny", "--max-tokens", 2, "--block-size", 3, "--max-model-len", 300)
+@pytest.mark.parametrize(
+    ("max_tokens", "block_size", "max_model_len", "tokens"),
+    [(2, 3, 300, 8), (25, 16, 205, 3 * 25 + 12)],  # the longest prompt has 193 tokens: its text ends with the context
+)
+def test_demo_with_other_sizes(run, max_tokens, block_size, max_model_len, tokens):
+    sizes = ("--max-tokens", max_tokens, "--block-size", block_size, "--max-model-len", max_model_len)
+    code, out, _ = run("demo", "--model", "tiny", *sizes)
     assert code == 0
-    assert "tokens are equal" in out
+    assert f"All {tokens} tokens are equal" in out
 
 
 @pytest.mark.parametrize("command", ["demo", "generate", "fetch"])
@@ -238,7 +255,8 @@ def test_a_request_that_cannot_run_is_refused_with_the_numbers(refused, argument
         (("generate",), ["prompt", "minipaged generate --help"]),
         (("generate", "hi", "there"), ["there"]),
         (("generate", "hi", "--nosuch"), ["--nosuch"]),
-        (("generate", "hi", "--cache", "none"), ["'none'", "recompute", "contiguous", "paged"]),
+        (("generate", "hi", "--cache", "none"), ["'none'", "contiguous", "paged"]),
+        (("generate", "hi", "--cache", "recompute"), ["'recompute'", "minipaged demo"]),
         (("generate", "hi", "--block-size", "big"), ["--block-size", "integer"]),
         (("generate", "hi", "--block-size", "1.5"), ["--block-size", "integer"]),
         (("generate", "hi", "--temperature", "hot"), ["--temperature"]),
@@ -326,6 +344,20 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
         main()
 
 
+def test_a_request_that_fails_says_why_and_ends_with_1(run, monkeypatch):
+    def push(self, token_id):
+        raise KeyError("no such letter")
+
+    monkeypatch.setattr(IncrementalDetokenizer, "push", push)
+    code, out, err = run(*generate("Hello", "--max-tokens", 4))
+    assert (code, out) == (1, "Hello\n")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    code, out, err = run(*generate("Hello", "--max-tokens", 4, "--json"))
+    assert code == 1 and err.startswith("error: ")
+    answer = json.loads(out)
+    assert answer["finish_reason"] == "error" and "no such letter" in answer["error"]
+
+
 def test_a_traceback_can_be_asked_for(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["minipaged", *generate("hi", "--block-size", "0")])
     monkeypatch.setenv("MINIPAGED_DEBUG", "1")
@@ -354,6 +386,14 @@ def test_beams_come_with_their_scores_the_best_first(run):
     assert scores == sorted(scores, reverse=True)
     _, out, _ = run(*generate("Hello", "--max-tokens", 4, "--beams", 3))
     assert f"[0 score {scores[0]:.4f}]" in out
+
+
+def test_more_samples_than_run_at_once_take_turns(run):
+    code, out, err = run(*generate("Hello", "--max-tokens", 2, "--n", 65, "--temperature", 2.0, "--seed", 4, "--json"))
+    assert (code, err) == (0, "")
+    answers = json.loads(out)["outputs"]
+    assert [answer["finish_reason"] for answer in answers] == ["length"] * 65
+    assert len({tuple(answer["token_ids"]) for answer in answers}) > 32
 
 
 def test_logprobs_stand_beside_each_token(run):
@@ -403,10 +443,11 @@ def test_a_conversation_goes_on_with_what_was_said(run, tmp_path):
         (("--n", 2), "temperature above 0"),
         (("--min-p", 2), "2"),
         (("--trace", "/no/such/folder/x"), "no folder"),
-        (("--trace", "x", "--cache", "recompute"), "'recompute'"),
+        (("--trace", "x", "--cache", "contiguous"), "'contiguous'"),
         (("--preemption", "swap", "--cache", "contiguous"), "'contiguous'"),
         (("--preemption", "hope"), "hope"),
-        (("--n", 65, "--temperature", 1), "65 sequences"),
+        (("--beams", 65), "65"),
+        (("--beams", 4, "--num-blocks", 12), "36 blocks of 16 tokens, and 12 are free"),
     ],
 )
 def test_what_does_not_go_together_is_refused(refused, arguments, said):
@@ -419,13 +460,14 @@ def test_a_model_without_a_chat_format_is_refused(refused):
 
 # ---- the end of a pipe, Ctrl-C ---------------------------------------------------------------------------------------
 
-# Text that goes on for hundreds of tokens, slowly: without a cache, each token costs more than the one before.
-LONG = generate("Once upon a time", "--max-tokens", 450, "--cache", "recompute", "--dtype", "float64")
+# Text that goes on for hundreds of tokens, slowly: the loops are plain Python (SLOWLY), a thousand times as slow.
+LONG = generate("Once upon a time", "--max-tokens", 450, "--dtype", "float64")
+SLOWLY = {"NUMBA_DISABLE_JIT": "1"}
 
 
 @pytest.mark.parametrize("arguments", [LONG, ("--help",), ("--version",)], ids=["in the middle", "help", "one line"])
 def test_a_reader_who_has_gone_ends_it_quietly(arguments):
-    process = program(*arguments)
+    process = program(*arguments, **SLOWLY)
     if arguments is LONG:
         assert process.stdout.read(1) == b"O"
     process.stdout.close()
@@ -435,7 +477,7 @@ def test_a_reader_who_has_gone_ends_it_quietly(arguments):
 
 
 def test_ctrl_c_ends_it_in_the_middle(home):
-    process = program(*LONG)
+    process = program(*LONG, **SLOWLY)
     prompt = process.stdout.read(len("Once upon a time") + 1)  # the first new text is there: it is in the middle
     assert prompt.startswith(b"Once upon a time")
     process.send_signal(signal.SIGINT)
@@ -477,22 +519,66 @@ def test_a_terminal_of_few_letters_shows_question_marks(run, monkeypatch):
         (("--dtype", "int4"), "'int4'"),
         (("--vllm-python", "/no/such/python"), "/no/such/python"),
         (("--out", "/no/such/folder/x.json"), "no folder"),
+        (("S", "--system", "recompute"), "recompute cannot run it"),
     ],
 )
 def test_a_benchmark_of_what_is_not_there_is_refused(refused, arguments, said):
     assert said in refused("bench", *arguments)
 
 
+@pytest.mark.parametrize("arrivals", [[], [0, 2, 4]])
+def test_every_way_of_ours_that_is_timed_writes_the_same_tokens(arrivals):
+    work = {"name": "X", "prompts": [[1, 2, 3], [5] * 20, [7] * 9], "new_tokens": [5, 9, 3], "places": 3}
+    expected = worker.recompute("tiny", "float32")(work)["tokens"]
+    assert [len(tokens) for tokens in expected] == work["new_tokens"]
+    for cache, how in (("paged", {}), ("contiguous", {}), ("paged", {"caching": True}), ("paged", {"static": True})):
+        run = worker.ours(cache, "tiny", "float32", **how)
+        for _ in range(2):  # the second time in an engine that has run already
+            found = run({**work, "arrivals": arrivals})
+            assert found["tokens"] == expected, (cache, how)
+        assert arrivals or 0 < found["slots_with_tokens"] <= 1
+
+
+@pytest.mark.parametrize("num_rounds", range(6))  # in all; those of A are 2
+def test_a_benchmark_that_is_interrupted_has_shown_and_kept_what_it_measured(run, tmp_path, monkeypatch, num_rounds):
+    class Worker:
+        rounds = 0  # of all workloads, and the first of each is not counted
+
+        def ask(self, line):
+            if Worker.rounds == num_rounds:
+                raise KeyboardInterrupt
+            Worker.rounds += 1
+            return {"seconds": 1.0, "tokens": [[1] * n for n in json.loads(line)["new_tokens"]], "peak_bytes": 1}
+
+    @contextmanager
+    def workers(systems, *how):
+        yield {system: Worker() for system in systems}
+
+    monkeypatch.setattr(compare, "workers", workers)
+    file = tmp_path / "bench.json"
+    code, out, err = run("bench", "A", "B", "--system", "paged", "--rounds", 2, "--scale", 0.1, "--out", file)
+    assert code == 130 and "Traceback" not in err
+    measured = {name: n for name, n in (("A", min(num_rounds - 1, 2)), ("B", num_rounds - 4)) if n > 0}
+    found = json.loads(file.read_text()) if measured else {"timings": []}
+    assert {timing["workload"]: len(timing["seconds"]) for timing in found["timings"]} == measured
+    for name in ("A", "B"):
+        assert (f"Workload {name}" in out) == (measured.get(name) == 2)
+
+
 def test_growth_is_measured_while_all_sequences_write(run, tmp_path, monkeypatch):
-    """64 prompts come in over several steps: whoever came first is not done before the last one is there."""
+    """64 prompts come in over several steps: the first one is not finished before the last one is there."""
     monkeypatch.setattr(growth, "MAX_MODEL_LEN", 512)
     monkeypatch.setattr(growth, "CONTEXTS", (8, 16, 24))
     monkeypatch.setattr(growth, "BATCHES", (1, 64))
     tiny = load_model("tiny")
     monkeypatch.setattr("minipaged.model.load.load_model", lambda name: tiny)
-    code, _, said = run("bench", "growth", "--out", tmp_path / "growth.json")
+    code, out, said = run("bench", "growth", "--out", tmp_path / "growth.json")
     assert code == 0, said
     found = json.loads((tmp_path / "growth.json").read_text())
+    num_points = {"recompute": 2, "contiguous": 3, "paged": 3}
+    assert {cache: len(points) for cache, points in found["token"].items()} == num_points
+    assert [*found["step"]] == [*found["memory"]] == ["contiguous", "paged"]
+    assert "".join(processor().split()) in "".join(out.split()) and found["machine"]["processor"] == processor()
     for cache, points in found["memory"].items():
         (one, _), (many, slots) = points
         assert one > 128 and many >= 64 * 128

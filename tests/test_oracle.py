@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
-from minipaged.kvcache import RecomputeCache
 from minipaged.model import fetch
-from minipaged.model.contract import Scheduled, make_step
+from minipaged.model.batch import make_batch
+from minipaged.model.recompute import RecomputeCache
 
 pytestmark = pytest.mark.oracle
 
@@ -97,9 +97,9 @@ def prompts(smollm2):
 def test_logits_agree_at_every_position(smollm2, theirs, prompts):
     largest = []
     for token_ids in prompts:
-        step = make_step([Scheduled(token_ids, 0)], block_size=0)
+        batch = make_batch([token_ids], [0])
         with torch.inference_mode():
-            ours = smollm2.transformer.logits(smollm2.transformer(step, RecomputeCache()))
+            ours = smollm2.transformer.logits(smollm2.transformer(batch, RecomputeCache()))
             expected = theirs[0](torch.tensor([token_ids])).logits[0]
         assert ours.shape == expected.shape == (len(token_ids), 49_152)
         largest.append((ours - expected).abs().max().item())

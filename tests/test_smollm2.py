@@ -6,6 +6,7 @@ import torch
 from minipaged import LLM, SamplingParams
 from minipaged.model import load
 from minipaged.model.compiled_ops import CompiledTransformer
+from minipaged.model.recompute import generate
 from minipaged.model.transformer import Transformer
 
 pytestmark = pytest.mark.smollm2
@@ -27,6 +28,12 @@ ENGINE = {"max_model_len": 64, "num_blocks": 4 * len(PROMPTS)}  # 8 slabs of 64 
 ODD = {"block_size": 7, "num_blocks": 30, "max_num_batched_tokens": 11, "max_num_seqs": 8}  # 210 slots for all
 
 
+def without_a_cache(model, prompts, steps):
+    """All prompts in one ragged batch, all of their tokens computed at every step: nothing can be kept wrongly."""
+    texts = [model.tokenizer.encode(prompt) for prompt in prompts]
+    return [list(written) for written in zip(*generate(model.transformer, texts, steps), strict=True)]
+
+
 def tokens(llm, prompts, steps):
     outputs = llm.generate(list(prompts), SamplingParams(max_tokens=steps, ignore_eos=True), progress=False)
     return [output.outputs[0].token_ids for output in outputs]
@@ -40,9 +47,9 @@ def tokens(llm, prompts, steps):
     ],
 )
 def texts(smollm2, request):
-    """Prompts, steps and tokens. Without a cache nothing can be kept wrongly: all prompts in one ragged batch."""
+    """Prompts, steps and tokens."""
     prompts, steps = request.param
-    found = tokens(LLM(smollm2, cache="recompute", **ENGINE), prompts, steps)
+    found = without_a_cache(smollm2, prompts, steps)
     assert [len(token_ids) for token_ids in found] == [steps] * len(prompts)
     return prompts, steps, found
 
@@ -61,11 +68,17 @@ def test_odd_blocks_chunks_of_prompts_and_preemption_change_nothing(smollm2, tex
     assert llm.metrics().preemptions["recompute"] > 0, "the pool was not too small: this test shows less than it says"
 
 
-@pytest.mark.parametrize("cache", [pytest.param("recompute", marks=pytest.mark.slow), "contiguous", "paged"])
+@pytest.mark.parametrize("cache", ["contiguous", "paged"])
 def test_a_prompt_alone_writes_the_same_tokens(smollm2, texts, cache):
     prompts, steps, expected = texts
     llm = LLM(smollm2, cache=cache, **ENGINE)
     assert [tokens(llm, [prompt], steps)[0] for prompt in prompts] == expected
+
+
+@pytest.mark.slow
+def test_a_prompt_alone_writes_the_same_tokens_without_a_cache(smollm2, texts):
+    prompts, steps, expected = texts
+    assert [without_a_cache(smollm2, [prompt], steps)[0] for prompt in prompts] == expected
 
 
 def test_the_formulas_and_plain_products_write_the_same_tokens(smollm2, texts):
@@ -103,11 +116,7 @@ def expected_of_mixed(smollm2):
     longest = {}
     for text, params in mixed_requests():
         longest[text] = max(longest.get(text, 0), params.max_tokens)
-    llm = LLM(smollm2, cache="recompute", max_model_len=160)
-    return {
-        text: llm.generate(text, SamplingParams(max_tokens=count, ignore_eos=True))[0].outputs[0].token_ids
-        for text, count in longest.items()
-    }
+    return {text: without_a_cache(smollm2, [text], count)[0] for text, count in longest.items()}
 
 
 @pytest.mark.slow
@@ -124,11 +133,11 @@ def test_thirty_two_mixed_requests_in_too_small_a_pool(smollm2, expected_of_mixe
         enable_prefix_caching=enable_prefix_caching,
         watermark=0.0,
     )
-    answers = [llm.add_request(text, params) for text, params in mixed_requests()]
-    while not all(answer.finished for answer in answers):
+    requests = [llm.add_request(text, params) for text, params in mixed_requests()]
+    while not all(request.finished for request in requests):
         llm.step()
-    for answer, (text, params) in zip(answers, mixed_requests(), strict=True):
-        assert answer.outputs[0].token_ids == expected_of_mixed[text][: params.max_tokens]
+    for request, (text, params) in zip(requests, mixed_requests(), strict=True):
+        assert request.output().outputs[0].token_ids == expected_of_mixed[text][: params.max_tokens]
     metrics = llm.metrics()
     print(f"\n{preemption}, prefix caching {enable_prefix_caching}:", *metrics.rows(), sep="\n    ")
     assert metrics.preemptions[preemption] > 0, "the pool was not too small: this test shows less than it says"
