@@ -424,9 +424,11 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             r"there is room|there is none|enters_exactly|comes_back_exactly|to look is not",
             (
                 "The block manager asks your classes what is free, and what an append takes. Which answer is wrong?",
-                "A block without a table counts as free. A prefix that is found takes it away again: num_evictable says "
+                "A block without a table counts as free. A prefix that is found takes it away again: num_evictable "
+                "says "
                 "how many of the found blocks are such ones.",
-                "num_free: the free blocks and the unused ones. num_evictable: those of the given blocks that are unused. "
+                "num_free: the free blocks and the unused ones. num_evictable: those of the given blocks that are "
+                "unused. "
                 "blocks_needed: new blocks, and one more for a copy.",
             ),
         ),
@@ -442,7 +444,8 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             r"copies to make|writes_alone|copied|copy|not what was written|beam",
             (
                 "Two tables name the last block. Who may write into it?",
-                "Neither. A table that appends takes a block of its own, names the copy, and says what is to be copied.",
+                "Neither. A table that appends takes a block of its own, names the copy, and says what is to be "
+                "copied.",
                 "If tokens begin inside a last block with ref_count > 1: own = allocate(), free(shared), "
                 "blocks[-1] = own, return [(shared, own)]. A full block is not written: no copy.",
             ),
@@ -516,7 +519,8 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             (
                 "Which sequence left its place and kept its blocks?",
                 "Every way out frees all blocks: finish, wherever the sequence stands, preemption, and reset.",
-                "blocks.free(seq_id) in finish, whether the sequence runs or waits: on the host it has blocks too. It may "
+                "blocks.free(seq_id) in finish, whether the sequence runs or waits: on the host it has blocks too. "
+                "It may "
                 "hold none.",
             ),
         ),
@@ -532,9 +536,11 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             r"budget|hold_up|decodes did not|max_num_seqs",
             (
                 "Which sequences get tokens first, and which get what is left?",
-                "Those in decode, one token each; then prompts, in chunks, within the budget. At most max_num_seqs run, "
+                "Those in decode, one token each; then prompts, in chunks, within the budget. At most max_num_seqs "
+                "run, "
                 "and samples that will fork count too.",
-                "First the running sequences with one uncomputed token, then the others, then waiting ones while budget "
+                "First the running sequences with one uncomputed token, then the others, then waiting ones while "
+                "budget "
                 "and slots are left.",
             ),
         ),
@@ -551,9 +557,11 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             r"computed_once|wholly_cached|found|owners$|writes into|fork|sample",
             (
                 "From which position on must this sequence compute?",
-                "Behind what was found, or behind what its parent computed. Of two equal prompts that come together the "
+                "Behind what was found, or behind what its parent computed. Of two equal prompts that come "
+                "together the "
                 "second waits until it finds the first's.",
-                "num_computed = prefix.num_tokens; a fork has the num_computed of its parent; a sequence whose next key is "
+                "num_computed = prefix.num_tokens; a fork has the num_computed of its parent; a sequence whose "
+                "next key is "
                 "being computed does not enter.",
             ),
         ),
@@ -561,8 +569,10 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             r"",
             (
                 "Follow one sequence through the steps: num_computed, its blocks, its place.",
-                "schedule chooses and makes room; update_from_output moves num_computed, caches full blocks, and forks.",
-                "A step computes tokens from num_computed on. A sequence is in output.sampled where they reach its end, "
+                "schedule chooses and makes room; update_from_output moves num_computed, caches full blocks, and "
+                "forks.",
+                "A step computes tokens from num_computed on. A sequence is in output.sampled where they reach its "
+                "end, "
                 "with its row of the logits.",
             ),
         ),
