@@ -212,8 +212,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
                 "When is a frame free?",
                 "When no page table entry names it: two processes may, and the first that lets go must not free it.",
                 "take sets the count to 1 and clears the bytes; share adds one; drop takes one, and at 0 the frame "
-                "goes "
-                "back to the free list.",
+                "goes back to the free list.",
             ),
         ),
         Topic(
@@ -265,8 +264,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
                 "An append that does not fit: what had it taken when it found out?",
                 "Ask blocks_needed first, and compare with num_free before the first allocate.",
                 "needed = self.blocks_needed(n); if needed > self.allocator.num_free: raise OutOfBlocks(...); only "
-                "then "
-                "change num_tokens and allocate.",
+                "then change num_tokens and allocate.",
             ),
         ),
         Topic(
@@ -425,11 +423,9 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             (
                 "The block manager asks your classes what is free, and what an append takes. Which answer is wrong?",
                 "A block without a table counts as free. A prefix that is found takes it away again: num_evictable "
-                "says "
-                "how many of the found blocks are such ones.",
+                "says how many of the found blocks are such ones.",
                 "num_free: the free blocks and the unused ones. num_evictable: those of the given blocks that are "
-                "unused. "
-                "blocks_needed: new blocks, and one more for a copy.",
+                "unused. blocks_needed: new blocks, and one more for a copy.",
             ),
         ),
         Topic(
@@ -463,8 +459,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             (
                 "When a block gets a new owner, by which key can it still be found?",
                 "By none: evicting a block removes it from both maps. It goes when it has been without a table "
-                "longest, "
-                "a leaf before its parent.",
+                "longest, a leaf before its parent.",
                 "In allocate, with no free block: take the first of the unused ones, forget its key, super().free it, "
                 "then super().allocate(). A block that a table names again is not unused.",
             ),
@@ -519,9 +514,8 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             (
                 "Which sequence left its place and kept its blocks?",
                 "Every way out frees all blocks: finish, wherever the sequence stands, preemption, and reset.",
-                "blocks.free(seq_id) in finish, whether the sequence runs or waits: on the host it has blocks too. "
-                "It may "
-                "hold none.",
+                "blocks.free(seq_id) in finish, whether the sequence runs or waits: on the host it has blocks too. It "
+                "may hold none.",
             ),
         ),
         Topic(
@@ -537,11 +531,9 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             (
                 "Which sequences get tokens first, and which get what is left?",
                 "Those in decode, one token each; then prompts, in chunks, within the budget. At most max_num_seqs "
-                "run, "
-                "and samples that will fork count too.",
+                "run, and samples that will fork count too.",
                 "First the running sequences with one uncomputed token, then the others, then waiting ones while "
-                "budget "
-                "and slots are left.",
+                "budget and slots are left.",
             ),
         ),
         Topic(
@@ -557,12 +549,10 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             r"computed_once|wholly_cached|found|owners$|writes into|fork|sample",
             (
                 "From which position on must this sequence compute?",
-                "Behind what was found, or behind what its parent computed. Of two equal prompts that come "
-                "together the "
-                "second waits until it finds the first's.",
-                "num_computed = prefix.num_tokens; a fork has the num_computed of its parent; a sequence whose "
-                "next key is "
-                "being computed does not enter.",
+                "Behind what was found, or behind what its parent computed. Of two equal prompts that come together "
+                "the second waits until it finds the first's.",
+                "num_computed = prefix.num_tokens; a fork has the num_computed of its parent; a sequence whose next "
+                "key is being computed does not enter.",
             ),
         ),
         Topic(
@@ -572,8 +562,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
                 "schedule chooses and makes room; update_from_output moves num_computed, caches full blocks, and "
                 "forks.",
                 "A step computes tokens from num_computed on. A sequence is in output.sampled where they reach its "
-                "end, "
-                "with its row of the logits.",
+                "end, with its row of the logits.",
             ),
         ),
     ),
