@@ -105,7 +105,7 @@ from minipaged.memory import block_allocator
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.prefix_cache import PrefixCache
 print(block_allocator.BlockAllocator.__doc__, PrefixCache.__mro__[1].__doc__)
-print(issubclass(block_allocator.OutOfBlocks, RuntimeError), BlockManager(3, 2).allocator.num_blocks)
+print(issubclass(block_allocator.OutOfBlocks, RuntimeError), BlockManager(3, 2).device.num_blocks)
 try:
     block_allocator.BlockAllocator(3).allocate()
 except NotImplementedError as error:

@@ -148,12 +148,7 @@ def test_nothing_is_imported_before_it_was_built(path):
                 names = [alias.name for alias in node.names]
             for name in names:
                 early = [finished for finished in FINISHED.get(chapter, []) if name.startswith(finished)]
-                assert built or not early or is_of_an_earlier_chapter(chapter, name), f"{name} is imported too early"
-
-
-def is_of_an_earlier_chapter(chapter, name):
-    """The engine's packages hold pieces of several chapters, and some were built before."""
-    return (chapter, name) in {(7, "minipaged.kvcache.RecomputeCache")}
+                assert built or not early, f"{name} is imported too early"
 
 
 @EVERY

@@ -16,77 +16,12 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "if self._owners[self._known(block)] <= 0:",
     ): "a count never falls below 0: `_in_use` saw to it",
     (
-        "minipaged/engine/scheduler.py",
-        "self.watermark_blocks = int(watermark * memory.num_slots // memory.block_size) if memory.block_size else 0",
-    ): "`int` rounds down too",
-    (
-        "minipaged/engine/scheduler.py",
-        "self.watermark_blocks = int(watermark * memory.num_slots / memory.block_size) if memory.block_size else -1",
-    ): "without blocks nothing costs a block, and one spare block changes nothing",
-    (
-        "minipaged/engine/scheduler.py",
-        "if end == len(seq):  # the last token is computed in any case",
-    ): "behind the end no other text is equal, being longer",
-    (
-        "minipaged/engine/scheduler.py",
-        'swap = self.preemption is "swap" and self.memory.can_swap_out(seq_ids)',
-    ): _SAME_OBJECT,
-    (
-        "minipaged/engine/scheduler.py",
-        "for other in group.seqs[: 2]",
-    ): "waits for a second sample too, one step: allowed",
-    (
-        "minipaged/engine/scheduler.py",
-        'each = f"each of {num_seqs} sequences" if num_seqs != 1 else "the request"',
-    ): "the words of an error",
-    (
-        "minipaged/engine/scheduler.py",
-        'each = f"each of {num_seqs} sequences" if num_seqs > 0 else "the request"',
-    ): "the words of an error",
-    (
-        "minipaged/engine/scheduler.py",
-        "if self.memory.finds_prefixes and end ** self.memory.block_size > start // self.memory.block_size:",
-    ): "inserts more often, and what is inserted already stays as it is",
-    (
-        "minipaged/engine/scheduler.py",
-        "if self.memory.finds_prefixes and end // self.memory.block_size > start >> self.memory.block_size:",
-    ): "inserts more often, and what is inserted already stays as it is",
-    (
-        "minipaged/engine/scheduler.py",
-        "if self.memory.finds_prefixes and end // self.memory.block_size > start / self.memory.block_size:",
-    ): "a whole number is above a quotient where it is above its whole part",
-    (
-        "minipaged/engine/scheduler.py",
-        "first, prompt_len = group.seqs[ -1], len(group.seqs[0].prompt_token_ids)",
-    ): "who enters anew has one sequence, the others are unborn",
-    (
-        "minipaged/engine/scheduler.py",
-        "return {group.seqs[0].seq_id: len(group.seqs[ -1].prompt_token_ids)}",
-    ): "all have one prompt",
-    (
-        "minipaged/engine/scheduler.py",
-        "output.work.append(Work(group, seq, seq.num_computed, count, count >= seq.num_missing))",
-    ): "count is at most num_missing",
-    (
-        "minipaged/engine/scheduler.py",
-        "room = self.memory.num_free - (self.watermark_blocks if self.running else -1)",
-    ): "where nobody runs the whole pool is free, and `add` saw that the request fits it",
-    (
-        "minipaged/memory/block_manager.py",
-        "return sum(table.num_tokens for table in self._tables.values() if table.allocator == self.allocator)",
-    ): "a pool is equal to itself alone",
-    (
-        "minipaged/memory/block_manager.py",
-        "if len(lengths) != 1 and more and table.num_tokens % self.block_size:",
-    ): "of no sequence there is nothing to count",
-    ("minipaged/memory/block_manager.py", ""): "`Memory` is a protocol: its property is never called",
-    (
         "minipaged/memory/block_table.py",
         "return num_new_tokens > 0 and partly_full and self.allocator.ref_count(self._blocks[-1]) != 1",
     ): "a block of the table has an owner at least",
     (
         "minipaged/memory/block_table.py",
-        "while len(self._blocks) != self._blocks_for(self.num_tokens):",
+        "while len(self._blocks) != cdiv(self.num_tokens, self.block_size):",
     ): "the table has never more blocks than its tokens take",
     (
         "minipaged/memory/block_table.py",
@@ -94,7 +29,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "a negative number was refused before",
     (
         "minipaged/memory/block_table.py",
-        "while len(self._blocks) != self._blocks_for(num_tokens):",
+        "while len(self._blocks) != cdiv(num_tokens, self.block_size):",
     ): "the table has never fewer blocks than its tokens take",
     (
         "minipaged/memory/swap.py",
@@ -127,7 +62,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "any root will do, if it is always the same",
     (
         "minipaged/memory/prefix_cache.py",
-        "while first != 0 and self._block_at(table, first - 1) not in self._key_of:",
+        "while first != 0 and blocks[first - 1] not in self._key_of:",
     ): "it counts down by 1 from a number that is not negative",
     (
         "minipaged/memory/process.py",
@@ -184,12 +119,4 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "minipaged/memory/sizes.py",
         "return self.block_bytes // ENTRY_BYTES",
     ): "a block is of whole entries: K and V, of 2 bytes each",
-    (
-        "minipaged/memory/unpaged.py",
-        "def fits(self, prompt_len: int, num_tokens: int, num_seqs: int = 0) -> bool:",
-    ): "the number of sequences is not read",
-    (
-        "minipaged/memory/unpaged.py",
-        "def fits(self, prompt_len: int, num_tokens: int, num_seqs: int = 2) -> bool:",
-    ): "the number of sequences is not read",
 }

@@ -101,7 +101,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
                 "Follow the picture of the header: where does each + of the residual stream take its left side from?",
                 "hidden + attention(norm(hidden)), then hidden + mlp(norm(hidden)): the norm is inside the branch.",
                 "mlp: down_proj(silu(gate) * up), gate being the first half of gate_up_proj. The model ends with its "
-                "own norm. Positions come from step.positions, not from the row.",
+                "own norm. Positions come from batch.positions, not from the row.",
             ),
         ),
     ),
@@ -136,7 +136,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             (
                 "In a slab, at which offsets do this step's tokens lie?",
                 "seq_lens counts the new tokens too: they are the last ones of it, not the ones behind it.",
-                "new = slice(seq_len - num_new, seq_len), in the slab step.block_tables[seq, 0], in the tensors of "
+                "new = slice(seq_len - num_new, seq_len), in the slab batch.block_tables[seq, 0], in the tensors of "
                 "this layer; the rows of the sequence are query_start_loc[seq] to query_start_loc[seq + 1].",
             ),
         ),
@@ -212,8 +212,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
                 "When is a frame free?",
                 "When no page table entry names it: two processes may, and the first that lets go must not free it.",
                 "take sets the count to 1 and clears the bytes; share adds one; drop takes one, and at 0 the frame "
-                "goes "
-                "back to the free list.",
+                "goes back to the free list.",
             ),
         ),
         Topic(
@@ -265,8 +264,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
                 "An append that does not fit: what had it taken when it found out?",
                 "Ask blocks_needed first, and compare with num_free before the first allocate.",
                 "needed = self.blocks_needed(n); if needed > self.allocator.num_free: raise OutOfBlocks(...); only "
-                "then "
-                "change num_tokens and allocate.",
+                "then change num_tokens and allocate.",
             ),
         ),
         Topic(
@@ -421,10 +419,20 @@ HINTS: dict[int, tuple[Topic, ...]] = {
     ),
     9: (
         Topic(
+            r"there is room|there is none|enters_exactly|comes_back_exactly|to look is not",
+            (
+                "The block manager asks your classes what is free, and what an append takes. Which answer is wrong?",
+                "A block without a table counts as free. A prefix that is found takes it away again: num_evictable "
+                "says how many of the found blocks are such ones.",
+                "num_free: the free blocks and the unused ones. num_evictable: those of the given blocks that are "
+                "unused. blocks_needed: new blocks, and one more for a copy.",
+            ),
+        ),
+        Topic(
             r"tables name block|last_one_out|swapped_out_sequence|said to be free",
             (
                 "Count the tables that name the block, and compare with its reference count.",
-                "Whoever names a block holds a reference: fork, append_shared and replace take one for each block.",
+                "Each entry of a table is a reference: fork and append_shared take one for each block that they name.",
                 "allocator.share(block) for every block that the new table names; free the old one only after that.",
             ),
         ),
@@ -432,7 +440,8 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             r"copies to make|writes_alone|copied|copy|not what was written|beam",
             (
                 "Two tables name the last block. Who may write into it?",
-                "Nobody. Whoever writes takes a block of its own, says what is to be copied, and names the copy.",
+                "Neither. A table that appends takes a block of its own, names the copy, and says what is to be "
+                "copied.",
                 "If tokens begin inside a last block with ref_count > 1: own = allocate(), free(shared), "
                 "blocks[-1] = own, return [(shared, own)]. A full block is not written: no copy.",
             ),
@@ -450,8 +459,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             (
                 "When a block gets a new owner, by which key can it still be found?",
                 "By none: evicting a block removes it from both maps. It goes when it has been without a table "
-                "longest, "
-                "a leaf before its parent.",
+                "longest, a leaf before its parent.",
                 "In allocate, with no free block: take the first of the unused ones, forget its key, super().free it, "
                 "then super().allocate(). A block that a table names again is not unused.",
             ),
@@ -494,65 +502,67 @@ HINTS: dict[int, tuple[Topic, ...]] = {
     ),
     10: (
         Topic(
-            r"can_never_run|fits the pool|let in|cannot fit",
+            r"can_never_run|fits the pool|let in|cannot fit|can_ever_fit",
             (
-                "How long can the request become, and how many blocks is that?",
+                "How long can the sequence become, and how many blocks is that?",
                 "What outgrows the whole pool can never finish: refuse it in check, with the numbers, not later.",
-                "memory.fits(prompt_len, min(prompt_len + max_tokens, max_model_len) - 1, num_seqs): the last token is "
-                "never stored.",
+                "blocks.can_ever_fit(min(prompt_len + max_tokens, max_model_len) - 1): the last token is never stored.",
             ),
         ),
         Topic(
-            r"owners too many|are held|blocks have no table|holds blocks|nobody is there|come_and_go",
+            r"owners too many|are held|blocks have no table|holds blocks|nobody is there|come_and_go|are free|leak",
             (
-                "Who gave up its place and kept its blocks?",
-                "Every way out gives back all blocks: finish, abort, a beam that dies, preemption, a step that failed.",
-                "memory.free(seq_id) for every sequence of the group, those of `unborn` too; it may hold nothing.",
+                "Which sequence left its place and kept its blocks?",
+                "Every way out frees all blocks: finish, wherever the sequence stands, preemption, and reset.",
+                "blocks.free(seq_id) in finish, whether the sequence runs or waits: on the host it has blocks too. It "
+                "may hold none.",
             ),
         ),
         Topic(
-            r"stands before|does not move|comes_back_first|lost, or there|not finished",
+            r"stands before|does not move|comes_back_first|lost, or there|not finished|arrived",
             (
-                "In which order do requests come back?",
-                "As they came. Who is preempted was there before everybody who waits: it goes to the front.",
-                "waiting.appendleft(group) in _preempt, and the victim is the latest of those that run: "
-                "candidates.pop().",
+                "In which order do sequences come back?",
+                "As they came. A preempted sequence was there before all that wait: it goes to the front.",
+                "waiting.appendleft(seq) in _preempt, and the victim is the last of those that run: running.pop().",
             ),
         ),
         Topic(
-            r"budget|hold_up|decodes did not",
+            r"budget|hold_up|decodes did not|max_num_seqs",
             (
-                "Who gets tokens first, and who gets what is left?",
-                "Those that decode, one token for each sequence; then prompts, in chunks, within the budget.",
-                "First the running groups with is_decoding, then the others, then waiting ones while budget is left.",
+                "Which sequences get tokens first, and which get what is left?",
+                "Those in decode, one token each; then prompts, in chunks, within the budget. At most max_num_seqs "
+                "run, and samples that will fork count too.",
+                "First the running sequences with one uncomputed token, then the others, then waiting ones while "
+                "budget and slots are left.",
             ),
         ),
         Topic(
-            r"swap|somebody came back|gave way",
+            r"swap|came back|preempted",
             (
-                "Who gave way in this step, and who came in?",
-                "Nobody enters in a step in which somebody gave way. After swap_in a group is no longer swapped.",
-                "In schedule: `and not preempted`; in _admit after swap_in: grow to the lengths, is_swapped = False.",
+                "Which sequence was preempted in this step, and which entered?",
+                "None enters in a step in which one was preempted. The copies of a swap are part of the step's output.",
+                "In schedule: admit only `if not output.preempted`. In _enter: swap_in for all tokens, and then "
+                "allocate_slots for the newest.",
             ),
         ),
         Topic(
-            r"computed_once|wholly_cached|found|owners$|writes into",
+            r"computed_once|wholly_cached|found|owners$|writes into|fork|sample",
             (
                 "From which position on must this sequence compute?",
-                "Behind what was found. Two equal prompts that come together: the second waits until it finds the "
-                "first's.",
-                "num_computed = len(found) * block_size; a fork has its parent's num_computed; _is_being_computed "
-                "holds back.",
+                "Behind what was found, or behind what its parent computed. Of two equal prompts that come together "
+                "the second waits until it finds the first's.",
+                "num_computed = prefix.num_tokens; a fork has the num_computed of its parent; a sequence whose next "
+                "key is being computed does not enter.",
             ),
         ),
         Topic(
             r"",
             (
-                "Follow one request through the steps: num_computed, its blocks, its place.",
-                "schedule chooses and makes room; computed moves num_computed, makes full blocks findable, and forks.",
-                "num_computed = start + count after the step; insert only where a block became full; rows are "
-                "counted over "
-                "the pieces of work that reach an end.",
+                "Follow one sequence through the steps: num_computed, its blocks, its place.",
+                "schedule chooses and makes room; update_from_output moves num_computed, caches full blocks, and "
+                "forks.",
+                "A step computes tokens from num_computed on. A sequence is in output.sampled where they reach its "
+                "end, with its row of the logits.",
             ),
         ),
     ),

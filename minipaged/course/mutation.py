@@ -5,7 +5,7 @@ cosmic-ray makes them. Each is written into a copy of the repository, and the mo
 examples first, and many more where it survives. A mutant that still lives is either equivalent (it changes nothing
 that can be seen) and named so in equivalent_mutants.py, or a property is missing. docs/mutation.md keeps the count.
 
-    python -m minipaged.course.mutation                                   memory/, engine/scheduler.py, attention/
+    python -m minipaged.course.mutation                                   memory/, the scheduler, attention/
     python -m minipaged.course.mutation block_allocator block_table       of these modules alone
     python -m minipaged.course.mutation scheduler --sample 60             60 of its mutants, always the same ones
 """
@@ -45,14 +45,14 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "minipaged/memory/prefix_cache.py": ("test_ch09_prefix_cache.py", "test_memory_trace.py"),
     "minipaged/memory/swap.py": ("test_ch09_swap.py", "test_memory_trace.py"),
-    "minipaged/memory/block_manager.py": ("test_ch10_scheduler.py", "test_ch03_contiguous_cache.py"),
+    "minipaged/memory/block_manager.py": ("test_ch09_block_manager.py",),
     "minipaged/memory/reservation.py": ("test_ch04_fragmentation.py",),
     "minipaged/memory/page_table.py": ("test_ch05_page_table.py",),
     "minipaged/memory/process.py": ("test_ch05_page_table.py",),
     "minipaged/memory/sizes.py": ("test_ch05_page_table.py",),
-    "minipaged/memory/unpaged.py": ("test_ch10_scheduler.py", "test_ch03_contiguous_cache.py"),
     "minipaged/memory/trace.py": ("test_memory_trace.py",),
     "minipaged/engine/scheduler.py": ("test_ch10_scheduler.py",),
+    "minipaged/engine/scheduler_output.py": ("test_ch10_scheduler.py",),
     "minipaged/attention/contiguous.py": ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
     "minipaged/attention/paged.py": ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
     "minipaged/attention/online_softmax.py": ("test_ch07_paged_attention.py",),

@@ -9,14 +9,15 @@ from serving_model import Engine
 
 @given(data=st.data())
 def test_an_aborted_request_leaves_nothing_behind(data):
-    engine = Engine(16, 2, max_model_len=16)
-    requests = [engine.add([0] * data.draw(st.integers(1, 5)), 4) for _ in range(data.draw(st.integers(1, 3)))]
-    for _ in range(data.draw(st.integers(0, 2))):
+    engine = Engine(4, 2, num_host_blocks=4, max_model_len=16)
+    requests = [engine.add([0] * data.draw(st.integers(1, 4)), 5) for _ in range(data.draw(st.integers(1, 3)))]
+    for _ in range(data.draw(st.integers(0, 4))):
         engine.step()
     for request_id in requests:
-        engine.scheduler.abort(request_id)
-    assert engine.memory.num_slots_reserved == 0
-    assert not engine.scheduler.has_unfinished()
+        engine.abort(request_id)
+    blocks = engine.scheduler.blocks
+    assert (blocks.device.num_free, blocks.host.num_free) == (4, 4)
+    assert not engine.scheduler.waiting and not engine.scheduler.running
 
 
 @given(data=st.data())

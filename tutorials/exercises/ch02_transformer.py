@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipaged.model.contract import KVCache, Step
+from minipaged.model.batch import ForwardBatch, KVCache
 
 MAX_POSITION = 1 << 20  # tokens; the rotary table of a context as long as this is the largest that is built
 
@@ -105,10 +105,10 @@ class Layer(nn.Module):
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, step: Step) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, batch: ForwardBatch) -> Tensor:
         raise NotImplementedError("ch02: Layer.forward")
 
-    def attention(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, step: Step) -> Tensor:
+    def attention(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, batch: ForwardBatch) -> Tensor:
         raise NotImplementedError("ch02: Layer.attention")
 
     def mlp(self, hidden: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, step: Step, cache: KVCache) -> Tensor:
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [num_tokens, hidden_size] of the step's tokens; their K and V are in the cache afterwards."""
         raise NotImplementedError("ch02: Transformer.forward")
 

@@ -16,7 +16,7 @@ In the step's `block_tables` a row has one entry here, the number of the slab. C
 #   2. ContiguousCache.attend
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
-# A step (minipaged/model/contract.py): sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1
+# A batch (minipaged/model/batch.py): sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1
 # of query, key and value; its context, these tokens included, has seq_lens[s] tokens; its slab is
 # block_tables[s, 0]. The scale is head_dim ** -0.5.
 # Made from minipaged/kvcache/contiguous.py by minipaged/course/generate.py.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.contiguous import causal_attention
-from minipaged.model.contract import Step
+from minipaged.model.batch import ForwardBatch
 from minipaged.model.transformer import ModelConfig
 
 
@@ -46,6 +46,12 @@ class ContiguousCache:
     ):
         raise NotImplementedError("ch03: ContiguousCache.__init__")
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch) -> Tensor:
         """Store the new K and V behind the old ones of each slab, then attend over the slab."""
         raise NotImplementedError("ch03: ContiguousCache.attend")
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole slabs (source, target) in every layer, in this order: what a fork costs without blocks."""
+        for source, target in copies:
+            self.key_cache[:, target] = self.key_cache[:, source]
+            self.value_cache[:, target] = self.value_cache[:, source]

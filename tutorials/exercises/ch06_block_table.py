@@ -27,11 +27,12 @@ Chapter 9 comes back to the same class: a block that two tables name is shared, 
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # Nothing is shared before chapter 9, so nothing is copied yet: append_tokens returns [].
 # Events need not be recorded here: `minipaged check` watches the calls by itself.
-# Left out here, and met in a later chapter: fork, append_shared, replace, move.
+# Left out here, and met in a later chapter: fork, append_shared, move.
 # Made from minipaged/memory/block_table.py by minipaged/course/generate.py.
 
 from collections.abc import Sequence
 
+from minipaged.cdiv import cdiv
 from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
 from minipaged.memory.trace import Trace
 

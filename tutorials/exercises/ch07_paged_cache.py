@@ -30,7 +30,7 @@ from torch import Tensor
 
 from minipaged.attention import compiled
 from minipaged.attention.checks import check_paged_attention, check_write_kv
-from minipaged.model.contract import Step
+from minipaged.model.batch import ForwardBatch
 from minipaged.model.transformer import ModelConfig
 
 
@@ -53,12 +53,12 @@ class PagedCache:
             raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
         shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self._kernels = _triton_functions(backend, torch.device(device))
-        self._checked: Step | None = None  # the step whose numbers fit
+        self._checked: ForwardBatch | None = None  # the step whose numbers fit
         # Not zeroed: the system hands out pages of this memory when they are first written, and not before.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables."""
         raise NotImplementedError("ch07: PagedCache.attend")
 

@@ -30,7 +30,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = math.log2(math.e)
-_LOG2_E = tl.constexpr(LOG2_E)  # a kernel sees a global only as a constexpr
 
 
 @triton.jit
@@ -70,15 +69,5 @@ def attend_context(
     MASKED: tl.constexpr,  # False promises whole tiles, all of which every row may see
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,  # tokens that a row may see, its own included; 0: all. Used where CAUSAL
-    SOFT_CAP: tl.constexpr,  # 0: none
 ):
     raise NotImplementedError("ch08: attend_context")
-
-
-@triton.jit
-def soft_capped(scores, CAP: tl.constexpr):
-    """cap * tanh(score / cap), in units of log2 before and after.
-
-    tanh(x) = 1 - 2 / (exp(2x) + 1) keeps its limit where exp overflows; (exp(2x) - 1) / (exp(2x) + 1) is inf / inf.
-    """
-    return CAP * _LOG2_E * (1.0 - 2.0 / (tl.exp2(scores * (2.0 / CAP)) + 1.0))

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.kernels.checks import check_decode
+from minipaged.kernels.checks import check_attention
 from minipaged.kernels.online_softmax import LOG2_E, attend_context, finish_softmax, start_softmax
 
 
@@ -38,7 +38,6 @@ def paged_decode(
     *,
     scale: float,
     sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     out: Tensor | None = None,
     tile: int | None = None,
     check: bool = False,
@@ -50,9 +49,8 @@ def paged_decode(
     `tile` is the number of tokens a step of the loop takes, a power of two from 16; None: what fits the head size.
     Raises ValueError for arguments that do not fit; for numbers out of range only with `check`.
     """
-    check_decode(
-        query, key_cache, value_cache, block_tables, seq_lens, sliding_window, logits_soft_cap, out, tile, check
-    )
+    tables = block_tables, seq_lens, None
+    check_attention(query, key_cache, value_cache, *tables, sliding_window, out=out, tile=tile, check=check)
     num_seqs, num_heads, head_dim = query.shape
     _, num_kv_heads, block_size, _ = key_cache.shape
     out = torch.empty_like(query) if out is None else out
@@ -70,9 +68,7 @@ def paged_decode(
         *query.stride()[:2],
         *key_cache.stride()[:3],
         block_tables.stride(0),
-        **decode_constants(
-            num_heads // num_kv_heads, head_dim, block_size, query.dtype.itemsize, sliding_window, logits_soft_cap, tile
-        ),
+        **decode_constants(num_heads // num_kv_heads, head_dim, block_size, query.dtype.itemsize, sliding_window, tile),
     )
     return out
 
@@ -83,7 +79,6 @@ def decode_constants(
     block_size: int,
     itemsize: int,
     sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     tile: int | None = None,
 ) -> dict[str, Any]:
     """The constexprs and options of the decode kernels, split or not."""
@@ -98,7 +93,6 @@ def decode_constants(
         "BLOCK_SIZE": block_size,
         "TILE": tile,
         "WINDOW": sliding_window or 0,
-        "SOFT_CAP": float(logits_soft_cap or 0.0),
         "num_warps": 4,
         "num_stages": 3,
     }
@@ -128,6 +122,5 @@ def paged_decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
 ):
     raise NotImplementedError("ch08: paged_decode_kernel")

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.kernels.checks import check_decode
+from minipaged.kernels.checks import check_attention
 from minipaged.kernels.online_softmax import LOG2_E, attend_context, start_softmax
 from minipaged.kernels.paged_decode import decode_constants
 
@@ -64,15 +64,13 @@ def paged_decode_split(
     scale: float,
     num_splits: int,
     sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
     out: Tensor | None = None,
     tile: int | None = None,
     check: bool = False,
 ) -> Tensor:
     """The arguments and the answer of `paged_decode`; each context is cut into `num_splits` parts, 1 to MAX_SPLITS."""
-    check_decode(
-        query, key_cache, value_cache, block_tables, seq_lens, sliding_window, logits_soft_cap, out, tile, check
-    )
+    tables = block_tables, seq_lens, None
+    check_attention(query, key_cache, value_cache, *tables, sliding_window, out=out, tile=tile, check=check)
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits must lie in 1 to {MAX_SPLITS}, got {num_splits}")
     num_seqs, num_heads, head_dim = query.shape
@@ -84,7 +82,7 @@ def paged_decode_split(
     accumulators = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=dtype, device=query.device)
     maxima, totals = torch.empty((2, num_seqs, num_heads, num_splits), dtype=dtype, device=query.device)
     constants = decode_constants(
-        num_heads // num_kv_heads, head_dim, block_size, query.dtype.itemsize, sliding_window, logits_soft_cap, tile
+        num_heads // num_kv_heads, head_dim, block_size, query.dtype.itemsize, sliding_window, tile
     )
     paged_decode_split_kernel[(num_seqs, num_kv_heads, num_splits)](
         accumulators,
@@ -139,7 +137,6 @@ def paged_decode_split_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
 ):
     raise NotImplementedError("ch08: paged_decode_split_kernel")
 

@@ -15,9 +15,9 @@ a table longest. An operating system's page cache holds its pages in the same wa
 
 A block becomes findable when its tokens are *written*, not when they are planned: a request that is aborted between
 the two leaves nothing behind. So two requests with one prefix that are admitted in the same step do not see each other
-and both compute it. When the first of them is inserted its blocks become findable; when the second is, it finds them
-under its own keys, names them instead of its own, and gives its own back. From the first written block on, they share.
-(A scheduler that wants to save the computing too lets the second wait: see `block_keys`.)
+and both compute it. The blocks of the one that is inserted first become findable. A block whose key another block has
+stays as it is, in its table and not findable, and so do those behind it: the cache only appends, and a table never
+changes because of it. (A scheduler that wants to save the second computation lets that request wait: see `block_keys`.)
 
 Through all of this, tables that name one block name the same blocks before it. A prefix is shared as a whole or not.
 
@@ -34,19 +34,22 @@ Sources: vLLM's design page "Automatic Prefix Caching"; the PagedAttention paper
 #   1. block_keys
 #   2. PrefixCache.num_free
 #   3. PrefixCache.num_findable
-#   4. PrefixCache.match
-#   5. PrefixCache.insert
-#   6. PrefixCache.allocate
-#   7. PrefixCache.share
-#   8. PrefixCache.free
+#   4. PrefixCache.num_unused
+#   5. PrefixCache.num_evictable
+#   6. PrefixCache.match
+#   7. PrefixCache.insert
+#   8. PrefixCache.allocate
+#   9. PrefixCache.share
+#   10. PrefixCache.free
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # Made from minipaged/memory/prefix_cache.py by minipaged/course/generate.py.
 
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
+from itertools import takewhile
 
 from minipaged.memory.block_allocator import BlockAllocator
 from minipaged.memory.block_table import BlockTable
@@ -101,7 +104,11 @@ class PrefixCache(BlockAllocator):
     @property
     def num_unused(self) -> int:
         """How many blocks are findable and named by no table."""
-        return len(self._unused)
+        raise NotImplementedError("ch09: PrefixCache.num_unused")
+
+    def num_evictable(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks no table names: they count as free ones until a table does."""
+        raise NotImplementedError("ch09: PrefixCache.num_evictable")
 
     def match(self, tokens: Sequence[int], extra: str | None = None) -> list[int]:
         """The longest run of findable blocks that holds the first tokens of a prompt. O(1) a block; changes nothing.
@@ -112,13 +119,12 @@ class PrefixCache(BlockAllocator):
         raise NotImplementedError("ch09: PrefixCache.match")
 
     def insert(self, table: BlockTable, tokens: Sequence[int], extra: str | None = None) -> None:
-        """Make findable each full block of a table whose tokens are written: `tokens`, from position 0 on.
+        """Cache each full block of a table whose tokens are written: `tokens`, from position 0 on.
 
-        Where two blocks have the same key, one block in use remains: the table names the findable block instead of
-        its own, or the findable one, if it is unused, is forgotten for the table's own. (If a fork names the own one
-        too, and the other is in use, both stay, and nothing behind them is inserted: insert a prompt, then fork it.)
-        Blocks that are findable already cost nothing, so a decode step calls this with all its tokens.
-        Raises ValueError, changing nothing, on a table of another pool or shorter than its tokens.
+        Nothing cached is ever replaced: if another block has the key already, the table keeps its own block, and that
+        block and those behind it stay uncached. Blocks that are cached already cost nothing, so a decode step calls
+        this with all its tokens. Raises ValueError, changing nothing, on a table of another pool or shorter than its
+        tokens, and where block_keys does.
         """
         raise NotImplementedError("ch09: PrefixCache.insert")
 

@@ -21,14 +21,14 @@ Chapter 9 comes back to the same class: a block that two tables name is shared, 
 #   2. BlockTable.append_tokens
 #   3. BlockTable.fork
 #   4. BlockTable.append_shared
-#   5. BlockTable.replace
-#   6. BlockTable.move
+#   5. BlockTable.move
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # Made from minipaged/memory/block_table.py by minipaged/course/generate.py.
 
 from collections.abc import Sequence
 
+from minipaged.cdiv import cdiv
 from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
 from minipaged.memory.trace import Trace
 
@@ -91,7 +91,7 @@ class BlockTable:
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"cannot keep {num_tokens} tokens of {self.num_tokens}")
         self.num_tokens = num_tokens
-        while len(self._blocks) > self._blocks_for(num_tokens):
+        while len(self._blocks) > cdiv(num_tokens, self.block_size):
             block = self._blocks.pop()
             self.allocator.free(block)
             if self.trace is not None:
@@ -112,16 +112,9 @@ class BlockTable:
         """
         raise NotImplementedError("ch09: BlockTable.append_shared")
 
-    def replace(self, logical: int, block: int) -> None:
-        """Name another block with the same tokens instead, and give the own one back. (Chapter 9.)"""
-        raise NotImplementedError("ch09: BlockTable.replace")
-
     def move(self, allocator: BlockAllocator, blocks: Sequence[int]) -> None:
         """Name blocks of another pool instead, one for each, and give the own ones back. (Chapter 9: swap.)
 
         The caller took one reference to each of `blocks` for this table; the table owns it from now on.
         """
         raise NotImplementedError("ch09: BlockTable.move")
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)

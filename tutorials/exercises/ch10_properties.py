@@ -1,8 +1,14 @@
 """Chapter 10. Write the property yourself: `minipaged check 10 --properties`. (How it is graded: ch06_properties.py.)
 
-tests/serving_model.py has an engine without tensors: `engine = Engine(num_blocks, block_size, max_model_len=16)`,
-`engine.add(prompt, max_tokens)`, `engine.step()`, `engine.abort(request_id)`. It checks nothing that you do not ask of
-it: `engine.scheduler` and `engine.memory` are the real ones.
+tests/serving_model.py has an engine without tensors:
+
+    engine = Engine(num_blocks, block_size, num_host_blocks=0, max_model_len=16)
+    request_id = engine.add(prompt, max_tokens)
+    engine.step()
+    engine.abort(request_id)
+
+It checks nothing that you do not ask of it: `engine.scheduler` is the real one, and so is its block manager,
+`engine.scheduler.blocks`, with a pool for the device and, where there are host blocks, one for the host.
 """
 
 import pytest
@@ -14,9 +20,9 @@ from serving_model import Engine
 
 @given(data=st.data())
 def test_an_aborted_request_leaves_nothing_behind(data):
-    """Add requests, step a few times, abort all: no slot is reserved, and nothing is unfinished.
+    """Add requests, step a few times, abort all: both pools are free again, and no sequence waits or runs.
 
-    Refuses: a leak on abort.
+    Refuses: a leak on abort. A pool that is too small for all, and a host, have sequences in every place to abort.
     """
     raise NotImplementedError("ch10: test_an_aborted_request_leaves_nothing_behind")
 

@@ -1,19 +1,19 @@
-"""Chapter 10. Who computes what in the next step: first come first served, decided anew at every step.
+"""Chapter 10. The scheduler: chooses the tokens of the next step, first come first served.
 
-    waiting   [ E F ]           hold no block of the device; whoever was preempted stands before whoever is new
-    running   [ A B C D ]       hold blocks; the latest is preempted first when the pool runs out
+    waiting   [ E F ]           hold no blocks of the device; preempted sequences come before new ones
+    running   [ A B C D ]       hold blocks of the device; the last is preempted first when the pool runs out
 
-A step has a budget of tokens. First every sequence that decodes gets its one token, so that no long prompt makes
-others stutter. What is left of the budget goes to prompts, in chunks, in the order of arrival. Then waiting requests
-enter, as long as places, budget and blocks last. A finished sequence leaves at once and a waiting one takes its place
+A step has a budget of tokens. Sequences in decode come first, one token each, so that a long prompt does not delay
+them. The rest of the budget goes to prompts, in chunks, in order of arrival. Then waiting sequences enter, while
+`max_num_seqs`, the budget and the free blocks allow. A finished sequence leaves at once, and a waiting one can enter
 (iteration-level scheduling: Yu et al., "Orca", OSDI 2022, section 3).
 
-All blocks of a prompt are taken when it enters, so only decoding can run short. Then the latest request gives way:
-it drops its blocks and computes them again later, or they move to the host's memory and come back (recompute and
-swap: the PagedAttention paper, section 4.5). The samples of one request do all this together.
+All blocks of a prompt are allocated when it enters, so only decode can run out of blocks. Then the last sequence is
+preempted: it moves to the host's memory if there is room, or its blocks are freed and computed again later (swapping
+and recomputation: the PagedAttention paper, section 4.5).
 
-Plain Python, and no tensor: the simulator of chapter 11 runs this very class. What it decides is one `SchedulerOutput`,
-and that is all that the model is told.
+The samples of a request are sequences with one prompt. The first computes it; the others then fork its block table.
+Plain Python, and no tensor: the simulator of chapter 11 runs this very class.
 """
 
 # Exercise ch10_scheduler, about 60 minutes. Write what raises
@@ -21,185 +21,115 @@ and that is all that the model is told.
 #
 #   1. Scheduler.check
 #   2. Scheduler.add
-#   3. Scheduler.has_unfinished
-#   4. Scheduler.finish
-#   5. Scheduler.abort
-#   6. Scheduler.remove
-#   7. Scheduler.drop
-#   8. Scheduler.fork
-#   9. Scheduler.schedule
-#   10. Scheduler.computed
-#   11. Scheduler.start_over
-#   12. Scheduler._make_room
-#   13. Scheduler._take
-#   14. Scheduler._admit
-#   15. Scheduler._is_being_computed
-#   16. Scheduler._preempt
-#   17. Scheduler._forget
+#   3. Scheduler.finish
+#   4. Scheduler.reset
+#   5. Scheduler.schedule
+#   6. Scheduler.update_from_output
+#   7. Scheduler._make_room
+#   8. Scheduler._preempt
+#   9. Scheduler._admit
+#   10. Scheduler._enter
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# SchedulerOutput.schedule notes how many tokens of a sequence a step computes, cache_computed moves num_computed
+# after it (minipaged/engine/scheduler_output.py). Delete a private method that your way does not need.
 # Made from minipaged/engine/scheduler.py by minipaged/course/generate.py.
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable
 
-from minipaged.engine.sequence import FinishReason, Sequence, SequenceGroup
-from minipaged.memory.block_manager import Copies, Memory
-from minipaged.memory.trace import Trace
-
-Preemption = Literal["recompute", "swap"]
-
-
-@dataclass(slots=True)
-class Work:
-    """Compute `count` tokens of a sequence, from position `start`. Reaching its end, choose its next token."""
-
-    group: SequenceGroup
-    seq: Sequence
-    start: int
-    count: int
-    reaches_end: bool
-
-
-@dataclass
-class SchedulerOutput:
-    """One step: whose tokens are computed, and which blocks are copied before that, in the order of the fields."""
-
-    swap_out: Copies = field(default_factory=list)  # (device block, host block)
-    swap_in: Copies = field(default_factory=list)  # (host block, device block)
-    copies: Copies = field(default_factory=list)  # (device block, device block): copy-on-write
-    work: list[Work] = field(default_factory=list)
+from minipaged.engine.scheduler_output import SchedulerOutput, cache_computed
+from minipaged.engine.sequence import Sequence
+from minipaged.memory.block_manager import BlockManager
 
 
 class Scheduler:
-    """Invariants: a request is in `running`, in `waiting`, or gone; one that waits holds no block of the device; and
-    one that came earlier never gives way to one that came later.
+    """Invariants: only running sequences hold blocks of the device, and a sequence is never preempted for one that
+    entered later.
 
-    So the earliest always proceeds: it fits the pool alone (`add` saw to it), and all others give way to it.
+    So the first of `running` always proceeds: it fits the pool alone (`check`), and all others can be preempted for it.
     """
 
     def __init__(
         self,
-        memory: Memory,
+        blocks: BlockManager,
         max_model_len: int,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         *,
-        preemption: Preemption = "recompute",
         watermark: float = 0.01,
-        trace: Trace | None = None,
     ):
-        """watermark: the share of the pool that stays free when a request enters, for those already there to grow
+        """watermark: the share of the pool that stays free when a sequence enters, for those already running to grow
         into. Raises ValueError where the numbers do not go together."""
         if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_seqs must be at least 1 and max_num_batched_tokens as many: a token for each sequence; "
                 f"got {max_num_seqs} and {max_num_batched_tokens}"
             )
-        if preemption not in ("recompute", "swap"):
-            raise ValueError(f"preemption must be 'recompute' or 'swap', got {preemption!r}")
         if not 0.0 <= watermark < 1.0:
             raise ValueError(f"watermark is a share of the pool, in [0, 1), got {watermark}")
-        self.memory = memory
-        self.max_model_len = max_model_len
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.preemption = preemption
-        self.trace = trace
-        self.watermark_blocks = int(watermark * memory.num_slots / memory.block_size) if memory.block_size else 0
-        self.waiting: deque[SequenceGroup] = deque()
-        self.running: list[SequenceGroup] = []
-        self.groups: dict[str, SequenceGroup] = {}  # every unfinished request, in the order of arrival
-        self.preemptions = Counter[str](recompute=0, swap=0)
-        self.num_looked_up = self.num_found = 0  # tokens of requests that entered, and of those the ones found
+        self.blocks, self.max_model_len = blocks, max_model_len
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.watermark_blocks = int(watermark * blocks.num_blocks)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.counts: Counter[str] = Counter()  # preemptions: recompute, swap; tokens: looked_up, found
 
-    # ---- requests come and go ----------------------------------------------------------------------------------
+    # ---- sequences come and go -----------------------------------------------------------------------------------
 
-    def check(self, prompt_len: int, max_tokens: int, num_seqs: int = 1) -> None:
-        """Raises ValueError, with the numbers, for a request that could never run."""
+    def check(self, prompt_len: int, max_tokens: int) -> None:
+        """Raises ValueError, with the numbers, for a sequence that could never run."""
         raise NotImplementedError("ch10: Scheduler.check")
 
-    def add(self, group: SequenceGroup) -> None:
-        """Queue a new request. Raises ValueError where it could never run, or has the id of another one."""
+    def add(self, seqs: Iterable[Sequence]) -> None:
+        """Queue new sequences; the samples of one request stand together."""
         raise NotImplementedError("ch10: Scheduler.add")
 
-    def has_unfinished(self) -> bool:
-        raise NotImplementedError("ch10: Scheduler.has_unfinished")
-
-    def finish(self, group: SequenceGroup, seq: Sequence, reason: FinishReason) -> None:
-        """Take one sequence out, and give back its memory; with its last sequence the request is gone."""
+    def finish(self, seq: Sequence) -> None:
+        """Remove a sequence, wherever it stands, and free its blocks."""
         raise NotImplementedError("ch10: Scheduler.finish")
 
-    def abort(self, request_id: str) -> bool:
-        """Take a request out, wherever it stands. Returns False, and does nothing, if there is none."""
-        raise NotImplementedError("ch10: Scheduler.abort")
+    def reset(self, seqs: Iterable[Sequence]) -> None:
+        """Empty the pool and the queues. Then these sequences wait, in this order, with no token computed."""
+        raise NotImplementedError("ch10: Scheduler.reset")
 
-    def remove(self, group: SequenceGroup) -> None:
-        """Forget a request, with what it still holds."""
-        raise NotImplementedError("ch10: Scheduler.remove")
-
-    def drop(self, group: SequenceGroup, seq: Sequence) -> None:
-        """A sequence leaves its group and gives back its memory, unanswered: a beam that dies."""
-        raise NotImplementedError("ch10: Scheduler.drop")
-
-    def fork(self, group: SequenceGroup, parent: Sequence, child: Sequence) -> None:
-        """`child` joins the group with all that `parent` has computed, in the same blocks."""
-        raise NotImplementedError("ch10: Scheduler.fork")
-
-    # ---- one step ----------------------------------------------------------------------------------------------
+    # ---- one step ------------------------------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:
-        """Choose the tokens of the next step and make room for them. No work only where nothing is unfinished."""
+        """Choose the tokens of the next step and allocate their slots. Empty only if nothing is unfinished."""
         raise NotImplementedError("ch10: Scheduler.schedule")
 
-    def computed(self, output: SchedulerOutput) -> list[tuple[int, SequenceGroup, Sequence]]:
-        """The step has run: what it computed is in the cache, if there is one.
-
-        Returns who may choose a next token, each with the row of its logits: there is one row for each piece of work
-        that reached an end, in order.
-        """
-        raise NotImplementedError("ch10: Scheduler.computed")
-
-    def start_over(self) -> None:
-        """A step failed half-way, and nobody knows what the blocks hold. All are given back, and every request
-        waits to compute its tokens again. No token is lost."""
-        raise NotImplementedError("ch10: Scheduler.start_over")
-
-    # ---- the parts of a step -----------------------------------------------------------------------------------
+    def update_from_output(self, output: SchedulerOutput) -> None:
+        """The step has run. Samples whose prompt is computed now fork, and are sampled from the same logits."""
+        raise NotImplementedError("ch10: Scheduler.update_from_output")
 
     def _make_room(self, output: SchedulerOutput) -> None:
-        """Room for the new token of every running sequence, the earliest first. The latest gives way."""
+        """A slot for the newest token of each running sequence, first to last. If blocks run out, preempt the last."""
         raise NotImplementedError("ch10: Scheduler._make_room")
 
-    def _take(self, group: SequenceGroup, budget: int, output: SchedulerOutput) -> int:
-        """Put tokens of a group into the step, within the budget. Returns how many.
-
-        The beams of a search choose together, so they reach their ends in one step: as long as they cannot all do so,
-        each leaves its last token.
-        """
-        raise NotImplementedError("ch10: Scheduler._take")
-
-    def _admit(self, group: SequenceGroup, output: SchedulerOutput) -> bool:
-        """Let a waiting request enter, or come back, if there is place and room for all of its tokens."""
-        raise NotImplementedError("ch10: Scheduler._admit")
-
-    def _is_being_computed(self, seq: Sequence) -> bool:
-        """Whether a running sequence is about to fill the first block that was not found: then it is found soon."""
-        raise NotImplementedError("ch10: Scheduler._is_being_computed")
-
-    def _preempt(self, group: SequenceGroup, output: SchedulerOutput) -> None:
-        """A running request gives back all blocks of the device, and waits before everybody who came later."""
+    def _preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
         raise NotImplementedError("ch10: Scheduler._preempt")
 
-    def _forget(self, group: SequenceGroup) -> None:
-        """Give back all blocks of a request, here or on the host. It computes its tokens anew, the prompt once: who
-        forked forks again, and as the first goes one without a token of its own, if there is one."""
-        raise NotImplementedError("ch10: Scheduler._forget")
+    def _budget(self, output: SchedulerOutput) -> int:
+        return self.max_num_batched_tokens - output.total_num_scheduled_tokens
+
+    # ---- waiting sequences enter ---------------------------------------------------------------------------------
+
+    def _admit(self, output: SchedulerOutput) -> None:
+        """Admit waiting sequences, in their order. Samples that will fork keep their places, and a slot each."""
+        raise NotImplementedError("ch10: Scheduler._admit")
 
     @staticmethod
-    def _lengths(group: SequenceGroup) -> dict[str, int]:
-        """Up to where the tables of its sequences must have room. Before they fork, that is the prompt."""
-        if group.unborn:
-            return {group.seqs[0].seq_id: len(group.seqs[0].prompt_token_ids)}
-        return {seq.seq_id: len(seq) for seq in group.seqs}
+    def _has_prompt_of(seq: Sequence, other: Sequence) -> bool:
+        """Whether `seq` computes, or has just computed, the prompt from which `other` will fork."""
+        return seq.request_id == other.request_id and not seq.outputs and not other.outputs
+
+    def _enter(self, seq: Sequence, computing: set[bytes], output: SchedulerOutput) -> bool:
+        """Blocks for all tokens of a waiting sequence, unless too few are free, or its next block is being computed."""
+        raise NotImplementedError("ch10: Scheduler._enter")
+
+    def _keys(self, seq: Sequence, end: int) -> list[bytes]:
+        """The keys of the full blocks among the first `end` tokens that are not computed yet."""
+        if seq.num_computed // self.blocks.block_size >= end // self.blocks.block_size:
+            return []
+        return self.blocks.block_keys(seq.tokens(0, end), seq.cache_salt)[seq.num_computed // self.blocks.block_size :]
