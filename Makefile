@@ -13,7 +13,7 @@ export NO_MKDOCS_2_WARNING := 1
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-demo: $(READY) ## a real model through all three caches, side by side
+demo: $(READY) ## a real model with no cache and with two caches, side by side
 	@$(BIN)/minipaged demo
 
 # One process on each core, a line a chapter; skips are listed with their reasons.

@@ -12,7 +12,7 @@ launch, is left out. So the table shows the code that the launcher would run: it
     loads       width in bits of the loads from global memory, and how many instructions have it. 128 is the widest
                 before Blackwell: 16 bytes a thread, and a warp reads 512 bytes with one instruction
     mma         the tensor-core instruction, and how many. HGMMA is wgmma, Hopper's, which takes 64 rows or more;
-                UTCHMMA is Blackwell's (sm_100); HMMA is everybody else's, and takes 16
+                UTCHMMA is Blackwell's (sm_100); HMMA is that of all others, and takes 16
     buffers     how many tiles of K, or of V, shared memory holds. More than one: the next is on its way already
 
 Registers and spills come from cuobjdump, instructions from nvdisasm (Triton brings both); AMD's from its assembly.

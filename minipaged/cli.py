@@ -46,7 +46,7 @@ def demo(
     ] = None,
     backend: BackendOption = Backend.auto,
 ) -> None:
-    """A few prompts through three caches, side by side: equal tokens, unequal memory. Fetches the model if needed."""
+    """A few prompts with no cache and with two: equal tokens, unequal memory. Fetches the model if needed."""
     from minipaged.demo import run
 
     for name, number in (("max_tokens", max_tokens), ("block_size", block_size), ("max_model_len", max_model_len)):
@@ -114,7 +114,7 @@ def main() -> None:
     try:
         code = app(arguments or ["--help"], standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has gone: `minipaged generate ... | head -1`
+    except BrokenPipeError:  # the reader of our output has gone: `minipaged generate ... | head -1`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it on its way out)
         sys.exit(1)
     except Exception as error:

@@ -32,8 +32,9 @@ def bench(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="also write all numbers as JSON")] = None,
 ) -> None:
     """Time the engine on SmolLM2 beside transformers and vLLM, where they are installed. Minutes to an hour."""
-    from minipaged.bench.compare import OURS, PEERS, compare, installed_peers, this_machine
+    from minipaged.bench.compare import ALL_AT_ONCE, OURS, PEERS, compare, installed_peers, this_machine
     from minipaged.bench.workloads import workload
+    from minipaged.processor import processor
 
     if workloads == ["growth"]:
         from minipaged.bench.growth import growth
@@ -57,22 +58,25 @@ def bench(
     works = [workload(name, scale) for name in workloads or ["A", "B", "C", "D"]]
     pythons = {} if vllm_python is None else {"vllm": str(vllm_python)}
     systems = system or ["paged", "paged, prefix cache", "contiguous", *installed_peers(pythons)]
+    for work in works:
+        if work.arrivals and set(systems) <= set(ALL_AT_ONCE):
+            raise ValueError(f"requests of workload {work.name} arrive one by one: {', '.join(systems)} cannot run it")
     threads = threads or os.cpu_count() or 1
     console = Console()
-    timings = []
+    console.print(f"{processor()}, {threads} threads", highlight=False)
+    found: dict[str, Any] = {"machine": this_machine(), "threads": threads, "rounds": rounds, "timings": []}
+    titles = {work.name: f"{len(work.prompts)} prompts, {work.num_new} new tokens" for work in works}
     with console.status("loading") as status:
         for name in dtype or ["float32"]:
-            timings += compare(works, systems, name, rounds, pythons, threads, status.update)
-    for name in dtype or ["float32"]:
-        for work in works:
-            these = [t for t in timings if t.workload == work.name and t.dtype == name]
-            console.print(
-                _table(f"Workload {work.name}, {name}, {len(work.prompts)} prompts, {work.num_new} new tokens", these)
-            )
-    if out is not None:
-        fields = [vars(timing) | {"tokens_per_second": timing.tokens_per_second} for timing in timings]
-        found = {"machine": this_machine(), "threads": threads, "rounds": rounds, "timings": fields}
-        out.write_text(json.dumps(found, indent=1))
+            before: list[dict[str, Any]] = found["timings"]
+            for these in compare(works, systems, name, rounds, pythons, threads, status.update):
+                fields = [vars(timing) | {"tokens_per_second": timing.tokens_per_second} for timing in these]
+                found["timings"] = before + fields
+                if out is not None:  # after each round: an interrupt loses none that is measured
+                    out.write_text(json.dumps(found, indent=1))
+                if len(these[0].seconds) == rounds:
+                    console.print(_table(f"Workload {these[0].workload}, {name}, {titles[these[0].workload]}", these))
+                    before = found["timings"]
 
 
 def _table(title: str, timings: list[Any]) -> Table:

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from minipaged.engine.llm import LLM
-    from minipaged.engine.sequence import RequestOutput
-
-
-class Cache(StrEnum):
-    recompute = "recompute"
-    contiguous = "contiguous"
-    paged = "paged"
+    from minipaged.engine.sequence import RequestOutput, StreamOutput
 
 
 class Backend(StrEnum):
@@ -32,6 +26,13 @@ class Backend(StrEnum):
 class Preemption(StrEnum):
     recompute = "recompute"
     swap = "swap"
+
+
+def _cache(name: str) -> str:
+    from minipaged.engine.cache_config import check_cache
+
+    check_cache(name)  # before a model is loaded, or fetched
+    return name
 
 
 ModelOption = Annotated[str, typer.Option(help="smollm2-135m, tiny, a GGUF file, or a folder with safetensors")]
@@ -53,7 +54,9 @@ SeedOption = Annotated[int | None, typer.Option(help="draw the same text again")
 def generate(
     prompt: Annotated[str, typer.Argument(help="the text to continue; - reads it from standard input")],
     model: ModelOption = "smollm2-135m",
-    cache: Annotated[Cache, typer.Option(help="where K and V live")] = Cache.paged,
+    cache: Annotated[str, typer.Option(metavar="[contiguous|paged]", callback=_cache, help="where K and V live")] = (
+        "paged"
+    ),
     chat: Annotated[bool, typer.Option("--chat", help="ask it as a question, in the model's own chat format")] = False,
     max_tokens: Annotated[int, typer.Option(help="new tokens at most")] = 128,
     n: Annotated[int, typer.Option("--n", help="samples; they share the prompt's blocks")] = 1,
@@ -114,7 +117,7 @@ def generate(
         raise ValueError(f"--trace: there is no folder {trace.parent}")
     llm = LLM(
         model,
-        cache=cache.value,
+        cache=cache,
         block_size=block_size,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
@@ -130,17 +133,22 @@ def generate(
     if as_json or n > 1 or search:
         output = llm.beam_search(text, search)[0] if search else llm.generate(text, params)[0]
         if as_json:
-            print(json.dumps(_fields(output, model, cache.value), ensure_ascii=False))
+            print(json.dumps(_fields(output, model, cache), ensure_ascii=False))
         else:
             _print_all(output, None if chat else text)
+        failed = any(answer.finish_reason == "error" for answer in output.outputs)
     else:
         tokens = llm.stream(text, params)  # refuses a wrong prompt here, before anything is printed
         if not chat:
             print(text, end="", flush=True)
-        _print_pieces(new.text for new in tokens)
+        failed = _print_pieces(tokens)
+        print()
     if metrics:
         _print_metrics(llm)
     llm.close()
+    if failed:
+        print("error: the request failed; --json says why", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def chat(
@@ -165,7 +173,7 @@ def chat(
         if not question.strip():
             continue
         messages.append({"role": "user", "content": question})
-        before, pieces = llm.metrics(), []
+        before, pieces, failed = llm.metrics(), list[str](), False
         try:
             tokens = llm.stream(llm.tokenizer.apply_chat_template(messages), params)
         except ValueError as error:  # the conversation has become too long: the last turn is taken back
@@ -173,12 +181,12 @@ def chat(
             print(f"error: {error}", file=sys.stderr)
             continue
         try:
-            for new in tokens:
-                pieces.append(new.text)
-                print(new.text, end="", flush=True)
+            failed = _print_pieces(tokens, pieces)
         except KeyboardInterrupt:
             tokens.close()  # type: ignore[attr-defined]
         print("\n" if sys.stdin.isatty() else "")
+        if failed:
+            print("error: the answer failed here", file=sys.stderr)
         messages.append({"role": "assistant", "content": "".join(pieces)})
         if metrics:
             now = llm.metrics()
@@ -203,10 +211,15 @@ def _question() -> str | None:
         raise ValueError(f"standard input is no text in {sys.stdin.encoding}: {error}") from error
 
 
-def _print_pieces(pieces: Iterable[str]) -> None:
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+def _print_pieces(tokens: Iterator["StreamOutput"], pieces: list[str] | None = None) -> bool:
+    """Print each piece of text when it is there, and append it to `pieces`. Returns whether the request failed."""
+    failed = False
+    for new in tokens:
+        if pieces is not None:
+            pieces.append(new.text)
+        print(new.text, end="", flush=True)
+        failed = new.finish_reason == "error"
+    return failed
 
 
 def _print_all(output: "RequestOutput", prompt: str | None) -> None:
@@ -233,6 +246,7 @@ def _fields(output: "RequestOutput", model: str, cache: str) -> dict[str, Any]:
             "finish_reason": answer.finish_reason,
             **({"logprobs": answer.logprobs} if answer.logprobs is not None else {}),
             **({"score": answer.score} if answer.score is not None else {}),
+            **({"error": answer.error} if answer.error is not None else {}),
         }
         for answer in output.outputs
     ]

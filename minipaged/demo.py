@@ -1,10 +1,12 @@
-"""The main job: one model, a ragged batch of prompts, three caches, and the same text from all of them.
+"""The main job: one model, a ragged batch of prompts, no cache and two caches, and the same text from all of them.
 
 `run` streams the texts side by side, then shows what each cache cost, then draws the block tables of the first two
-requests, A and B: apart in their logical view, sharing one physical pool.
+requests, A and B: apart in their logical view, sharing one physical pool. Without a cache it is chapter 2's loop
+(model/recompute.py), with a cache chapter 10's engine.
 """
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rich.console import Console, Group
@@ -12,9 +14,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from minipaged.cdiv import cdiv
+from minipaged.engine.detokenizer import IncrementalDetokenizer
 from minipaged.engine.llm import CACHES, LLM
 from minipaged.engine.sequence import SamplingParams
 from minipaged.model.load import Model, default_device, load_model
+from minipaged.model.recompute import next_logits
 from minipaged.viz.snapshot import Snapshot
 from minipaged.viz.terminal import draw
 
@@ -28,6 +33,8 @@ PROMPTS = (
 REFRESHES_PER_SECOND = 8
 TOKENS, INTERPRETED_TOKENS = 24, 4  # for each prompt, where the caller does not say
 MEBIBYTE = 1 << 20
+
+NewTokens = Iterator[tuple[int, str, int]]  # number of the prompt, new text, new token
 
 
 @dataclass
@@ -67,7 +74,7 @@ def run(
     context = loaded.transformer.config.max_position
     max_model_len = max_model_len or min(2048, context)
     # A contiguous cache has to reserve max_model_len slots a request, written or not: the pool holds as many.
-    num_blocks = len(PROMPTS) * -(-max_model_len // block_size)
+    num_blocks = len(PROMPTS) * cdiv(max_model_len, block_size)
 
     engines = {
         cache: LLM(
@@ -80,7 +87,7 @@ def run(
         )
         for cache in CACHES
     }
-    interpreted = backend == "triton" and engines["paged"].device.type == "cpu"
+    interpreted = backend == "triton" and engines["paged"].runner.device.type == "cpu"
     if max_tokens is None:
         max_tokens = INTERPRETED_TOKENS if interpreted else TOKENS
     prompt_lens = [len(loaded.tokenizer.encode(prompt)) for prompt in PROMPTS]
@@ -94,10 +101,17 @@ def run(
         f"[bold]{len(PROMPTS)} prompts, one ragged batch, up to {max_tokens} greedy tokens each, three caches[/bold]\n"
     )
     names = {"paged": "paged, Triton"} if backend == "triton" else {}
-    runs = [Run(cache, names.get(cache, cache), [""] * len(PROMPTS), [[] for _ in PROMPTS]) for cache in CACHES]
+    runs = [
+        Run(cache, names.get(cache, cache), [""] * len(PROMPTS), [[] for _ in PROMPTS])
+        for cache in ("recompute", *CACHES)
+    ]
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         for this in runs:
-            _run_one(engines[this.cache], this, params, lambda: live.update(_side_by_side(runs), refresh=True))
+            if this.cache in CACHES:
+                tokens = _with_cache(engines[this.cache], this, params)
+            else:
+                tokens = _without_cache(loaded, params, max_model_len)
+            _run_one(tokens, this, lambda: live.update(_side_by_side(runs), refresh=True))
         live.update(_side_by_side(runs), refresh=True)
     if not console.is_terminal:
         console.print()  # in a pipe, the table above ends without a line break
@@ -120,22 +134,13 @@ def run(
     return equal
 
 
-def _run_one(llm: LLM, this: Run, params: SamplingParams, refresh) -> None:  # type: ignore[no-untyped-def]
+def _run_one(tokens: NewTokens, this: Run, refresh: Callable[[], None]) -> None:
     start = last_drawn = time.perf_counter()
-    first_id: int | None = None
-    for new in llm.stream(list(PROMPTS), params):
-        first_id = int(new.request_id) if first_id is None else first_id
-        prompt = int(new.request_id) - first_id
+    for prompt, text, token_id in tokens:
         now = time.perf_counter()
         this.first_times.setdefault(prompt, now - start)
-        this.texts[prompt] += new.text
-        assert new.token_id is not None, "nobody aborts here"
-        this.token_ids[prompt].append(new.token_id)
-        if llm.memory.num_slots_reserved * llm.bytes_per_token >= this.reserved_bytes:
-            this.reserved_bytes = llm.memory.num_slots_reserved * llm.bytes_per_token
-            this.used_bytes = llm.memory.num_tokens * llm.bytes_per_token
-        if this.cache == "paged":
-            this.snapshot = _snapshot(llm, first_id, this) or this.snapshot
+        this.texts[prompt] += text
+        this.token_ids[prompt].append(token_id)
         if now - last_drawn > 1 / REFRESHES_PER_SECOND:
             refresh()
             last_drawn = now
@@ -143,21 +148,52 @@ def _run_one(llm: LLM, this: Run, params: SamplingParams, refresh) -> None:  # t
     this.first_token_seconds = sum(this.first_times.values()) / len(this.first_times)
 
 
+def _without_cache(model: Model, params: SamplingParams, max_model_len: int) -> NewTokens:
+    """The likeliest next token of every text that has not ended, again and again; all tokens are computed each time."""
+    texts = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
+    given = [
+        IncrementalDetokenizer(params, model.tokenizer, min(params.max_tokens, max_model_len - len(text)))
+        for text in texts
+    ]
+    while unfinished := [i for i in range(len(texts)) if given[i].finish_reason is None]:
+        logits = next_logits(model.transformer, [texts[i] for i in unfinished])  # [len(unfinished), vocab_size]
+        for i, token_id in zip(unfinished, logits.max(-1).indices.tolist(), strict=True):
+            texts[i].append(token_id)
+            given[i].push(token_id)
+            yield i, given[i].pieces[-1], token_id
+
+
+def _with_cache(llm: LLM, this: Run, params: SamplingParams) -> NewTokens:
+    """The engine's tokens; and what its memory holds meanwhile, into `this`."""
+    bytes_per_token, blocks = llm.runner.bytes_per_token, llm.blocks
+    first_id: int | None = None
+    for new in llm.stream(list(PROMPTS), params):
+        assert new.token_id is not None, "no request is aborted here"
+        first_id = int(new.request_id) if first_id is None else first_id
+        yield int(new.request_id) - first_id, new.text, new.token_id
+        reserved = (blocks.num_blocks - blocks.num_free) * blocks.block_size * bytes_per_token
+        if reserved >= this.reserved_bytes:
+            this.reserved_bytes = reserved
+            this.used_bytes = sum(table.num_tokens for table in blocks.tables.values()) * bytes_per_token
+        if this.cache == "paged":
+            this.snapshot = _snapshot(llm, first_id, this) or this.snapshot
+
+
 def _snapshot(llm: LLM, first_id: int, this: Run) -> Snapshot | None:
-    """The block tables of A and B, with their words, and the blocks of everybody else beside them."""
+    """The block tables of A and B, with their words, and the blocks of all others beside them."""
     tables, num_tokens, texts = {}, {}, {}
     for i, prompt in enumerate(PROMPTS):
-        blocks = llm.memory.blocks(f"{first_id + i}.0")
+        blocks = llm.blocks.blocks(f"{first_id + i}.0")
         tokens = llm.tokenizer.encode(prompt) + this.token_ids[i]
         if not blocks:
             return None
         name = chr(ord("A") + i)
         tables[name] = blocks
-        num_tokens[name] = llm.memory.length(f"{first_id + i}.0")
+        num_tokens[name] = llm.blocks.num_tokens(f"{first_id + i}.0")
         texts[name] = llm.tokenizer.pieces(tokens[: num_tokens[name]])
     return Snapshot(
-        num_blocks=llm.memory.num_slots // llm.memory.block_size,
-        block_size=llm.memory.block_size,
+        num_blocks=llm.blocks.num_blocks,
+        block_size=llm.blocks.block_size,
         tables=tables,
         num_tokens=num_tokens,
         texts=texts,

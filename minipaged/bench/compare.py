@@ -19,9 +19,11 @@ from typing import Any
 
 from minipaged.bench.export import exported_model
 from minipaged.bench.workloads import Workload
+from minipaged.processor import processor
 
 OURS = ("paged", "contiguous", "recompute", "paged, prefix cache", "paged, static batches")
 PEERS = ("transformers", "vllm")
+ALL_AT_ONCE = (*PEERS, "recompute")  # called once, with all prompts
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -95,7 +97,12 @@ def workers(systems: list[str], dtype: str, pythons: dict[str, str], threads: in
 
 def this_machine() -> dict[str, Any]:
     """What a file of figures says of where they were taken."""
-    return {"platform": platform.platform(), "python": sys.version.split()[0], "cores": os.cpu_count()}
+    return {
+        "platform": platform.platform(),
+        "python": sys.version.split()[0],
+        "cores": os.cpu_count(),
+        "processor": processor(),
+    }
 
 
 def installed_peers(pythons: dict[str, str]) -> list[str]:
@@ -111,31 +118,35 @@ def compare(
     pythons: dict[str, str],
     threads: int,
     tell: Callable[[str], None],
-) -> list[Timing]:
-    """Every workload through every system, `rounds` times, taking turns; a first round warms up and is not counted."""
-    timings = []
+) -> Iterator[list[Timing]]:
+    """Every workload through every system, `rounds` times, taking turns; a first round warms up and is not counted.
+
+    Yields the timings of a workload so far, after each of its rounds.
+    """
     with workers(systems, dtype, pythons, threads) as running:
         for work in workloads:
             line = json.dumps(asdict(work))
-            these = {system: Timing(work.name, system, dtype, work.num_new) for system in systems}
-            tokens: dict[str, list[list[int]]] = {}
+            these = {
+                system: Timing(work.name, system, dtype, work.num_new)
+                for system in systems
+                if not (work.arrivals and system in ALL_AT_ONCE)
+            }
             for number in range(rounds + 1):
-                for system, worker in running.items():
-                    if work.arrivals and system in PEERS:
-                        continue  # they are called with all prompts at once
+                tokens: dict[str, list[list[int]]] = {}
+                for system, timing in these.items():
                     tell(f"{dtype}, workload {work.name}: {system}, " + (f"round {number}" if number else "warming up"))
-                    found = worker.ask(line)
+                    found = running[system].ask(line)
                     tokens[system] = found["tokens"]
                     if number:
-                        these[system].seconds.append(found["seconds"])
-                        these[system].peak_bytes = max(these[system].peak_bytes, found["peak_bytes"])
+                        timing.seconds.append(found["seconds"])
+                        timing.peak_bytes = max(timing.peak_bytes, found["peak_bytes"])
                         if "first_token_seconds" in found:
-                            these[system].first_token_seconds.append(found["first_token_seconds"])
-                            these[system].slots_with_tokens = found["slots_with_tokens"]
-                            these[system].scheduler_share = found["scheduler_share"]
-            slow = tokens.get("recompute") or tokens.get("contiguous") or tokens[systems[0]]
-            for system, theirs in tokens.items():
-                pairs = [pair for a, b in zip(slow, theirs, strict=True) for pair in zip(a, b, strict=False)]
-                these[system].equal_tokens = sum(a == b for a, b in pairs) / len(pairs)
-            timings += [timing for timing in these.values() if timing.seconds]
-    return timings
+                            timing.first_token_seconds.append(found["first_token_seconds"])
+                        timing.slots_with_tokens = found.get("slots_with_tokens")
+                        timing.scheduler_share = found.get("scheduler_share")
+                if number and these:
+                    slow = tokens.get("recompute") or tokens.get("contiguous") or next(iter(tokens.values()))
+                    for system, theirs in tokens.items():
+                        pairs = [pair for a, b in zip(slow, theirs, strict=True) for pair in zip(a, b, strict=False)]
+                        these[system].equal_tokens = sum(a == b for a, b in pairs) / len(pairs)
+                    yield [*these.values()]

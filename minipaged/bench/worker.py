@@ -21,9 +21,10 @@ def ours(cache: str, model: str, dtype: str, caching: bool = False, static: bool
     """The engine with one of its caches, kept from one run of a workload to the next as a server's is.
 
     caching: it is made anew for every run, from one copy of the weights: what the last one found is not there.
-    static: nobody enters before everybody has left, as servers did before iteration-level scheduling.
+    static: requests enter when all others have left, as in servers before iteration-level scheduling.
     """
     from minipaged import LLM, SamplingParams
+    from minipaged.cdiv import cdiv
     from minipaged.model.load import load_model
 
     loaded = load_model(model, dtype)
@@ -36,7 +37,7 @@ def ours(cache: str, model: str, dtype: str, caching: bool = False, static: bool
                 loaded,
                 cache=cache,
                 max_model_len=context,
-                num_blocks=len(work["prompts"]) * -(-context // 16),
+                num_blocks=len(work["prompts"]) * cdiv(context, 16),
                 max_num_seqs=work["places"],
                 enable_prefix_caching=caching,
             )
@@ -49,30 +50,55 @@ def ours(cache: str, model: str, dtype: str, caching: bool = False, static: bool
         start = time.perf_counter()
         first: dict[str, float] = {}
         held: list[float] = []
-        answers: list[Any] = []
+        requests: list[Any] = []
         step = 0
-        while len(answers) < len(prompts) or not all(answer.finished for answer in answers):
-            enters = 0 if static and llm.scheduler.has_unfinished() else work["places"] if static else len(prompts)
-            while enters and len(answers) < len(prompts) and (not arrivals or arrivals[len(answers)] <= step):
+        while len(requests) < len(prompts) or not all(request.finished for request in requests):
+            enters = 0 if static and llm.has_unfinished() else work["places"] if static else len(prompts)
+            while enters and len(requests) < len(prompts) and (not arrivals or arrivals[len(requests)] <= step):
                 enters -= 1
-                params = SamplingParams(max_tokens=new[len(answers)], ignore_eos=True)
-                prompt: Any = {"prompt_token_ids": prompts[len(answers)]}
-                answers.append(llm.add_request(prompt, params))
-            for item in llm.step():
-                first.setdefault(item.request_id, time.perf_counter() - start)
-            if llm.memory.num_slots_reserved and len(llm.scheduler.running) == len(prompts):
-                held.append(llm.memory.num_tokens / llm.memory.num_slots_reserved)
+                params = SamplingParams(max_tokens=new[len(requests)], ignore_eos=True)
+                prompt: Any = {"prompt_token_ids": prompts[len(requests)]}
+                requests.append(llm.add_request(prompt, params))
+            for seq in llm.step():
+                first.setdefault(seq.request_id, time.perf_counter() - start)
+            blocks = llm.blocks
+            if len(llm.scheduler.running) == len(prompts):
+                reserved = (blocks.num_blocks - blocks.num_free) * blocks.block_size
+                held.append(sum(table.num_tokens for table in blocks.tables.values()) / reserved)
             step += 1
         seconds = time.perf_counter() - start
         after = llm.metrics()
         return {
             "seconds": seconds,
-            "tokens": [answer.outputs[0].token_ids for answer in answers],
+            "tokens": [request.output().outputs[0].token_ids for request in requests],
             "first_token_seconds": sum(first.values()) / len(first),
             "scheduler_share": (after.scheduler_seconds - before.scheduler_seconds)
             / (after.step_seconds - before.step_seconds),
             "slots_with_tokens": sum(held) / len(held) if held else None,  # while all requests run
             "prefix_tokens_found": after.prefix_tokens_found - before.prefix_tokens_found,
+        }
+
+    return run
+
+
+def recompute(model: str, dtype: str) -> Run:
+    """Chapter 2's loop, which keeps nothing: every step computes the whole of every text."""
+    from minipaged.model.load import load_model
+    from minipaged.model.recompute import generate
+
+    transformer = load_model(model, dtype).transformer
+
+    def run(work: dict[str, Any]) -> dict[str, Any]:
+        steps, times = [], []
+        start = time.perf_counter()
+        for tokens in generate(transformer, work["prompts"], max(work["new_tokens"])):
+            steps.append(tokens)
+            times.append(time.perf_counter() - start)
+        texts = zip(*steps, strict=True)
+        return {
+            "seconds": times[-1],
+            "tokens": [list(text[:new]) for text, new in zip(texts, work["new_tokens"], strict=True)],
+            "first_token_seconds": times[0],
         }
 
     return run
@@ -130,7 +156,7 @@ def main() -> None:
         "paged, prefix cache": lambda: ours("paged", model, dtype, caching=True),
         "paged, static batches": lambda: ours("paged", model, dtype, static=True),
         "contiguous": lambda: ours("contiguous", model, dtype),
-        "recompute": lambda: ours("recompute", model, dtype),
+        "recompute": lambda: recompute(model, dtype),
         "transformers": lambda: transformers(model, dtype),
         "vllm": lambda: vllm(model, dtype),
     }

@@ -52,7 +52,7 @@ class Group:
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """At rank 0 everybody's tensor, by rank; elsewhere nothing. Raises CollectiveError."""
+        """At rank 0 the tensors of all ranks, by rank; elsewhere nothing. Raises CollectiveError."""
         if self.size == 1:
             return [tensor]
         self._count("gather", tensor)
@@ -74,7 +74,7 @@ def process_group(store: Store, rank: int, size: int, timeout: float, device: to
     backend: Any
     with _named("connecting"):
         if device.type == "cuda":
-            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # or nobody would learn that the time is up
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else no rank learns that the time is up
             backend = dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, limit)  # type: ignore[arg-type]
         else:
             backend = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, size, limit)
@@ -120,7 +120,7 @@ def on_threads(size: int, work: Callable[[Group], T], timeout: float = 60.0) -> 
         while thread.is_alive():
             thread.join(0.02)
             has_ended = not all(other.is_alive() for other in threads)
-            if has_ended and barrier.n_waiting:  # in this order: who waits now waits for a rank that will not come
+            if has_ended and barrier.n_waiting:  # in this order: what waits now waits for a rank that will not come
                 barrier.abort()
     for error in sorted(errors, key=lambda error: isinstance(error, CollectiveError)):
         raise error
@@ -142,7 +142,7 @@ def _groups_at(barrier: threading.Barrier) -> list[Group]:
             brought[rank] = tensor
             meet()
             found = list(brought) if rank == 0 else []
-            meet()  # nobody overwrites what rank 0 has not taken
+            meet()  # no rank overwrites what rank 0 has not taken
             return found
 
         def all_reduce(tensor: Tensor) -> None:

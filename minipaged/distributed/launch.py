@@ -34,7 +34,7 @@ START_SECONDS = 120.0  # for a worker to import torch and to knock, and again to
 
 def spawn(size: int) -> Team:
     """Start size - 1 workers on this machine, in sessions of their own, so that a Ctrl-C reaches rank 0 alone."""
-    folder = Path(tempfile.mkdtemp(prefix="minipaged-"))  # nobody else may look into it
+    folder = Path(tempfile.mkdtemp(prefix="minipaged-"))  # readable by this user alone
     processes, connections = Processes(), dict[int, Connection]()
     try:
         store = FileStore(str(folder / "store"), size)
@@ -127,7 +127,7 @@ def _let_in(
         if len(said) == 2 and hmac.compare_digest(said[0], word):
             connections[int(said[1])] = connection
         else:
-            connection.close()  # a stranger
+            connection.close()  # not one of our workers
 
 
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
@@ -135,8 +135,8 @@ _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
 
 @contextmanager
 def _loopback() -> Iterator[None]:
-    """gloo asks for the address of this host's name, and in a container it may have none. These ranks are neighbours,
-    so unless the user says otherwise they meet at home."""
+    """gloo asks for the address of this host's name, and in a container it may have none. These ranks are on one host,
+    so unless the user says otherwise they take the loopback device."""
     added = {name: value for name, value in _LOOPBACK.items() if name not in os.environ}
     os.environ.update(added)
     try:

@@ -70,7 +70,7 @@ class VocabParallelHead(nn.Module):
         One gather; none where there is no row, or one rank.
         """
         scores: Tensor = self.linear(hidden)  # [num_rows, words of this rank]
-        if self.group.size == 1 or not len(scores):  # a step that ends no prompt: nobody has anything to say
+        if self.group.size == 1 or not len(scores):  # a step in which no sequence reaches its end
             return scores if self.group.size == 1 else scores.new_empty(0, sum(self.lengths))
         sent = F.pad(scores, (0, self.lengths[0] - scores.shape[1])).contiguous()
         brought = self.group.gather(sent)

@@ -52,7 +52,7 @@ class RankModel(NamedTuple):
     """One rank's part of a model: `transformer` has the shape `local_config`, not yet joined to the others."""
 
     transformer: Transformer
-    tokenizer: TextTokenizer | None  # of rank 0: nobody else sees a word
+    tokenizer: TextTokenizer | None  # of rank 0: the others get tokens alone
     config: ModelConfig  # of the whole model
     share: Share
 
@@ -86,7 +86,7 @@ def slice_of(source: Source, share: Share, dtype: torch.dtype) -> Transformer:
             )
         tensors[name] = source.read(name, cut)
     transformer = build_transformer(local, tensors, dtype)
-    # Whoever speaks to the model names tokens of the whole vocabulary.
+    # The batch has tokens of the whole vocabulary.
     transformer.config = replace(local, vocab_size=source.config.vocab_size)
     return transformer
 

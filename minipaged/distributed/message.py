@@ -1,66 +1,87 @@
-"""Chapter 13. What rank 0 says to all others before a step: one message of whole numbers, and nothing else.
+"""Chapter 13. What rank 0 sends to all others before a step: one message of whole numbers, and nothing else.
 
-    tag | num_seqs num_tokens num_blocks num_swap_out num_swap_in num_copies
-        | starts | counts | lengths of tables | reaches an end (0, 1)             num_seqs numbers each
-        | tokens | blocks of all tables | swap_out | swap_in | copies (pairs)     int32, all of them
+    tag | num_tokens num_seqs max_blocks num_sampled max_query_len num_swap_out num_swap_in num_copies
+        | token_ids positions query_start_loc seq_lens block_tables slot_mapping logits_rows     the ForwardBatch
+        | swap_out | swap_in | copies (pairs)                                                    int32, all of them
 
-Positions, slots and sequence lengths are not in it: every rank works them out of starts, counts and tables, as a single
-device does (`make_step`). A decoding sequence costs 5 numbers and its block table.
+The batch is sent as it is, so that every rank computes the very arrays of rank 0. A decoding sequence costs 6 numbers
+and its row of the block tables.
 """
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from minipaged.engine.runner import StepDescription
-from minipaged.model.contract import Scheduled
+from minipaged.engine.scheduler_output import SchedulerOutput
+from minipaged.memory.block_manager import Copies
+from minipaged.model.batch import ForwardBatch
 
 TAG = b"STEP"
-NUM_COUNTS = 6
+NUM_COUNTS = 8
 
 
-def encode(told: StepDescription) -> bytes:
-    """A step as bytes."""
-    batch, pairs = told.batch, (told.swap_out, told.swap_in, told.copies)
-    tokens = [token for item in batch for token in item.token_ids]
-    blocks = [block for item in batch for block in item.blocks]
-    ends = set(told.ends)
-    numbers = [
-        len(batch), len(tokens), len(blocks), *(len(plan) for plan in pairs),
-        *(item.start for item in batch),
-        *(len(item.token_ids) for item in batch),
-        *(len(item.blocks) for item in batch),
-        *(int(i in ends) for i in range(len(batch))),
-        *tokens,
-        *blocks,
-        *(number for plan in pairs for pair in plan for number in pair),
-    ]  # fmt: skip
-    return TAG + np.array(numbers, dtype=np.int32).tobytes()
+def encode(output: SchedulerOutput, batch: ForwardBatch) -> bytes:
+    """A step as bytes: the copies of `output`, and the batch."""
+    plans = (output.swap_out, output.swap_in, output.copies)
+    arrays = (
+        [*_sizes(batch), batch.max_query_len, *map(len, plans)],
+        *(_numbers(tensor) for tensor in (batch.token_ids, batch.positions, batch.query_start_loc, batch.seq_lens)),
+        *(_numbers(tensor) for tensor in (batch.block_tables, batch.slot_mapping, batch.logits_rows)),
+        [number for plan in plans for pair in plan for number in pair],
+    )
+    # A slot fits in an int32: 2^31 tokens are terabytes of K and V.
+    return TAG + np.concatenate(arrays, dtype=np.int32, casting="unsafe").tobytes()
 
 
-def decode(message: bytes) -> StepDescription:
-    """The inverse of `encode`. Raises ValueError for a message of another length than it says."""
-    numbers = np.frombuffer(message, dtype=np.int32, offset=len(TAG)).tolist()
-    num_seqs, num_tokens, num_blocks, *num_pairs = numbers[:NUM_COUNTS]
-    expected = NUM_COUNTS + 4 * num_seqs + num_tokens + num_blocks + 2 * sum(num_pairs)
+def decode(message: bytes, device: torch.device | str = "cpu") -> tuple[SchedulerOutput, ForwardBatch]:
+    """The inverse of `encode`: block copies alone, and the batch. Raises ValueError for a message of another length
+    than it says."""
+    numbers = np.frombuffer(message, dtype=np.int32, offset=len(TAG))
+    num_tokens, num_seqs, max_blocks, num_sampled, max_query_len, *num_copies = numbers[:NUM_COUNTS].tolist()
+    expected = _num_numbers(num_tokens, num_seqs, max_blocks, num_sampled, sum(num_copies))
     if message[: len(TAG)] != TAG or len(numbers) != expected:
         raise ValueError(f"a step of {expected} numbers was announced, and {len(numbers)} came")
     place = NUM_COUNTS
 
-    def take(count: int) -> list[int]:
+    def take(count: int) -> np.ndarray:
         nonlocal place
         place += count
         return numbers[place - count : place]
 
-    starts, counts, lengths, reached = (take(num_seqs) for _ in range(4))
-    tokens, blocks = [take(count) for count in counts], [take(length) for length in lengths]
-    batch = [Scheduled(*item) for item in zip(tokens, starts, blocks, strict=True)]
-    swap_out, swap_in, copies = (
-        [(source, target) for source, target in zip(*[iter(take(2 * number))] * 2, strict=True)] for number in num_pairs
+    def tensor(count: int, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(take(count).copy()).to(device=device, dtype=dtype)
+
+    def copies(count: int) -> Copies:
+        return [(source, target) for source, target in take(2 * count).reshape(-1, 2).tolist()]
+
+    batch = ForwardBatch(
+        token_ids=tensor(num_tokens, torch.int64),
+        positions=tensor(num_tokens, torch.int64),
+        query_start_loc=tensor(num_seqs + 1, torch.int32),
+        seq_lens=tensor(num_seqs, torch.int32),
+        block_tables=tensor(num_seqs * max_blocks, torch.int32).view(num_seqs, max_blocks),
+        slot_mapping=tensor(num_tokens, torch.int64),
+        logits_rows=tensor(num_sampled, torch.int64),
+        max_query_len=max_query_len,
     )
-    return StepDescription(swap_out, swap_in, copies, batch, [i for i, is_end in enumerate(reached) if is_end])
+    return SchedulerOutput(*map(copies, num_copies)), batch
 
 
-def message_bytes(told: StepDescription) -> int:
-    """Bytes of `encode(told)`, by the formula of docs/tensor_parallel.md."""
-    blocks, tokens = sum(len(item.blocks) for item in told.batch), sum(len(item.token_ids) for item in told.batch)
-    pairs = len(told.swap_out) + len(told.swap_in) + len(told.copies)
-    return len(TAG) + 4 * (NUM_COUNTS + 4 * len(told.batch) + tokens + blocks + 2 * pairs)
+def message_bytes(output: SchedulerOutput, batch: ForwardBatch) -> int:
+    """Bytes of `encode(output, batch)`, by the formula of docs/tensor_parallel.md."""
+    num_copies = len(output.swap_out) + len(output.swap_in) + len(output.copies)
+    return len(TAG) + 4 * _num_numbers(*_sizes(batch), num_copies)
+
+
+def _sizes(batch: ForwardBatch) -> tuple[int, int, int, int]:
+    """num_tokens, num_seqs, max_blocks, num_sampled."""
+    return len(batch.token_ids), *batch.block_tables.shape, len(batch.logits_rows)
+
+
+def _num_numbers(num_tokens: int, num_seqs: int, max_blocks: int, num_sampled: int, num_copies: int) -> int:
+    return NUM_COUNTS + 3 * num_tokens + 2 * num_seqs + 1 + num_seqs * max_blocks + num_sampled + 2 * num_copies
+
+
+def _numbers(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.cpu().numpy().ravel()
+    return array

@@ -1,15 +1,16 @@
-"""Chapter 13. Rank 0: the runner of chapter 10 with one line more. What it is about to do, it says to all others first.
+"""Chapter 13. Rank 0: the runner of chapter 10 with one line more: it sends each step to all other ranks first.
 
-    scheduler  ->  describe  ->  tell everybody  ->  execute, all ranks at once  ->  logits at rank 0  ->  sample
+    schedule  ->  forward_batch  ->  tell all ranks  ->  run, all ranks at once  ->  logits at rank 0  ->  sample
 
 Only rank 0 has a scheduler, block tables, sequences, a tokenizer and samplers. So there is nothing that ranks could
-disagree about: the others see block numbers and tokens, and no request.
+disagree about: the others get block numbers and tokens, and no request.
 """
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from minipaged.distributed.load import RankModel, load_slice
 from minipaged.distributed.message import encode
 from minipaged.distributed.team import Team, WorkerError
 from minipaged.distributed.worker import rank_device, report
+from minipaged.engine.cache_config import CacheConfig
 from minipaged.engine.runner import Runner
-from minipaged.engine.scheduler import SchedulerOutput
-from minipaged.engine.settings import CacheSettings
-from minipaged.memory.trace import Trace
+from minipaged.engine.scheduler_output import SchedulerOutput
+from minipaged.model.batch import ForwardBatch
 from minipaged.model.load import Model, default_device, named_dtype
 
 
-class Parts:
+class ShardedModel:
     """A model that is to be divided: rank 0's part of it, and what others need to load theirs."""
 
     def __init__(
@@ -78,36 +79,35 @@ class Parts:
 class ParallelRunner(Runner):
     """Invariant: between two calls of `run` all ranks have run the same steps, or the team is closed for good."""
 
-    def __init__(self, parts: Parts, settings: CacheSettings, trace: Trace | None = None):
-        super().__init__(parts.loaded.transformer, settings, trace)
-        self.parts = parts
+    def __init__(self, sharded: ShardedModel, cache_config: CacheConfig):
+        super().__init__(sharded.loaded.transformer, cache_config)
+        self.sharded = sharded
         self.team: Team | None = None
         self.group: Group | None = None
         self.over: Exception = ValueError("this engine has not started its other ranks")  # why there is no team
 
     def start(self) -> None:
         """Start the others, and wait until each has loaded its slice and all are connected. Raises WorkerError."""
-        parts, timeout = self.parts, self.parts.timeout
-        self.team = launch.torchrun() if parts.is_torchrun else launch.spawn(parts.size)
-        with self._or_nobody():
-            self.team.tell({**parts.order, "settings": self.settings.__dict__})
+        sharded, timeout = self.sharded, self.sharded.timeout
+        self.team = launch.torchrun() if sharded.is_torchrun else launch.spawn(sharded.size)
+        with self._or_close():
+            self.team.tell({**sharded.order, "cache_config": asdict(self.cache_config)})
             self.team.answers(launch.START_SECONDS)
             self.team.tell({"do": "connect", "timeout": timeout})
             self.group = self.team.connect(timeout, self.device)
             self.team.answers(timeout)
-            parallelise(self.transformer, parts.loaded.share, parts.loaded.config.vocab_size, self.group)
+            parallelise(self.transformer, sharded.loaded.share, sharded.loaded.config.vocab_size, self.group)
 
-    def run(self, output: SchedulerOutput) -> Tensor:
-        """One step on all ranks. Returns logits [num_ends, vocab_size].
+    def run(self, output: SchedulerOutput, batch: ForwardBatch) -> Tensor:
+        """One step on all ranks. Returns logits [num_sampled, vocab_size].
 
         Raises WorkerError, which names the rank, where one died, failed, or let the others wait for too long. Then all
         of them are gone, and every later step raises it too.
         """
-        told = self.describe(output)
         team = self._open()
-        with _interrupts_wait(), self._or_nobody():
-            team.tell(encode(told))
-            return self.execute(told)
+        with _interrupts_wait(), self._or_close():
+            team.tell(encode(output, batch))
+            return super().run(output, batch)
 
     def reports(self) -> list[dict[str, Any]]:
         """What each rank holds and exchanged, by rank: see `worker.report`."""
@@ -129,8 +129,8 @@ class ParallelRunner(Runner):
         return self.team
 
     @contextmanager
-    def _or_nobody(self) -> Iterator[None]:
-        """Whatever goes wrong in the middle leaves ranks at different places. None of them goes on then."""
+    def _or_close(self) -> Iterator[None]:
+        """An exception inside leaves ranks at different places: then the team is closed, and none goes on."""
         assert self.team is not None
         try:
             yield
@@ -146,7 +146,7 @@ class ParallelRunner(Runner):
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C comes after the step, when ranks stand at the same place, and the engine can go on if the caller wants."""
+    """Ctrl-C is raised after the step: all ranks have run it then, and the next call can go on."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield

@@ -19,6 +19,7 @@ from itertools import pairwise
 
 import torch
 
+from minipaged.cdiv import cdiv
 from minipaged.model.transformer import ModelConfig
 
 INNER_UNIT = 32  # columns; most quantised formats keep as many numbers in a block, and a cut through one is a loss
@@ -110,15 +111,15 @@ class StepTraffic:
 
 
 def step_traffic(config: ModelConfig, size: int, num_tokens: int, num_ends: int, dtype: torch.dtype) -> StepTraffic:
-    """Of a step of num_tokens tokens, of which num_ends are somebody's last. Nothing where there is one rank.
+    """Of a step of num_tokens tokens, num_ends of them the last of a sequence. None where there is one rank.
 
     all-reduces: one after the embedding, two in each layer, of [num_tokens, hidden_size].
-    gather: one, where anybody's logits are wanted, of [num_ends, ceil(vocab_size / size)].
+    gather: one, where any logits are needed, of [num_ends, ceil(vocab_size / size)].
     """
     if size == 1:
         return StepTraffic(0, 0, 0, 0)
     number = 2 * config.num_layers + 1
-    words = -(-config.vocab_size // size)
+    words = cdiv(config.vocab_size, size)
     return StepTraffic(
         number,
         number * num_tokens * config.hidden_size * dtype.itemsize,

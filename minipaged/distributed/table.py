@@ -24,19 +24,19 @@ def count(model: str, size: int, dtype: str = "float32") -> Iterator[tuple[str, 
     config, metrics = llm.config, llm.metrics()
     tokens, ends = metrics.num_tokens_computed, metrics.num_tokens_generated
     if size == 1:
-        held = sum(parameter.nbytes for parameter in llm.engine.runner.transformer.parameters())
-        reports = [{"weight_bytes": held, "kv_bytes_per_token": llm.bytes_per_token, "calls": {}, "bytes": {}}]
+        held = sum(parameter.nbytes for parameter in llm.runner.transformer.parameters())
+        reports = [{"weight_bytes": held, "kv_bytes_per_token": llm.runner.bytes_per_token, "calls": {}, "bytes": {}}]
     else:
-        reports = llm.engine.runner.reports()  # type: ignore[attr-defined]
+        reports = llm.runner.reports()  # type: ignore[attr-defined]
     llm.close()
-    traffic = step_traffic(config, size, tokens, ends, llm.dtype)
+    traffic = step_traffic(config, size, tokens, ends, llm.runner.dtype)
     calls = {"all_reduce": metrics.num_steps * traffic.all_reduces, "gather": metrics.num_steps * traffic.gathers}
     brought = {"all_reduce": traffic.all_reduce_bytes, "gather": traffic.gather_bytes}
     for rank, (share, report) in enumerate(zip(shares(config, size), reports, strict=True)):
         local = local_config(config, share)
         expected = {
-            "weight_bytes": weight_bytes(local, llm.dtype),
-            "kv_bytes_per_token": local.kv_bytes_per_token(llm.dtype),
+            "weight_bytes": weight_bytes(local, llm.runner.dtype),
+            "kv_bytes_per_token": local.kv_bytes_per_token(llm.runner.dtype),
             "calls": calls if size > 1 else {},
             "bytes": brought if size > 1 else {},
         }

@@ -1,9 +1,9 @@
-"""Chapter 13. Rank 0's hold on the others: speak to them, find out who failed, and leave no process behind.
+"""Chapter 13. Rank 0's connections to the others: send messages, find the rank that failed, leave no process behind.
 
 Messages go over a socket to each worker, tensors over torch.distributed. The two fail in different ways, and that is
-how the rank to blame is found. When a collective fails, every healthy rank that took part says so on its socket, and
-one that was through with it answers a ping. Whoever died has a closed socket. Whoever was stopped, or hangs, says
-nothing.
+how the rank that failed is found. When a collective fails, every healthy rank that took part reports it on its socket,
+and one that was through with it answers a ping. A rank that died has a closed socket. One that was stopped, or hangs,
+sends nothing.
 """
 
 import json

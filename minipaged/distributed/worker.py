@@ -4,12 +4,12 @@
     connect   join the group of collectives                                                    -> "ready"
     STEP ...  the step; its answer is what rank 0 gathers
     report    bytes of weights and K/V, and what passed through the group                      -> "report"
-    ping      rank 0 looks for somebody to blame                                                -> "alive"
+    ping      rank 0 looks for the rank that failed                                            -> "alive"
     stop      the end
 
-A worker that waits for the next message waits for ever, since nobody may have asked for anything. It ends when rank 0
-does: the system closes rank 0's end of the connection, whatever killed it. What is said after an arrow, and a last
-word if the worker fails, is JSON. It goes to rank 0, who tells the user.
+A worker waits for the next message without a limit, since there may be no request. It ends when rank 0 does: the system
+closes rank 0's end of the connection, whatever killed it. The answers behind the arrows, and the reason if the worker
+fails, are JSON. They go to rank 0, which tells the user.
 """
 
 import json
@@ -29,9 +29,8 @@ from minipaged.distributed.group import CollectiveError, Group, process_group
 from minipaged.distributed.layers import parallelise
 from minipaged.distributed.load import load_slice
 from minipaged.distributed.message import TAG, decode
-from minipaged.engine.runner import Executor
-from minipaged.engine.settings import CacheSettings
-from minipaged.kvcache import ContiguousCache, PagedCache
+from minipaged.engine.cache_config import CacheConfig
+from minipaged.engine.runner import Runner
 
 Connect = Callable[[float, torch.device], Group]  # seconds to wait for others, this rank's device
 
@@ -42,29 +41,29 @@ def serve(connection: Connection, rank: int, size: int, connect: Connect) -> int
     def say(kind: str, **fields: Any) -> None:
         connection.send_bytes(json.dumps({"kind": kind, **fields}).encode())
 
-    executor, group = None, None
+    runner, group = None, None
     try:
         while True:
             message = connection.recv_bytes()
             if message[: len(TAG)] == TAG:
-                assert executor
-                executor.execute(decode(message))
+                assert runner
+                runner.run(*decode(message, runner.device))
                 continue
             order = json.loads(message)
             match order["do"]:
                 case "load":
                     device = rank_device(order["device"], rank)
                     loaded = load_slice(order["model"], rank, size, order["dtype"], order["seed"], device)
-                    executor = Executor(loaded.transformer, CacheSettings(**order["settings"]))
+                    runner = Runner(loaded.transformer, CacheConfig(**order["cache_config"]))
                     say("ready")
                 case "connect":
-                    assert executor
-                    group = connect(order["timeout"], executor.device)
-                    parallelise(executor.transformer, loaded.share, loaded.config.vocab_size, group)
+                    assert runner
+                    group = connect(order["timeout"], runner.device)
+                    parallelise(runner.transformer, loaded.share, loaded.config.vocab_size, group)
                     say("ready")
                 case "report":
-                    assert executor and group
-                    say("report", **report(executor, group))
+                    assert runner and group
+                    say("report", **report(runner, group))
                 case "ping":
                     say("alive")
                 case "stop":
@@ -77,23 +76,20 @@ def serve(connection: Connection, rank: int, size: int, connect: Connect) -> int
         last = traceback.extract_tb(error.__traceback__)[-1]
         try:
             say(kind, why=f"{type(error).__name__}: {error}", where=f"{last.filename}:{last.lineno}")
-        except OSError:  # nobody is left to tell
+        except OSError:  # rank 0 is gone
             print(f"minipaged: rank {rank} ends, and rank 0 is gone: {error}", file=sys.stderr)
         return 1
     finally:
         connection.close()
 
 
-def report(executor: Executor, group: Group) -> dict[str, Any]:
+def report(runner: Runner, group: Group) -> dict[str, Any]:
     """Bytes that this rank holds, as they lie in memory, and what it exchanged so far."""
-    cache, kv_bytes = executor.cache, 0
-    if isinstance(cache, PagedCache | ContiguousCache):
-        kv_bytes = cache.key_cache.nbytes + cache.value_cache.nbytes
     return {
         "rank": group.rank,
-        "weight_bytes": sum(parameter.nbytes for parameter in executor.transformer.parameters()),
-        "kv_bytes": kv_bytes,
-        "kv_bytes_per_token": executor.bytes_per_token,
+        "weight_bytes": sum(parameter.nbytes for parameter in runner.transformer.parameters()),
+        "kv_bytes": runner.cache.key_cache.nbytes + runner.cache.value_cache.nbytes,
+        "kv_bytes_per_token": runner.bytes_per_token,
         "calls": dict(group.calls),
         "bytes": dict(group.bytes),
     }

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from minipaged.engine.llm_engine import LLMEngine
+from minipaged.engine.runner import forward_batch
 from minipaged.engine.scheduler_output import SchedulerOutput, cache_computed
 from minipaged.engine.sequence import CompletionOutput, FinishReason, Sequence, Token
 from minipaged.memory.block_manager import NO_PREFIX, BlockManager
@@ -254,7 +255,10 @@ def beam_search(engine: LLMEngine, searches: list[Search], on_token: Callable[[]
             start = time.perf_counter()
             engine.begin_step()
             output = beams.schedule()
-            logits = engine.execute(output)
+            batch = forward_batch(output, engine.blocks, engine.runner.device)
+            engine.record_schedule(output)
+            logits = engine.runner.run(output, batch)
+            engine.record_writes(output)
             for search in beams.update_from_output(output):
                 beams.advance(search, search.choose(logits[[output.sampled[beam] for beam in search.beams]]))
                 on_token()

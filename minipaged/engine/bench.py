@@ -1,7 +1,7 @@
 """`make bench-engine`: what the scheduler costs, by itself and as a share of a step of a real model.
 
 Linear in the batch and flat in the pool is what iteration-level scheduling needs: the scheduler runs before every
-token of everybody. Times are medians over the steps of one run.
+token of every sequence. Times are medians over the steps of one run.
 """
 
 import sys
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minipaged.engine.scheduler import Scheduler
-from minipaged.engine.sequence import CompletionOutput, SamplingParams, Sequence, SequenceGroup
+from minipaged.engine.sequence import SamplingParams, Sequence, Token
 from minipaged.memory.block_manager import BlockManager
 
 BATCHES = (8, 16, 32, 64, 128, 256)
@@ -23,20 +23,19 @@ PROMPT = 64  # tokens
 
 
 def decode_seconds(batch: int, num_blocks: int, caching: bool = True) -> float:
-    """Median seconds of `schedule` and `computed` in a step in which `batch` sequences decode."""
-    memory = BlockManager(num_blocks, 16, enable_prefix_caching=caching)
-    scheduler = Scheduler(memory, 4096, batch, batch + 8192)
-    for i in range(batch):
-        seq = Sequence(str(i), [i] * PROMPT, SamplingParams(max_tokens=STEPS + 1), CompletionOutput(0))
-        scheduler.add(SequenceGroup(str(i), [seq]))
+    """Median seconds of `schedule` and `update_from_output` in a step in which `batch` sequences decode."""
+    blocks = BlockManager(num_blocks, 16, enable_prefix_caching=caching)
+    scheduler = Scheduler(blocks, 4096, batch, batch + 8192)
+    params = SamplingParams(max_tokens=STEPS + 1)
+    scheduler.add(Sequence(str(i), 0, [i] * PROMPT, params) for i in range(batch))
     seconds = []
     for _ in range(STEPS):
         start = time.perf_counter()
         output = scheduler.schedule()
-        ready = scheduler.computed(output)
+        scheduler.update_from_output(output)
         seconds.append(time.perf_counter() - start)
-        for _, _, seq in ready:
-            seq.output.token_ids.append(1)
+        for seq in output.sampled:
+            seq.outputs.append(Token(1, None, 0.0))
     return median(seconds)
 
 

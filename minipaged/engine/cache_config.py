@@ -27,6 +27,17 @@ class CacheConfig:
     enable_prefix_caching: bool
 
 
+def check_cache(cache: str) -> None:
+    """Raises ValueError for a cache that an engine cannot have."""
+    if cache == "recompute":
+        raise ValueError(
+            "cache 'recompute' keeps nothing, and an engine needs a cache: chapter 2's loop runs without one "
+            "(minipaged.model.recompute), and `minipaged demo` shows it beside the two caches"
+        )
+    if cache not in CACHES:
+        raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
+
+
 def make_cache_config(
     config: ModelConfig,
     weights: torch.Tensor,
@@ -42,13 +53,7 @@ def make_cache_config(
     preemption: str,
 ) -> CacheConfig:
     """Fill in what was left open. Raises ValueError for an argument that does not fit the others or the model."""
-    if cache == "recompute":
-        raise ValueError(
-            "cache 'recompute' keeps nothing, and an engine needs a cache: chapter 2's loop runs without one "
-            "(minipaged.model.recompute), and `minipaged demo` shows it beside the two caches"
-        )
-    if cache not in CACHES:
-        raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
+    check_cache(cache)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     for name, value, of_paged in (("backend", backend, "triton"), ("preemption", preemption, "swap")):

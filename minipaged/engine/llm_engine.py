@@ -2,7 +2,8 @@
 
 while anything is unfinished:
     output = scheduler.schedule()          which tokens to compute, which blocks to copy (plain Python)
-    logits = runner.run(output)            one ragged batch, prompts and single tokens mixed
+    batch = forward_batch(output)          its tensors: one ragged batch, prompts and single tokens mixed
+    logits = runner.run(output, batch)     block copies, then one forward pass
     tokens = sample(logits)                one for each sequence whose last token was computed
     append                                 the tokens to their sequences; finished sequences leave
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from minipaged.engine.detokenizer import IncrementalDetokenizer
 from minipaged.engine.metrics import Metrics, StepStats, Totals
-from minipaged.engine.runner import Runner
+from minipaged.engine.runner import Runner, forward_batch
 from minipaged.engine.sampling import sample
 from minipaged.engine.scheduler import Scheduler
 from minipaged.engine.scheduler_output import SchedulerOutput
@@ -71,7 +72,10 @@ class LLMEngine:
             output = self.scheduler.schedule()
             if output.num_scheduled_tokens:
                 scheduled = time.perf_counter()
-                logits = self.execute(output)
+                batch = forward_batch(output, self.blocks, self.runner.device)
+                self.record_schedule(output)
+                logits = self.runner.run(output, batch)
+                self.record_writes(output)
                 ran = time.perf_counter()
                 self.scheduler.update_from_output(output)
                 updated = time.perf_counter()
@@ -93,19 +97,20 @@ class LLMEngine:
         if self.trace is not None:
             self.trace.step += 1
 
-    def execute(self, output: SchedulerOutput) -> Tensor:
-        """Run a step on the device, and record it in the trace. Returns logits [num_sampled, vocab_size]."""
-        if self.trace is None:
-            return self.runner.run(output, self.blocks)
-        for seq, mode in output.preempted.items():
-            self.trace.record("preempt", seq=seq.seq_id, mode=mode)
-        counts = output.num_scheduled_tokens
-        self.trace.record("schedule", seqs={seq.seq_id: count for seq, count in counts.items()})
-        logits = self.runner.run(output, self.blocks)
-        for seq, count in counts.items():
-            words = self.tokenizer.pieces(seq.tokens(seq.num_computed, seq.num_computed + count))
-            self.trace.record("write", seq=seq.seq_id, start=seq.num_computed, count=count, tokens=words)
-        return logits
+    def record_schedule(self, output: SchedulerOutput) -> None:
+        """Before a step runs: what it preempted, and what it computes."""
+        if self.trace is not None:
+            for seq, mode in output.preempted.items():
+                self.trace.record("preempt", seq=seq.seq_id, mode=mode)
+            counts = {seq.seq_id: count for seq, count in output.num_scheduled_tokens.items()}
+            self.trace.record("schedule", seqs=counts)
+
+    def record_writes(self, output: SchedulerOutput) -> None:
+        """After a step ran: the tokens whose K and V it stored."""
+        if self.trace is not None:
+            for seq, count in output.num_scheduled_tokens.items():
+                words = self.tokenizer.pieces(seq.tokens(seq.num_computed, seq.num_computed + count))
+                self.trace.record("write", seq=seq.seq_id, start=seq.num_computed, count=count, tokens=words)
 
     def abort(self, *request_ids: str) -> None:
         """Stop requests, wherever they stand, and free their blocks. Their texts so far remain.

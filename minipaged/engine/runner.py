@@ -4,8 +4,8 @@
                       num_scheduled_tokens              one ragged batch: prompts, chunks and single tokens
                       -> logits                         of those tokens alone whose next token is due
 
-The runner reads block tables as lists of numbers; why they are so is decided elsewhere. With several devices (chapter
-13) each runs the same batch.
+`forward_batch` lays out the tensors of a step; the runner reads nothing else of the block tables. With several devices
+(chapter 13) each makes the same copies and runs the same batch.
 """
 
 from contextlib import nullcontext
@@ -17,9 +17,24 @@ from minipaged.engine.cache_config import CacheConfig
 from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.kvcache import ContiguousCache, PagedCache
 from minipaged.kvcache.swap_space import SwapSpace
-from minipaged.memory.block_manager import BlockManager, Copies
+from minipaged.memory.block_manager import BlockManager
 from minipaged.model.batch import ForwardBatch, make_batch
 from minipaged.model.transformer import Transformer
+
+
+def forward_batch(output: SchedulerOutput, blocks: BlockManager, device: torch.device) -> ForwardBatch:
+    """The tensors of a step. Its block tables are those of `blocks` now, with slots for all of its tokens."""
+    seqs = list(output.num_scheduled_tokens)
+    starts = [seq.num_computed for seq in seqs]
+    ends = [start + output.num_scheduled_tokens[seq] for seq, start in zip(seqs, starts, strict=True)]
+    return make_batch(
+        [seq.tokens(start, end) for seq, start, end in zip(seqs, starts, ends, strict=True)],
+        starts,
+        [blocks.blocks(seq.seq_id) for seq in seqs],
+        blocks.block_size,
+        sampled=[i for i, seq in enumerate(seqs) if seq in output.sampled],
+        device=device,
+    )
 
 
 class Runner:
@@ -49,30 +64,16 @@ class Runner:
                 f"device '{self.device}' has: give it fewer blocks"
             ) from error
 
-    def run(self, output: SchedulerOutput, blocks: BlockManager) -> Tensor:
-        """One step. Returns logits [num_sampled, vocab_size], a row for each of `output.sampled`."""
-        seqs = list(output.num_scheduled_tokens)
-        starts = [seq.num_computed for seq in seqs]
-        ends = [start + output.num_scheduled_tokens[seq] for seq, start in zip(seqs, starts, strict=True)]
-        batch = make_batch(
-            [seq.tokens(start, end) for seq, start, end in zip(seqs, starts, ends, strict=True)],
-            starts,
-            [blocks.blocks(seq.seq_id) for seq in seqs],
-            blocks.block_size,
-            sampled=[i for i, seq in enumerate(seqs) if seq in output.sampled],
-            device=self.device,
-        )
-        return self.execute(output.swap_out, output.swap_in, output.copies, batch)
-
     @torch.inference_mode()
-    def execute(self, swap_out: Copies, swap_in: Copies, copies: Copies, batch: ForwardBatch) -> Tensor:
-        """Copy blocks, in this order, then compute the batch. Returns logits [num_sampled, vocab_size]."""
+    def run(self, output: SchedulerOutput, batch: ForwardBatch) -> Tensor:
+        """One step: the block copies of `output`, then the batch. Returns logits [num_sampled, vocab_size], a row for
+        each of `output.sampled`."""
         # Triton launches on the current device, which need not be ours.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             if self.swap_space is not None:
-                self.swap_space.swap_out(swap_out)
-                self.swap_space.swap_in(swap_in)
-            self.cache.copy_blocks(copies)
+                self.swap_space.swap_out(output.swap_out)
+                self.swap_space.swap_in(output.swap_in)
+            self.cache.copy_blocks(output.copies)
             hidden = self.transformer(batch, self.cache)  # [num_tokens, hidden_size]
             return self.transformer.logits(hidden[batch.logits_rows])
 

@@ -1,4 +1,4 @@
-"""Where K and V live, behind one contract (`minipaged.model.batch.KVCache`): in one piece, or in blocks."""
+"""Where K and V live, behind one interface (`minipaged.model.batch.KVCache`): in one piece, or in blocks."""
 
 from minipaged.kvcache.contiguous import ContiguousCache
 from minipaged.kvcache.paged import PagedCache

@@ -4,7 +4,7 @@
 
 The package maps the file into memory and reads its header when it is opened; the numbers of a tensor are dequantised
 when they are asked for. One thing is added: whatever the header says should follow is held against what is left of
-the file, at every step. So a file that was cut or damaged is refused at once, and nobody looks for 2^60 numbers in it.
+the file, at every step. So a file that was cut or damaged is refused at once, and no code looks for 2^60 numbers in it.
 """
 
 from pathlib import Path

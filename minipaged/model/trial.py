@@ -77,7 +77,7 @@ def trial(dtype: torch.dtype, threads: int) -> Times | None:
         return kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Before it is measured: whoever cannot keep a result need not wait for one.
+        # Before it is measured: a result that cannot be kept is not measured.
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
             times, share = measure(dtype, possible)
             if share < _LEAST_SHARE:
