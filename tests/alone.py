@@ -4,7 +4,8 @@ Every token is chosen from logits that the model computes from the whole text (c
 step kept can be wrong. Sampling and detokenization are the engine's own; their suites test them by themselves.
 """
 
-from minipaged.engine.beam_search import BeamSearchParams, Search
+from minipaged.engine.beam_scheduler import BeamSearchParams, Search
+from minipaged.engine.beam_search import choose
 from minipaged.engine.detokenizer import IncrementalDetokenizer
 from minipaged.engine.sampling import sample
 from minipaged.engine.sequence import CompletionOutput, Request, RequestOutput, SamplingParams, Sequence, Token
@@ -40,7 +41,7 @@ def beams_alone(model, prompt_token_ids, params=None, max_model_len=None) -> lis
     search = Search(params, [beam], end_tokens, room)
     while search.beams:
         logits = next_logits(model.transformer, [beam.tokens(0, len(beam)) for beam in search.beams])
-        choices = search.choose(logits)
+        choices = choose(search, logits)
         search.beams = [extended(search.beams[parent], rank, token) for rank, (parent, token) in enumerate(choices)]
     return search.outputs(model.tokenizer)
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -26,14 +26,14 @@ import minipaged.simulator
 from minipaged.simulator import figures, paper
 from minipaged.simulator.beams import choose
 from minipaged.simulator.contiguous import ReservedMemory
-from minipaged.simulator.cost import A100_40GB, H100, CostModel, Load
+from minipaged.simulator.cost import A100_40GB, H100, CostModel, StepCost
 from minipaged.simulator.latency import HIGHEST, curve
 from minipaged.simulator.lengths import ALPACA, SHAREGPT, SPREAD, Lengths, fit_spread
 from minipaged.simulator.memory_use import FULL_RATE, measure
 from minipaged.simulator.report import Bars, Lines, Report, Row, cells, row, to_csv, to_json, to_markdown
 from minipaged.simulator.reproduce import ALL, EXPERIMENTS, chosen, report_of, reproduce, write
 from minipaged.simulator.servers import NUM_SLOTS, SERVERS, Server
-from minipaged.simulator.simulate import Totals, load_of, simulate
+from minipaged.simulator.simulate import Totals, cost_of, simulate
 from minipaged.simulator.workloads import Request, arrivals, from_file, stream
 
 pytestmark = pytest.mark.ch11
@@ -88,10 +88,11 @@ def test_the_account_sums_to_the_pool_at_every_step_and_no_more_is_held_than_the
         assert sum(account) == server.num_slots, f"{account} is {sum(account)} slots of {server.num_slots}"
         assert min(account) >= 0, f"{account}: a part of the pool is negative"
         assert account.held <= server.num_slots
-        running = [seq for group in server.scheduler.running for seq in group.seqs]
-        written = [item.start + item.count for item in output.work]
+        running = server.running
+        written = [seq.num_computed + count for seq, count in output.num_scheduled_tokens.items()]
         assert account.held >= max(written, default=0), "a step computes tokens that nobody holds"
         assert account.held <= sum(len(seq) for seq in running), "more is held than anybody has"
+        assert not (server.scheduler.running and server.beams.running), "requests and searches run at once"
         assert seconds > 0
 
     simulate(script, server, on_step=look, seed=seed)
@@ -101,25 +102,36 @@ def test_the_account_sums_to_the_pool_at_every_step_and_no_more_is_held_than_the
 def test_every_request_ends_with_exactly_its_output(server, script, seed):
     chosen_tokens = Counter()
     answered = {}
-    real = server.scheduler.finish
+    finish, advance = server.scheduler.finish, server.beams.advance
 
-    def finish(group, seq, reason):
-        answered[seq.seq_id] = len(seq.output.token_ids)
-        real(group, seq, reason)
+    def finished(seq):
+        answered[seq.seq_id] = len(seq.outputs)
+        finish(seq)
 
-    server.scheduler.finish = finish
+    def advanced(search, choices):
+        if not choices:  # the last tokens, which are never stored: one for each beam
+            answered[search.beams[0].request_id] = len(search.beams[0].outputs) + 1
+        advance(search, choices)
+        assert len(search.beams) == (search.params.beam_width if choices else 0)
+        assert len({len(beam) for beam in search.beams}) <= 1, "beams of unequal lengths"
+
+    server.scheduler.finish, server.beams.advance = finished, advanced
     result = simulate(script, server, seed=seed)
     assert len(result.latencies) == len(script), "a request got no answer, or two"
     assert all(latency > 0 for latency in result.latencies)
     for number, request in enumerate(script):
-        searches = request.beam_width and server.name == "paged"
-        for sample in range(0 if searches else max(request.n, request.beam_width)):
-            assert answered[f"{number}.{sample}"] == request.output_len
-            chosen_tokens[number] += request.output_len
-        if searches:  # one beam makes the first token, as many as the width all others
-            chosen_tokens[number] = request.beam_width * request.output_len
+        if server.name != "paged":  # each sample, or beam, is a request of its own
+            names = [f"{number}.{sample}.0" for sample in range(max(request.n, request.beam_width))]
+        elif request.beam_width:
+            names = [str(number)]
+        else:
+            names = [f"{number}.{sample}" for sample in range(request.n)]
+        for name in names:
+            assert answered.pop(name) == request.output_len
+        chosen_tokens[number] = max(request.n, request.beam_width) * request.output_len
+    assert not answered, "somebody ended who was not asked for"
     assert result.tokens == sum(chosen_tokens.values())
-    assert not server.scheduler.groups
+    assert not any((each.running, each.waiting) != ([], deque()) for each in (server.scheduler, server.beams))
     account = server.account()
     assert account.held == account.reserved == account.over_reserved == 0, f"{account}: somebody left something behind"
 
@@ -130,7 +142,8 @@ def test_with_memory_without_limit_all_servers_give_the_same_schedule(script):
         steps = []
 
         def look(server, output, seconds):
-            work = [(item.seq.seq_id, item.start, item.count) for item in output.work]
+            counts = output.num_scheduled_tokens
+            work = [(seq.request_id.partition(".")[0], seq.num_computed, counts[seq]) for seq in counts]
             steps.append((work, seconds))
 
         result = simulate(script, Server(name, num_slots=2048 * 32, cost=PAGED_ALONE), on_step=look)
@@ -170,7 +183,7 @@ def test_all_are_answered_when_memory_is_short(preemption):
     """Twenty prompts of 4 tokens fit into 256 slots at once, and twenty answers of 45 do not."""
     server = Server("paged", num_slots=256, preemption=preemption)
     result = simulate([Request(0.0, 4, 45)] * 20, server)
-    assert result.preemptions > 0 and server.scheduler.preemptions[preemption] > 0
+    assert result.preemptions > 0 and server.scheduler.counts[preemption] > 0
     assert len(result.latencies) == 20 and result.tokens == 20 * 45
 
 
@@ -199,9 +212,9 @@ def test_samples_share_the_prompt_and_nothing_else():
     seen = Totals(0.0, math.inf)
 
     def look(server, output, seconds):
-        if len(server.scheduler.running[0].seqs) == 2 and output.work[0].start >= 32:
+        if len(server.running) == 2 and server.running[0].num_computed >= 32:
             seen.tables += 6
-            seen.distinct += server.memory.num_slots_reserved / 16
+            seen.distinct += server.memory.num_blocks - server.memory.num_free
 
     simulate([Request(0.0, 32, 10, n=2)], Server("paged"), on_step=look)
     assert seen.saved == pytest.approx(2 / 6)
@@ -212,8 +225,8 @@ def test_samples_share_the_prompt_and_nothing_else():
 def test_a_token_that_samples_share_is_held_once():
     server = Server("paged", num_slots=320)
     server.add(Request(0.0, 20, 10, n=3))
-    server.scheduler.computed(server.scheduler.schedule())  # the prompt is there, and all three name its two blocks
-    assert len(server.scheduler.running[0].seqs) == 3
+    server.scheduler.update_from_output(server.scheduler.schedule())  # now all three name the prompt's two blocks
+    assert len(server.running) == 3
     account = server.account()
     assert (account.held, account.reserved, account.rounding) == (20, 10, 2)
     assert sum(account) == 320
@@ -269,13 +282,30 @@ def test_slots_are_those_of_the_papers_table():
 def test_a_run_has_one_owner():
     memory = ReservedMemory(4096, "oracle", 2048)
     memory.expect("a", 10, 5)
-    assert memory.fits(10, 14) and not memory.fits(2000, 2060)
+    assert memory.can_ever_fit(14) and not memory.can_ever_fit(2060)
     with pytest.raises(ValueError, match="2000 prompt and 100 output"):
         memory.expect("b", 2000, 100)
-    memory.begin("a", [], 10)
+    assert memory.allocate_slots("a", 10) == [] and memory.num_tokens("a") == 10
     with pytest.raises(ValueError, match="one owner"):
         memory.fork("a", "b")
-    assert not memory.can_swap_out(["a"])
+    assert memory.swap_out("a") is None, "a run stays where it is"
+    with pytest.raises(ValueError, match="10 of its 15"):
+        memory.allocate_slots("a", 16)
+    memory.free("a")
+    assert memory.num_tokens("a") == 0 and sum(memory.account()) == memory.account().free == 4096
+
+
+def test_after_a_reset_runs_are_given_in_the_same_order():
+    memory = ReservedMemory(64, "oracle", 64)
+    for seq_id in "abc":
+        memory.expect(seq_id, 20, 12)  # two runs of 32 are there
+    assert [memory.allocate_slots(seq_id, 20) for seq_id in "abc"] == [[], [], None]
+    memory.reset()
+    assert memory.account().free == 64 and memory.num_tokens("a") == memory.num_tokens("b") == 0
+    with pytest.raises(AssertionError, match="c enters, and a is the first"):
+        memory.allocate_slots("c", 20)
+    assert [memory.allocate_slots(seq_id, 25) for seq_id in "abc"] == [[], [], None]
+    assert memory.num_tokens("a") == 25
 
 
 def test_a_request_that_could_never_run_is_refused_with_the_numbers():
@@ -389,10 +419,10 @@ def test_a_wrong_file_is_refused_with_the_row(tmp_path, text, says):
 # ---- seconds -----------------------------------------------------------------------------------------------------
 
 
-loads = st.builds(Load, *[st.integers(0, 3000)] * 4, st.floats(0, 1e6), *[st.integers(0, 300)] * 2)
+loads = st.builds(StepCost, *[st.integers(0, 3000)] * 4, st.floats(0, 1e6), *[st.integers(0, 300)] * 2)
 
 
-@given(load=loads, which=st.sampled_from(Load._fields), more=st.integers(1, 500), apart=st.booleans())
+@given(load=loads, which=st.sampled_from(StepCost._fields), more=st.integers(1, 500), apart=st.booleans())
 def test_more_to_do_never_takes_less_time(load, which, more, apart):
     cost = CostModel(prompts_apart=apart)
     before, after = cost.step(load), cost.step(load._replace(**{which: getattr(load, which) + more}))
@@ -434,13 +464,13 @@ def test_a_device_that_cannot_be_is_refused(wrong):
 def test_what_a_step_computes_is_counted():
     server = Server("paged")
     server.add(Request(0.0, 20, 5))
-    assert load_of(server.scheduler.schedule()) == Load(prompt_tokens=20, prompt_context=20, prompt_pairs=210.0)
+    assert cost_of(server.scheduler.schedule()) == StepCost(prompt_tokens=20, prompt_context=20, prompt_pairs=210.0)
 
 
 def test_a_prompt_of_one_token_is_a_prompt():
     server = Server("paged")
     server.add(Request(0.0, 1, 5))
-    assert load_of(server.scheduler.schedule()).prompt_tokens == 1
+    assert cost_of(server.scheduler.schedule()).prompt_tokens == 1
 
 
 # ---- beams -------------------------------------------------------------------------------------------------------
@@ -456,6 +486,41 @@ def test_a_search_keeps_the_likeliest(scores, width, seed):
     best = max(range(len(scores)), key=scores.__getitem__)
     if all(scores[best] - score > 40 for place, score in enumerate(scores) if place != best):
         assert chosen_beams[0][0] == best
+
+
+def test_beams_share_the_prompt_and_their_past():
+    """Prompt of 32, blocks of 16, two beams: two tables of three blocks, of which the prompt's two are one."""
+    seen = []
+
+    def look(server, output, seconds):
+        tables = [server.memory.blocks(beam.seq_id) for beam in server.running]
+        if len(tables) == 2:
+            seen.append(len(set(tables[0]) & set(tables[1])))
+            assert tables[0][:2] == tables[1][:2] and tables[0][-1] != tables[1][-1], "a block is written by two"
+            assert server.memory.num_blocks - server.memory.num_free == sum(map(len, tables)) - seen[-1]
+
+    result = simulate([Request(0.0, 32, 40, beam_width=2)], Server("paged"), on_step=look)
+    assert len(seen) == 39 and max(seen) > 2, "no search of 40 tokens parts at its first and never again"
+    assert result.tokens == 80
+
+
+def test_a_search_that_could_never_run_is_refused_with_the_numbers():
+    server = Server("paged", num_slots=160, max_num_seqs=4)
+    server.add(Request(0.0, 30, 3, beam_width=4))
+    with pytest.raises(ValueError, match="4 beams of up to 50 stored tokens may take 16 blocks of 16 tokens, and 10"):
+        server.add(Request(0.0, 30, 21, beam_width=4))
+    with pytest.raises(ValueError, match="beam_width is 5, and at most 4"):
+        server.add(Request(0.0, 1, 1, beam_width=5))
+
+
+@pytest.mark.parametrize("first", ["beams", "samples"])
+def test_requests_and_searches_take_turns(first):
+    kinds = {"beams": Request(0.0, 8, 5, beam_width=2), "samples": Request(0.0, 8, 7, n=2)}
+    script = [kinds[first], *(request for kind, request in kinds.items() if kind != first)]
+    result = simulate(script, Server("paged"))
+    alone = [simulate([script[place]], Server("paged")).clock for place in (0, 1)]
+    assert result.clock == pytest.approx(sum(alone))
+    assert len(result.latencies) == 2
 
 
 # ---- reports -----------------------------------------------------------------------------------------------------
@@ -679,6 +744,8 @@ def test_scheduler_and_memory_are_those_of_the_engine():
     server = Server("paged")
     assert type(server.scheduler).__module__ == "minipaged.engine.scheduler"
     assert type(server.memory).__module__ == "minipaged.memory.block_manager"
+    assert type(server.beams).__module__ == "minipaged.engine.beam_scheduler"
+    assert type(Server("max").scheduler) is type(server.scheduler)
     for path in MODULES:
         defined = [n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)]
         assert not [name for name in defined if "Scheduler" in name or "Allocator" in name]

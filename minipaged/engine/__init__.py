@@ -6,7 +6,7 @@ Imported lazily: the scheduler is plain Python, and a program that wants only th
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minipaged.engine.beam_search import BeamSearchParams
+    from minipaged.engine.beam_scheduler import BeamSearchParams
     from minipaged.engine.llm import LLM
     from minipaged.engine.sequence import CompletionOutput, RequestOutput, SamplingParams
 
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name == "BeamSearchParams":
-        from minipaged.engine.beam_search import BeamSearchParams
+        from minipaged.engine.beam_scheduler import BeamSearchParams
 
         return BeamSearchParams
     if name in __all__:

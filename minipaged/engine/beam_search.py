@@ -1,11 +1,6 @@
-"""Chapter 9. Beam search, a client of the block manager and the runner: keep the few likeliest texts, and let them fork.
+"""Chapter 9. Beam search, a client of the block manager and the runner: the few likeliest texts go on, and fork.
 
-    step 1   prompt -> A B C            the three likeliest first tokens
-    step 2   A -> A1 A2    B -> B1      the three likeliest of all continuations: C is freed, A forks
-
-A fork copies a block table, not K and V, and a beam that is dropped gives its blocks back. So the beams share their
-common past, however it branched. The scheduler of chapter 10 knows no beams (as vLLM's does not since RFC 6226): the
-loop here is its own, over the same pool, with three verbs of the block manager: fork, allocate_slots, free.
+    schedule -> logits of every beam -> the likeliest continuations -> fork, extend and free (beam_scheduler.py)
 
 The rules are those of transformers' beam search with its default arguments (checked against it by the suite). A text's
 score is the sum of its tokens' log-probabilities, divided by (number of new tokens) ** length_penalty. Of the
@@ -15,236 +10,23 @@ Sources: the PagedAttention paper, sections 4.4 and 6.3; Wu et al., "Google's Ne
 section 7, for the length penalty's purpose (theirs has another form).
 """
 
-import math
 import time
-from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from minipaged.engine.beam_scheduler import BeamScheduler, Choice, Hypothesis, Search
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.runner import forward_batch
-from minipaged.engine.scheduler_output import SchedulerOutput, cache_computed
-from minipaged.engine.sequence import CompletionOutput, FinishReason, Sequence, Token
-from minipaged.memory.block_manager import NO_PREFIX, BlockManager
-from minipaged.model.tokenizer import TextTokenizer
-
-
-@dataclass(frozen=True)
-class BeamSearchParams:
-    """beam_width: beams, and hypotheses in the answer. max_tokens: new tokens at most. length_penalty: 0 compares sums
-    of log-probabilities, 1 their means, more prefers longer texts. early_stopping: True ends with the first beam_width
-    hypotheses; False when no beam could become better than the worst of them at its present length; "never" when none
-    could at any length. Names and meanings are transformers'. Raises ValueError for what is out of range."""
-
-    beam_width: int = 4
-    max_tokens: int = 64
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-    ignore_eos: bool = False
-    stop_token_ids: Items[int] = ()
-
-    def __post_init__(self) -> None:
-        if self.beam_width < 1:
-            raise ValueError(f"beam_width must be at least 1, got {self.beam_width}")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty must be a finite number, got {self.length_penalty}")
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
-
-
-class Hypothesis(NamedTuple):
-    """A text that has ended."""
-
-    score: float
-    cumulative_logprob: float
-    token_ids: list[int]
-    finish_reason: FinishReason
-
-
-class Choice(NamedTuple):
-    """A beam of the next step: which beam it continues, and with which token."""
-
-    parent: int
-    token: int
-
-
-@dataclass(eq=False)
-class Search:
-    """One prompt's search. Invariant: `cumulative[i]` is the sum of log-probabilities of `beams[i]`, best first."""
-
-    params: BeamSearchParams
-    beams: list[Sequence]  # one, that has the prompt, at the start
-    end_tokens: frozenset[int] = frozenset()
-    room: int = 0  # tokens that the context has for the answer
-    cumulative: list[float] = field(default_factory=lambda: [0.0])
-    hypotheses: list[Hypothesis] = field(default_factory=list)  # the best first, at most beam_width
-    num_forks: int = 0
-
-    def __post_init__(self) -> None:
-        self.prompt_token_ids = self.beams[0].prompt_token_ids
-        self.max_tokens = min(self.params.max_tokens, self.room)
-
-    def outputs(self, tokenizer: TextTokenizer) -> list[CompletionOutput]:
-        """The hypotheses as an answer, best first. The text of a stop token is no part of it."""
-        return [
-            CompletionOutput(
-                rank,
-                text=tokenizer.decode([token for token in found.token_ids if token not in self.params.stop_token_ids]),
-                token_ids=found.token_ids,
-                finish_reason=found.finish_reason,
-                cumulative_logprob=found.cumulative_logprob,
-                score=found.score,
-            )
-            for rank, found in enumerate(self.hypotheses)
-        ]
-
-    def choose(self, logits: Tensor) -> list[Choice]:
-        """One step. logits [num_beams, vocab_size]. Returns the next beams, best first; none where the search is over."""
-        width, num_new = self.params.beam_width, len(self.beams[0].outputs) + 1
-        logprobs = logits.double().cpu().log_softmax(-1)  # [num_beams, vocab_size]
-        total = logprobs + torch.tensor(self.cumulative, dtype=torch.float64)[:, None]
-        vocab_size = total.shape[1]
-        num_candidates = min(max(2, 1 + len(self.end_tokens)) * width, total.numel())
-        sums, places = total.flatten().topk(num_candidates)  # of all continuations of all beams
-
-        choices: list[Choice] = []
-        self.cumulative = []
-        for rank, (score, place) in enumerate(zip(sums.tolist(), places.tolist(), strict=True)):
-            parent, token = divmod(place, vocab_size)
-            if token in self.end_tokens or num_new == self.max_tokens:
-                if rank < width:
-                    reason: FinishReason = "stop" if token in self.end_tokens else "length"
-                    text = [each.token_id for each in self.beams[parent].outputs] + [token]
-                    self.hypotheses.append(Hypothesis(score / num_new**self.params.length_penalty, score, text, reason))
-            elif len(choices) < width:
-                choices.append(Choice(parent, token))
-                self.cumulative.append(score)
-        self.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
-        del self.hypotheses[width:]
-        return [] if self._is_over(num_new) else choices
-
-    def _is_over(self, num_new: int) -> bool:
-        if not self.cumulative or len(self.hypotheses) < self.params.beam_width:
-            return not self.cumulative
-        if self.params.early_stopping is True:
-            return True
-        penalty = self.params.length_penalty
-        # A sum only falls with each token. Its mean may rise, the most if all further tokens were certain.
-        length = self.max_tokens if self.params.early_stopping == "never" and penalty > 0 else num_new
-        return self.cumulative[0] / length**penalty <= self.hypotheses[-1].score
-
-
-class BeamScheduler:
-    """Steps many searches together. Invariant: the searches of `running` hold blocks, those of `waiting` none; the last
-    is preempted first, and the first always proceeds, since it fits the pool alone (`check`)."""
-
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
-        self.blocks, self.max_num_seqs, self.max_num_batched_tokens = blocks, max_num_seqs, max_num_batched_tokens
-        self.num_blocks = blocks.num_free  # what the engine's requests hold stays theirs
-        self.waiting: deque[Search] = deque()
-        self.running: list[Search] = []
-        self.num_preempted = 0
-
-    def check(self, search: Search) -> None:
-        """Raises ValueError, with the numbers, for a search that could never run here."""
-        width, size = search.params.beam_width, self.blocks.block_size
-        if width > self.max_num_seqs:
-            raise ValueError(f"beam_width is {width}, and at most {self.max_num_seqs} sequences may run (max_num_seqs)")
-        longest = len(search.prompt_token_ids) + search.max_tokens - 1  # the last token that is chosen is never stored
-        needed = width * self.blocks.blocks_for(longest)
-        if needed > self.num_blocks:
-            raise ValueError(
-                f"{width} beams of up to {longest} stored tokens may take {needed} blocks of {size} tokens, and "
-                f"{self.num_blocks} are free: give the pool more blocks, or ask for fewer beams or tokens"
-            )
-
-    def schedule(self) -> SchedulerOutput:
-        """The tokens of the next step: of every beam of every search that runs, within the budget."""
-        output = SchedulerOutput()
-        place = 0
-        while place < len(self.running):  # slots for the newest token of each beam, first to last
-            if self._grow(self.running[place], output):
-                place += 1
-            else:
-                self._preempt(self.running.pop(), output)
-        while self.waiting and not output.preempted and self._has_slots(self.waiting[0]):
-            if not self._grow(self.waiting[0], output):
-                self._release(self.waiting[0])
-                break
-            self.running.append(self.waiting.popleft())
-        for search in self.running:
-            left = self.max_num_batched_tokens - output.total_num_scheduled_tokens
-            # The beams of a search choose together: unless all can reach their ends, each leaves its last token.
-            hold = sum(beam.num_uncomputed_tokens for beam in search.beams) > left
-            for beam in search.beams:
-                output.schedule(beam, min(beam.num_uncomputed_tokens - hold, left))
-                left = self.max_num_batched_tokens - output.total_num_scheduled_tokens
-        return output
-
-    def update_from_output(self, output: SchedulerOutput) -> list[Search]:
-        """The step has run. Returns the searches that choose now: all of their beams were sampled."""
-        cache_computed(self.blocks, output)
-        return [search for search in self.running if all(beam in output.sampled for beam in search.beams)]
-
-    def advance(self, search: Search, choices: list[Choice]) -> None:
-        """Fork, extend and free the beams of a search as it has chosen; without a choice it is over."""
-        parents, search.beams, taken = search.beams, [], set[int]()
-        for parent, _ in choices:
-            beam = parents[parent]
-            if parent in taken:  # its first continuation goes on in the parent's own table
-                search.num_forks += 1
-                beam = beam.fork(search.num_forks)
-                self.blocks.fork(parents[parent].seq_id, beam.seq_id)
-            taken.add(parent)
-            search.beams.append(beam)
-        for beam, (_, token) in zip(search.beams, choices, strict=True):
-            beam.outputs.append(Token(token, None, 0.0))
-        for i, beam in enumerate(parents):
-            if i not in taken:
-                self.blocks.free(beam.seq_id)
-        if not search.beams:
-            self.running.remove(search)
-
-    def _has_slots(self, search: Search) -> bool:
-        return sum(each.params.beam_width for each in [*self.running, search]) <= self.max_num_seqs
-
-    def _grow(self, search: Search, output: SchedulerOutput) -> bool:
-        """Slots for all tokens of all beams. False if blocks run out; what was allocated until then is kept."""
-        for beam in search.beams:
-            prefix = NO_PREFIX
-            if not self.blocks.num_tokens(beam.seq_id):
-                prefix = self.blocks.get_computed_blocks(beam.tokens(0, len(beam)), beam.cache_salt)
-                beam.num_computed = prefix.num_tokens
-            copies = self.blocks.allocate_slots(beam.seq_id, len(beam), prefix)
-            if copies is None:
-                return False
-            output.copies += copies
-        return True
-
-    def _preempt(self, search: Search, output: SchedulerOutput) -> None:
-        self._release(search)
-        output.preempted.update(dict.fromkeys(search.beams, "recompute"))
-        self.num_preempted += 1
-        self.waiting.appendleft(search)
-
-    def _release(self, search: Search) -> None:
-        for beam in search.beams:
-            self.blocks.free(beam.seq_id)
-            beam.num_computed = 0
+from minipaged.engine.sequence import FinishReason
 
 
 def beam_search(engine: LLMEngine, searches: list[Search], on_token: Callable[[], None]) -> None:
     """Run searches to their ends, in step with one another. The engine's own requests keep their blocks, and wait.
 
-    Raises ValueError, before anything runs, for a search that does not fit beside them. After an interrupt the next call
-    of the engine recovers, and no block is lost.
+    Raises ValueError, before anything runs, for a search that does not fit beside them. After an interrupt the next
+    call of the engine recovers, and no block is lost.
     """
     beams = BeamScheduler(engine.blocks, engine.scheduler.max_num_seqs, engine.scheduler.max_num_batched_tokens)
     for search in searches:
@@ -260,6 +42,43 @@ def beam_search(engine: LLMEngine, searches: list[Search], on_token: Callable[[]
             logits = engine.runner.run(output, batch)
             engine.record_writes(output)
             for search in beams.update_from_output(output):
-                beams.advance(search, search.choose(logits[[output.sampled[beam] for beam in search.beams]]))
+                beams.advance(search, choose(search, logits[[output.sampled[beam] for beam in search.beams]]))
                 on_token()
             engine.stats = engine.stats.plus(output, 0.0, time.perf_counter() - start)
+
+
+def choose(search: Search, logits: Tensor) -> list[Choice]:
+    """One step. logits [num_beams, vocab_size]. Returns the next beams, best first; none where the search is over."""
+    width, num_new = search.params.beam_width, len(search.beams[0].outputs) + 1
+    logprobs = logits.double().cpu().log_softmax(-1)  # [num_beams, vocab_size]
+    total = logprobs + torch.tensor(search.cumulative, dtype=torch.float64)[:, None]
+    vocab_size = total.shape[1]
+    num_candidates = min(max(2, 1 + len(search.end_tokens)) * width, total.numel())
+    sums, places = total.flatten().topk(num_candidates)  # of all continuations of all beams
+
+    choices: list[Choice] = []
+    search.cumulative = []
+    for rank, (score, place) in enumerate(zip(sums.tolist(), places.tolist(), strict=True)):
+        parent, token = divmod(place, vocab_size)
+        if token in search.end_tokens or num_new == search.max_tokens:
+            if rank < width:
+                reason: FinishReason = "stop" if token in search.end_tokens else "length"
+                text = [each.token_id for each in search.beams[parent].outputs] + [token]
+                search.hypotheses.append(Hypothesis(score / num_new**search.params.length_penalty, score, text, reason))
+        elif len(choices) < width:
+            choices.append(Choice(parent, token))
+            search.cumulative.append(score)
+    search.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
+    del search.hypotheses[width:]
+    return [] if _is_over(search, num_new) else choices
+
+
+def _is_over(search: Search, num_new: int) -> bool:
+    if not search.cumulative or len(search.hypotheses) < search.params.beam_width:
+        return not search.cumulative
+    if search.params.early_stopping is True:
+        return True
+    penalty = search.params.length_penalty
+    # A sum only falls with each token. Its mean may rise, the most if all further tokens were certain.
+    length = search.max_tokens if search.params.early_stopping == "never" and penalty > 0 else num_new
+    return search.cumulative[0] / length**penalty <= search.hypotheses[-1].score

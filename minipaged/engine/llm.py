@@ -11,7 +11,8 @@ from typing import NotRequired, TypedDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from minipaged.engine.beam_search import BeamSearchParams, Search, beam_search
+from minipaged.engine.beam_scheduler import BeamSearchParams, Search
+from minipaged.engine.beam_search import beam_search
 from minipaged.engine.cache_config import CACHES, make_cache_config
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.runner import Runner

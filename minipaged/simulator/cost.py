@@ -57,7 +57,7 @@ PAGED_ATTENTION = 1.23
 COPY_CALL = 2.9e-6  # seconds
 
 
-class Load(NamedTuple):
+class StepCost(NamedTuple):
     """What a step computes and moves. Contexts are tokens of K and V that are read."""
 
     decodes: int = 0  # sequences that compute one token
@@ -80,15 +80,15 @@ class CostModel:
     attention: float = PAGED_ATTENTION  # 1.0: contiguous memory
     prompts_apart: bool = True
 
-    def step(self, load: Load) -> float:
-        seconds = self.swap(load.swapped) + 2 * load.copied * self._block_bytes / self._bandwidth
-        if not self.prompts_apart and load.decodes and load.prompt_tokens:
-            tokens, context = load.decodes + load.prompt_tokens, load.decode_context + load.prompt_context
-            return seconds + self.one_pass(tokens, context, load.decode_context + load.prompt_pairs)
-        if load.decodes:
-            seconds += self.one_pass(load.decodes, load.decode_context, load.decode_context)
-        if load.prompt_tokens:
-            seconds += self.one_pass(load.prompt_tokens, load.prompt_context, load.prompt_pairs)
+    def step(self, work: StepCost) -> float:
+        seconds = self.swap(work.swapped) + 2 * work.copied * self._block_bytes / self._bandwidth
+        if not self.prompts_apart and work.decodes and work.prompt_tokens:
+            tokens, context = work.decodes + work.prompt_tokens, work.decode_context + work.prompt_context
+            return seconds + self.one_pass(tokens, context, work.decode_context + work.prompt_pairs)
+        if work.decodes:
+            seconds += self.one_pass(work.decodes, work.decode_context, work.decode_context)
+        if work.prompt_tokens:
+            seconds += self.one_pass(work.prompt_tokens, work.prompt_context, work.prompt_pairs)
         return seconds
 
     def one_pass(self, tokens: int, context: float, pairs: float) -> float:

@@ -25,7 +25,7 @@ BLOCK_SIZE = 16  # tokens
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What is asked. Times in seconds, lengths in tokens. All of it is assumed, none of it measured."""
 
     num_requests: int = 200_000
@@ -47,7 +47,7 @@ class Outcome:
     imbalance: float  # busiest replica's seconds of work over the mean's
 
 
-def simulate_replicas(policy: str, num_replicas: int, load: Load, seed: int) -> Outcome:
+def simulate_replicas(policy: str, num_replicas: int, workload: Workload, seed: int) -> Outcome:
     """Route every request. Raises ValueError for an unknown policy, or no replica.
 
     Invariant: each replica works on one prompt at a time, in the order in which they come.
@@ -57,25 +57,25 @@ def simulate_replicas(policy: str, num_replicas: int, load: Load, seed: int) -> 
     if num_replicas < 1:
         raise ValueError(f"num_replicas must be at least 1, got {num_replicas}")
     rng = random.Random(seed)
-    weights = [1 / (i + 1) ** load.skew for i in range(load.num_prefixes)]
-    asked = rng.choices(range(load.num_prefixes), weights, k=load.num_requests)
-    kept_blocks = load.prefix_len // BLOCK_SIZE
-    most = load.cached_tokens // (kept_blocks * BLOCK_SIZE) if kept_blocks else 0
+    weights = [1 / (i + 1) ** workload.skew for i in range(workload.num_prefixes)]
+    asked = rng.choices(range(workload.num_prefixes), weights, k=workload.num_requests)
+    kept_blocks = workload.prefix_len // BLOCK_SIZE
+    most = workload.cached_tokens // (kept_blocks * BLOCK_SIZE) if kept_blocks else 0
     free_at, work = [0.0] * num_replicas, [0.0] * num_replicas
     caches = [OrderedDict[int, None]() for _ in range(num_replicas)]
     holders: dict[int, list[int]] = {}  # the router's table
     by_load = [(0.0, replica) for replica in range(num_replicas)]  # a heap; entries that are out of date are skipped
     now, found, waits = 0.0, 0, []
     for number, prefix in enumerate(asked):
-        now += rng.expovariate(load.rate)
+        now += rng.expovariate(workload.rate)
         while by_load[0][0] != free_at[by_load[0][1]]:
             heappop(by_load)
         chosen = number % num_replicas if policy == "round_robin" else by_load[0][1]
         if policy == "prefix_aware" and (known := holders.get(prefix)):
             holder = min(known, key=free_at.__getitem__)
-            if max(free_at[holder], now) - max(free_at[chosen], now) <= load.max_wait:
+            if max(free_at[holder], now) - max(free_at[chosen], now) <= workload.max_wait:
                 chosen = holder
-        cache, missing = caches[chosen], load.prefix_len + load.own_len
+        cache, missing = caches[chosen], workload.prefix_len + workload.own_len
         if prefix in cache:
             found += kept_blocks * BLOCK_SIZE
             missing -= kept_blocks * BLOCK_SIZE
@@ -85,14 +85,14 @@ def simulate_replicas(policy: str, num_replicas: int, load: Load, seed: int) -> 
             holders.setdefault(prefix, []).append(chosen)
             if len(cache) > most:
                 holders[cache.popitem(last=False)[0]].remove(chosen)
-        seconds = missing * load.seconds_per_token
+        seconds = missing * workload.seconds_per_token
         free_at[chosen] = max(free_at[chosen], now) + seconds
         work[chosen] += seconds
         waits.append(free_at[chosen] - now)
         heappush(by_load, (free_at[chosen], chosen))
     waits.sort()
     return Outcome(
-        found / (load.num_requests * (load.prefix_len + load.own_len)),
+        found / (workload.num_requests * (workload.prefix_len + workload.own_len)),
         sum(waits) / len(waits),
         waits[int(0.99 * (len(waits) - 1))],
         max(work) * num_replicas / sum(work),
@@ -103,7 +103,7 @@ def main() -> None:
     print("| policy | tokens found | mean wait, s | 99th percentile, s | busiest / mean |")
     print("| --- | --- | --- | --- | --- |")
     for policy in POLICIES:
-        got = simulate_replicas(policy, 1_000, Load(), seed=0)
+        got = simulate_replicas(policy, 1_000, Workload(), seed=0)
         print(f"| {policy} | {got.found:.1%} | {got.mean_wait:.3f} | {got.p99_wait:.3f} | {got.imbalance:.2f} |")
 
 

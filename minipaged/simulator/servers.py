@@ -4,14 +4,17 @@
     paged                 ours: blocks of 16 tokens, as they fill
 
 The scheduler is one and the same class: iteration by iteration, first come first served. Orca's code
-is not public. The paper's authors wrote their own for section 6, and so do we.
+is not public. The paper's authors wrote their own for section 6, and so do we. Beam searches on a paged server are
+stepped by the client of the pool that `LLM.beam_search` uses. Elsewhere each beam is a request of its own.
 """
 
 from dataclasses import dataclass, field, replace
 from itertools import repeat
+from typing import Literal
 
-from minipaged.engine.scheduler import Preemption, Scheduler
-from minipaged.engine.sequence import CompletionOutput, SamplingParams, Sequence, SequenceGroup
+from minipaged.engine.beam_scheduler import BeamScheduler, BeamSearchParams, Search
+from minipaged.engine.scheduler import Scheduler
+from minipaged.engine.sequence import SamplingParams, Sequence
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.reservation import POLICIES, MemoryAccount
 from minipaged.memory.sizes import OPT_13B, OPT_13B_POOL_BYTES
@@ -29,11 +32,14 @@ MAX_NUM_BATCHED_TOKENS = 2560
 WATERMARK = 0.01
 SWAP_BYTES = 4 << 30
 
+Preemption = Literal["recompute", "swap"]
+
 
 @dataclass
 class Server:
-    """A scheduler over a memory, and what the workload knows about the sequences. One run each.
+    """A scheduler of requests and one of beam searches over one memory. One run each.
 
+    The two take turns: each goes on until nothing of its kind is left, so the other begins with an empty pool.
     Raises ValueError for a name that is none of SERVERS, and whatever the scheduler and the memory refuse.
     """
 
@@ -49,7 +55,7 @@ class Server:
     def __post_init__(self) -> None:
         if self.name not in SERVERS:
             raise ValueError(f"unknown server {self.name!r}: it is one of {', '.join(SERVERS)}")
-        self.memory: BlockManager | ReservedMemory
+        self.memory: BlockManager
         if self.name in POLICIES:
             self.memory = ReservedMemory(self.num_slots, self.name, MAX_MODEL_LEN)
             self.cost = replace(self.cost, attention=1.0)
@@ -62,64 +68,83 @@ class Server:
                 enable_prefix_caching=self.prefix_caching,
             )
             self.cost = replace(self.cost, block_size=self.block_size)
-        self.scheduler = Scheduler(
-            self.memory,
-            MAX_MODEL_LEN,
-            self.max_num_seqs,
-            max(MAX_NUM_BATCHED_TOKENS, self.max_num_seqs),
-            preemption=self.preemption,
-            watermark=self.watermark,
-        )
+        budget = max(MAX_NUM_BATCHED_TOKENS, self.max_num_seqs)
+        self.scheduler = Scheduler(self.memory, MAX_MODEL_LEN, self.max_num_seqs, budget, watermark=self.watermark)
+        self.beams = BeamScheduler(self.memory, self.max_num_seqs, budget)
+        self._turn: Scheduler | BeamScheduler = self.scheduler
         self.num_requests = 0
 
-    def add(self, request: Request) -> list[SequenceGroup]:
-        """Queue a request. Where no memory can be shared, each of its samples is a request of its own."""
+    def add(self, request: Request) -> list[Sequence] | list[Search]:
+        """Queue a request. Returns its parts: it is answered when the last of them is.
+
+        Raises ValueError for one that could never run.
+        """
         number, self.num_requests = self.num_requests, self.num_requests + 1
-        prompt = _prompt(request, number) if self.memory.finds_prefixes else _zeros(request.prompt_len)
-        params = _params(request.output_len)
-        apart = isinstance(self.memory, ReservedMemory)
-        num_seqs = max(request.n, request.beam_width if apart else 1)
-        seqs = [Sequence(f"{number}.{i}", prompt, params, CompletionOutput(i)) for i in range(num_seqs)]
-        if isinstance(self.memory, ReservedMemory):
-            groups = [SequenceGroup(seq.seq_id, [seq]) for seq in seqs]
+        if isinstance(self.memory, ReservedMemory):  # no memory is shared: each sample, or beam, is a request
+            prompt, params = _zeros(request.prompt_len), _params(request.output_len, 1)
+            num_seqs = max(request.n, request.beam_width)
+            seqs = [Sequence(f"{number}.{i}", 0, prompt, params) for i in range(num_seqs)]
             for seq in seqs:
                 self.memory.expect(seq.seq_id, request.prompt_len, request.output_len)
-        else:
-            groups = [SequenceGroup(str(number), seqs[:1], seqs[1:], request.beam_width)]
-        for group in groups:
-            self.scheduler.add(group)
-        return groups
+            self.scheduler.add(seqs)
+            return seqs
+        prompt = _prompt(request, number) if self.prefix_caching else _zeros(request.prompt_len)
+        params = _params(request.output_len, request.n)
+        seqs = [Sequence(str(number), i, prompt, params) for i in range(request.n)]
+        if request.beam_width:
+            beam_params = BeamSearchParams(request.beam_width, max_tokens=request.output_len)
+            search = Search(beam_params, seqs, room=MAX_MODEL_LEN - request.prompt_len)
+            self.beams.check(search)
+            self.beams.waiting.append(search)
+            return [search]
+        self.scheduler.check(request.prompt_len, request.output_len)
+        self.scheduler.add(seqs)
+        return seqs
+
+    def whose_turn(self) -> Scheduler | BeamScheduler:
+        """What schedules the next step."""
+        if not self._turn.running and not self._turn.waiting:
+            self._turn = self.beams if self._turn is self.scheduler else self.scheduler
+        return self._turn
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that hold blocks of the device."""
+        return self.scheduler.running or [beam for search in self.beams.running for beam in search.beams]
+
+    @property
+    def num_preempted(self) -> int:
+        return self.scheduler.counts["recompute"] + self.scheduler.counts["swap"] + self.beams.num_preempted
 
     def account(self) -> MemoryAccount:
         """Where every slot of the pool is. It sums to the slots of the pool, at every step."""
         if isinstance(self.memory, ReservedMemory):
             return self.memory.account()
-        return paged_account(self.memory, self.scheduler.running, self.num_slots)
+        return paged_account(self.memory, self.running, self.num_slots)
 
 
-def paged_account(memory: BlockManager, running: list[SequenceGroup], num_slots: int) -> MemoryAccount:
+def paged_account(memory: BlockManager, running: list[Sequence], num_slots: int) -> MemoryAccount:
     """The account of a pool of blocks. What a block has beyond its sequence's end is rounding; external there is none.
 
     Slots that are too few for a block, at the end of the pool, are rounding too. A token that several sequences share
     is held once.
     """
     reserved = rounding = 0
-    seen: set[int] = set()
-    for group in running:
-        for seq in group.seqs:
-            num_tokens = memory.length(seq.seq_id)
-            empty = -num_tokens % memory.block_size
-            if not empty:
-                continue
-            if len(group.seqs) > 1:
-                last = memory.blocks(seq.seq_id)[-1]
-                if last in seen:
-                    continue
-                seen.add(last)
-            to_come = len(seq.prompt_token_ids) + seq.params.max_tokens - num_tokens
-            reserved += min(empty, to_come)
-            rounding += max(0, empty - to_come)
-    in_use = memory.num_slots_reserved
+    seen: set[int] = set()  # last blocks, which samples and beams may share
+    for seq in running:
+        table = memory.tables[seq.seq_id]
+        num_tokens = table.num_tokens
+        empty = -num_tokens % memory.block_size
+        if not empty:
+            continue
+        last = table.slot(num_tokens - 1) // memory.block_size
+        if last in seen:
+            continue
+        seen.add(last)
+        to_come = len(seq.prompt_token_ids) + seq.params.max_tokens - num_tokens
+        reserved += min(empty, to_come)
+        rounding += max(0, empty - to_come)
+    in_use = (memory.num_blocks - memory.num_free) * memory.block_size
     return MemoryAccount(
         held=in_use - reserved - rounding,
         reserved=reserved,
@@ -131,7 +156,7 @@ def paged_account(memory: BlockManager, running: list[SequenceGroup], num_slots:
 
 
 _ZEROS: dict[int, list[int]] = {}
-_PARAMS: dict[int, SamplingParams] = {}
+_PARAMS: dict[tuple[int, int], SamplingParams] = {}
 
 
 def _zeros(n: int) -> list[int]:
@@ -146,7 +171,7 @@ def _prompt(request: Request, number: int) -> list[int]:
     return [*range(request.prefix_len), *repeat(-1 - number, request.prompt_len - request.prefix_len)]
 
 
-def _params(output_len: int) -> SamplingParams:
-    if output_len not in _PARAMS:
-        _PARAMS[output_len] = SamplingParams(temperature=1.0, max_tokens=output_len, ignore_eos=True)
-    return _PARAMS[output_len]
+def _params(output_len: int, n: int) -> SamplingParams:
+    if (output_len, n) not in _PARAMS:
+        _PARAMS[output_len, n] = SamplingParams(n, temperature=1.0, max_tokens=output_len, ignore_eos=True)
+    return _PARAMS[output_len, n]

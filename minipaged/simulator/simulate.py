@@ -1,9 +1,9 @@
 """Chapter 11. The loop of a server, with a clock that is told how long each step took.
 
-    arrivals up to now  ->  schedule  ->  the step's seconds pass  ->  computed  ->  every sequence gets its next token
+    arrivals up to now  ->  schedule  ->  the step's seconds pass  ->  update  ->  every sequence gets its next token
 
-It is the loop of `engine/llm.py` with the model taken out. A token is chosen by counting: a sequence ends when it has
-as many as the workload says.
+It is the loop of `engine/llm_engine.py` with the model taken out. A token is chosen by counting: a sequence ends when
+it has as many as the workload says.
 """
 
 import random
@@ -11,15 +11,17 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from minipaged.engine.scheduler import SchedulerOutput
-from minipaged.engine.sequence import CompletionOutput, Sequence, SequenceGroup
-from minipaged.memory.block_manager import BlockManager
+from minipaged.engine.beam_scheduler import BeamScheduler, Choice, Search
+from minipaged.engine.scheduler_output import SchedulerOutput
+from minipaged.engine.sequence import Sequence, Token
 from minipaged.simulator.beams import choose
-from minipaged.simulator.cost import Load
+from minipaged.simulator.contiguous import ReservedMemory
+from minipaged.simulator.cost import StepCost
 from minipaged.simulator.paper import Bar
 from minipaged.simulator.servers import Server
 from minipaged.simulator.workloads import Request
 
+TOKEN = Token(0, None, 0.0)  # every token that is generated
 OnStep = Callable[[Server, SchedulerOutput, float], None]  # after schedule; the seconds are those of the step
 
 
@@ -91,28 +93,27 @@ def simulate(
 
     account_every: steps between two looks at the memory; 0 for none. count_blocks: how many are shared, too.
     """
-    scheduler, cost = server.scheduler, server.cost
     totals = Totals(*window)
     rng = random.Random(f"beams {seed}")
     coming = iter(requests)
     next_request = next(coming, None)
     clock = 0.0
-    open_requests: dict[str, list[float]] = {}  # group -> [arrival, output tokens, groups that are unfinished]
-    scores: dict[str, float] = {}  # of beams
+    unfinished: dict[Sequence | Search, list[float]] = {}  # part -> [arrival, output tokens, parts unfinished]
     latencies: array[float] = array("d")
-    num_tokens = num_steps = num_forks = 0
-    while next_request is not None or scheduler.groups:
+    num_tokens = num_steps = 0
+    while next_request is not None or unfinished:
         if clock >= until:
             break
-        if not scheduler.groups and next_request is not None:
+        if not unfinished and next_request is not None:
             clock = max(clock, next_request.arrival)
         while next_request is not None and next_request.arrival <= clock:
-            groups = server.add(next_request)
-            entry = [next_request.arrival, next_request.output_len, len(groups)]
-            open_requests.update((group.request_id, entry) for group in groups)
+            parts = server.add(next_request)
+            entry = [next_request.arrival, next_request.output_len, len(parts)]
+            unfinished.update((part, entry) for part in parts)
             next_request = next(coming, None)
+        scheduler = server.whose_turn()
         output = scheduler.schedule()
-        seconds = cost.step(load_of(output))
+        seconds = server.cost.step(cost_of(output))
         if on_step is not None:
             on_step(server, output, seconds)
         num_steps += 1
@@ -120,68 +121,62 @@ def simulate(
         if in_window:
             _look(server, totals, seconds, account_every > 0 and num_steps % account_every == 0, count_blocks)
         clock += seconds
-        searches: dict[SequenceGroup, None] = {}
-        for _, group, seq in scheduler.computed(output):
-            if group.beam_width:
-                searches[group] = None
-                continue
-            tokens = seq.output.token_ids
-            tokens.append(0)
-            num_tokens += 1
-            if len(tokens) == seq.params.max_tokens:
-                scheduler.finish(group, seq, "length")
-                if not group.seqs and not group.unborn:
-                    totals.finished += in_window * _close(open_requests, group.request_id, clock, latencies)
-        for group in searches:
-            num_forks += 1
-            num_tokens += _search(server, group, scores, rng, num_forks)
-            if len(group.seqs[0].output.token_ids) == group.seqs[0].params.max_tokens:
-                for seq in group.seqs:
-                    del scores[seq.seq_id]
-                scheduler.remove(group)
-                totals.finished += in_window * _close(open_requests, group.request_id, clock, latencies)
-    looked_up = scheduler.num_looked_up or 1
-    preempted = scheduler.preemptions.total()
-    return Result(clock, totals, latencies, num_tokens, preempted, scheduler.num_found / looked_up)
+        ended: list[Sequence | Search] = []
+        if isinstance(scheduler, BeamScheduler):
+            for search in scheduler.update_from_output(output):
+                num_tokens += search.params.beam_width
+                if not _choose(scheduler, search, rng):
+                    ended.append(search)
+        else:
+            scheduler.update_from_output(output)
+            num_tokens += len(output.sampled)
+            for seq in output.sampled:
+                seq.outputs.append(TOKEN)
+                if len(seq.outputs) == seq.params.max_tokens:
+                    scheduler.finish(seq)
+                    ended.append(seq)
+        for part in ended:
+            totals.finished += in_window * _close(unfinished.pop(part), clock, latencies)
+    counts = server.scheduler.counts
+    found = counts["found"] / (counts["looked_up"] or 1)
+    return Result(clock, totals, latencies, num_tokens, server.num_preempted, found)
 
 
-def load_of(output: SchedulerOutput) -> Load:
+def cost_of(output: SchedulerOutput) -> StepCost:
     """What a step computes and moves."""
     decodes = decode_context = prompt_tokens = prompt_context = 0
     pairs = 0.0
-    for item in output.work:
-        count = item.count
-        if count == 1 and item.start:
+    for seq, count in output.num_scheduled_tokens.items():
+        start = seq.num_computed
+        if count == 1 and start:
             decodes += 1
-            decode_context += item.start + 1
+            decode_context += start + 1
         else:
             prompt_tokens += count
-            prompt_context += item.start + count
-            pairs += count * item.start + count * (count + 1) / 2
+            prompt_context += start + count
+            pairs += count * start + count * (count + 1) / 2
     swapped = len(output.swap_out) + len(output.swap_in)
-    return Load(decodes, decode_context, prompt_tokens, prompt_context, pairs, swapped, len(output.copies))
+    return StepCost(decodes, decode_context, prompt_tokens, prompt_context, pairs, swapped, len(output.copies))
 
 
 def _look(server: Server, totals: Totals, seconds: float, account: bool, count_blocks: bool) -> None:
     totals.seconds += seconds
     totals.steps += 1
-    running = server.scheduler.running
-    totals.sequences += seconds * sum(len(group.seqs) for group in running)
+    running = server.running
+    totals.sequences += seconds * len(running)
     if account:
         now = server.account()
         for place, part in enumerate((now.held, now.reserved, now.over_reserved, now.external_and_others)):
             totals.slots[place] += seconds * part
     if count_blocks:
-        memory, size = server.memory, server.block_size
-        assert isinstance(memory, BlockManager), "a run is no block, and nobody shares it"
-        lengths = [memory.length(seq.seq_id) for group in running for seq in group.seqs]
-        totals.tables += seconds * sum(-(-length // size) for length in lengths)
-        totals.distinct += seconds * memory.num_slots_reserved / size
+        memory = server.memory
+        assert not isinstance(memory, ReservedMemory), "a run is not made of blocks, and has one owner"
+        totals.tables += seconds * sum(memory.blocks_for(memory.num_tokens(seq.seq_id)) for seq in running)
+        totals.distinct += seconds * (memory.num_blocks - memory.num_free)
 
 
-def _close(open_requests: dict[str, list[float]], group_id: str, clock: float, latencies: "array[float]") -> bool:
-    """A group is answered. Returns whether its request is, too: where samples are groups, with the last of them."""
-    entry = open_requests.pop(group_id)
+def _close(entry: list[float], clock: float, latencies: "array[float]") -> bool:
+    """A part of a request is answered. Returns whether the request is, too: with the last of its parts."""
     entry[2] -= 1
     if entry[2]:
         return False
@@ -189,26 +184,12 @@ def _close(open_requests: dict[str, list[float]], group_id: str, clock: float, l
     return True
 
 
-def _search(server: Server, group: SequenceGroup, scores: dict[str, float], rng: random.Random, number: int) -> int:
-    """One step of a beam search: who dies, who forks, and one token for each that lives. Returns how many tokens."""
-    beams = list(group.seqs)
-    chosen = choose([scores.get(seq.seq_id, 0.0) for seq in beams], group.beam_width, rng)
-    living: list[tuple[Sequence, float]] = []
-    used: set[int] = set()
-    for place, (index, score) in enumerate(chosen):
-        seq = parent = beams[index]
-        if index in used:
-            answer = CompletionOutput(place, token_ids=list(parent.output.token_ids))
-            name = f"{group.request_id}.{number}.{place}"
-            seq = Sequence(name, parent.prompt_token_ids, parent.params, answer)
-            server.scheduler.fork(group, parent, seq)
-        used.add(index)
-        living.append((seq, score))
-    for index, seq in enumerate(beams):
-        scores.pop(seq.seq_id, None)
-        if index not in used:
-            server.scheduler.drop(group, seq)
-    for seq, score in living:
-        scores[seq.seq_id] = score
-        seq.output.token_ids.append(0)
-    return len(living)
+def _choose(scheduler: BeamScheduler, search: Search, rng: random.Random) -> list[Choice]:
+    """One step of a beam search. Returns the next beams; none where the answer is complete."""
+    choices: list[Choice] = []
+    if len(search.beams[0].outputs) + 1 < search.max_tokens:
+        chosen = choose(search.cumulative, search.params.beam_width, rng)
+        choices = [Choice(beam, TOKEN.token_id) for beam, _ in chosen]
+        search.cumulative = [score for _, score in chosen]
+    scheduler.advance(search, choices)
+    return choices
