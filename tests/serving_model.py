@@ -23,11 +23,6 @@ def next_token(tokens, sample=0):
     return value // 7 % ALPHABET
 
 
-def arrival(seq):
-    """Requests are numbered as they come, and so are the samples of each."""
-    return int(seq.request_id), seq.index
-
-
 def likings(tokens):
     """How much a beam search likes each continuation. No two are equal, so that there is one right choice."""
     return [(hash((*tokens, token, 5)), (*tokens, token)) for token in range(ALPHABET)]
@@ -60,10 +55,18 @@ class Device:
             self.pools[target][b] = dict(self.pools[source].get(a, {}))
 
     def run(self, output, running):
-        """One forward pass: copies in the order of the fields, then all writes, then all reads."""
+        """One step: copies of blocks, and one forward pass."""
+        self.copy_blocks(output)
+        self.compute(output, running)
+
+    def copy_blocks(self, output):
+        """In the order of the fields."""
         self.copy(output.swap_out, "device", "host")
         self.copy(output.swap_in, "host", "device")
         self.copy(output.copies, "device", "device")
+
+    def compute(self, output, running):
+        """All writes, then all reads."""
         there = [(seq, self.num_there(seq)) for seq in running]
         for seq, count in output.num_scheduled_tokens.items():
             for position in range(seq.num_computed, seq.num_computed + count):
@@ -253,15 +256,9 @@ class Engine:
         """What holds between any two steps; `beams` are those of searches that hold blocks."""
         scheduler, blocks = self.scheduler, self.blocks
         running, waiting = scheduler.running, list(scheduler.waiting)
-        assert sorted([*running, *waiting], key=arrival) == self.unfinished, "a sequence is lost, or there twice"
-        for queue in (running, waiting):
-            assert queue == sorted(queue, key=arrival), "one that came later stands before one that came earlier"
-        for seq in waiting:
-            if running and arrival(seq) < arrival(running[-1]):
-                computing = [other for other in running if other.request_id == seq.request_id and not other.outputs]
-                assert computing and not seq.outputs, (
-                    f"{seq.seq_id} waits, and {running[-1].seq_id}, which came later, runs"
-                )
+        assert [*running, *waiting] == self.unfinished, (
+            "a sequence is lost, there twice, or before one that came earlier"
+        )
         assert len(running) <= scheduler.max_num_seqs
         named = Counter(block for seq in [*running, *beams] for block in blocks.blocks(seq.seq_id))
         for seq in [*running, *beams]:

@@ -138,14 +138,15 @@ class LLMEngine:
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Inside, the derived data may disagree with the state. What leaves by an exception stays marked so."""
-        if self._changing:
-            self._recover()
+        self.recover()
         self._changing = True
         yield
         self._changing = False
 
-    def _recover(self) -> None:
-        """The call before was interrupted. Rebuild what is derived: no block is held, no token computed."""
+    def recover(self) -> None:
+        """If the call before was interrupted, rebuild what is derived: no block is held, no token computed."""
+        if not self._changing:
+            return
         self._mark_aborted()
         requests = list(self.requests.values())
         for request in requests:
@@ -155,7 +156,7 @@ class LLMEngine:
         self.scheduler.reset(seq for request in requests for seq in request.seqs if not seq.finish_reason)
         for request in requests:
             self._retire(request)
-        self._aborting = ()
+        self._aborting, self._changing = (), False
 
     def _mark_aborted(self) -> list[Sequence]:
         """The sequences that an abort ends."""
