@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alone import alone
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.distributed import launch, table
 from minipaged.distributed.group import thread_groups
@@ -37,7 +38,6 @@ from minipaged.model.batch import ForwardBatch, make_batch
 from minipaged.model.load import TINY, load_model, tiny_transformer
 from minipaged.model.recompute import next_logits
 from minipaged.simulator.replicas import POLICIES, Workload, simulate_replicas
-from alone import alone
 from model_files import SMALL, TOKENS, random_weights, transformer_of, write_folder, write_gguf
 
 pytestmark = pytest.mark.ch13

@@ -8,6 +8,8 @@ The batch is sent as it is, so that every rank computes the very arrays of rank 
 and its row of the block tables.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ NUM_COUNTS = 8
 def encode(output: SchedulerOutput, batch: ForwardBatch) -> bytes:
     """A step as bytes: the copies of `output`, and the batch."""
     plans = (output.swap_out, output.swap_in, output.copies)
-    arrays = (
+    arrays: tuple[Any, ...] = (
         [*_sizes(batch), batch.max_query_len, *map(len, plans)],
         *(_numbers(tensor) for tensor in (batch.token_ids, batch.positions, batch.query_start_loc, batch.seq_lens)),
         *(_numbers(tensor) for tensor in (batch.block_tables, batch.slot_mapping, batch.logits_rows)),
@@ -64,7 +66,8 @@ def decode(message: bytes, device: torch.device | str = "cpu") -> tuple[Schedule
         logits_rows=tensor(num_sampled, torch.int64),
         max_query_len=max_query_len,
     )
-    return SchedulerOutput(*map(copies, num_copies)), batch
+    swap_out, swap_in, forks = map(copies, num_copies)
+    return SchedulerOutput(swap_out=swap_out, swap_in=swap_in, copies=forks), batch
 
 
 def message_bytes(output: SchedulerOutput, batch: ForwardBatch) -> int:

@@ -28,6 +28,7 @@ def beam_search(engine: LLMEngine, searches: list[Search], on_token: Callable[[]
     Raises ValueError, before anything runs, for a search that does not fit beside them. After an interrupt the next
     call of the engine recovers, and no block is lost.
     """
+    engine.recover()
     beams = BeamScheduler(engine.blocks, engine.scheduler.max_num_seqs, engine.scheduler.max_num_batched_tokens)
     for search in searches:
         beams.check(search)

@@ -1,7 +1,7 @@
 """`make bench-engine`: what the scheduler costs, by itself and as a share of a step of a real model.
 
 Linear in the batch and flat in the pool is what iteration-level scheduling needs: the scheduler runs before every
-token. Times are medians over the steps of one run.
+token of every sequence. Times are medians over the steps of one run.
 """
 
 import sys

@@ -47,18 +47,18 @@ class LLM(LLMEngine):
     """An engine that is built from a model's name and takes prompts. The arguments and methods carry vLLM's names.
 
     model: "smollm2-135m", "tiny", a GGUF file, a folder with safetensors, or what `load_model` returned (so that
-    several engines share one copy of the weights). cache: "paged", or "contiguous": blocks as long as the longest request.
-    num_blocks: size of the pool; by default at most what 1 GiB holds, the same for both caches. max_model_len: tokens of context at most, by
-    default the model's own. backend of the paged cache: "torch", "triton" (on a CPU with Triton's interpreter, which is
-    slow), or "auto": Triton on a CUDA device, else torch. dtype and device: of weights and cache; by default float32,
-    and "cuda" where there is such a device. dtype "auto" is float32 or bfloat16, whichever is the faster here. A loaded
-    model has its own, and another is refused.
+    several engines share one copy of the weights). cache: "paged", or "contiguous": blocks as long as the longest
+    request. num_blocks: size of the pool; by default at most what 1 GiB holds, the same for both caches. max_model_len:
+    tokens of context at most, by default the model's own. backend of the paged cache: "torch", "triton" (on a CPU with
+    Triton's interpreter, which is slow), or "auto": Triton on a CUDA device, else torch. dtype and device: of weights
+    and cache; by default float32, and "cuda" where there is such a device. dtype "auto" is float32 or bfloat16,
+    whichever is the faster here. A loaded model has its own, and another is refused.
 
     enable_prefix_caching: full blocks of the paged cache stay findable by their tokens. preemption: what happens to the
-    latest sequence when the pool runs out: "recompute" or, with the paged cache, "swap" to num_host_blocks blocks of the
-    host's memory (by default as many as the pool has). watermark: the share of the pool that stays free when a sequence
-    enters. trace: True keeps every change of ownership in `llm.trace`; a path also saves it there at the end of each
-    `generate`, `stream` and `beam_search`. Raises ValueError for an argument that does not fit.
+    latest sequence when the pool runs out: "recompute" or, with the paged cache, "swap" to num_host_blocks blocks of
+    the host's memory (by default as many as the pool has). watermark: the share of the pool that stays free when a
+    sequence enters. trace: True keeps every change of ownership in `llm.trace`; a path also saves it there at the end
+    of each `generate`, `stream` and `beam_search`. Raises ValueError for an argument that does not fit.
 
     tensor_parallel_size: ranks that the model's heads are divided over (chapter 13), each a process with a device of
     its own, or a share of the CPU's cores. This process is rank 0 and starts the others, or torchrun did. They end with
@@ -279,7 +279,7 @@ class LLM(LLMEngine):
 
 @contextmanager
 def _progress(wanted: bool | None, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of tokens on the terminal, where there is one or it is wanted; yields what to call with each number of new ones."""
+    """A bar of tokens on the terminal, where there is one or it is wanted; yields what to call with how many are new."""
     console = Console(stderr=True)
     if not (console.is_terminal if wanted is None else wanted):
         yield lambda number: None

@@ -10,10 +10,10 @@ while anything is unfinished:
 This loop is continuous batching: the batch is chosen again at each step.
 
 The engine is *crash-only* (Candea and Fox, "Crash-Only Software", HotOS 2003): recovery is the only clean-up code. The
-state is `requests`, the tokens generated for each, and `_aborting`. Block tables, reference counts, the prefix cache, the
-queues and the text are derived from it. Whatever changes them does so inside `changing`. If that is left by an exception
-or Ctrl-C, at any line, the next call rebuilds the derived data, and the requests compute their tokens again. No token is lost or doubled: each is one append,
-and its random number depends only on the seed and its position.
+state is `requests`, the tokens generated for each, and `_aborting`. Block tables, reference counts, the prefix cache,
+the queues and the text are derived from it. Whatever changes them does so inside `changing`. If that is left by an
+exception or Ctrl-C, at any line, the next call rebuilds the derived data, and the requests compute their tokens again.
+No token is lost or doubled: each is one append, and its random number depends only on the seed and its position.
 """
 
 import time
@@ -34,8 +34,8 @@ from minipaged.model.tokenizer import TextTokenizer
 
 
 class LLMEngine:
-    """Invariant, after each call that returned: `requests` holds the unfinished requests, and the scheduler holds exactly
-    their unfinished sequences."""
+    """Invariant, after each call that returned: `requests` holds the unfinished requests, and the scheduler holds
+    exactly their unfinished sequences."""
 
     def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: TextTokenizer):
         self.scheduler, self.runner, self.tokenizer = scheduler, runner, tokenizer
@@ -138,14 +138,15 @@ class LLMEngine:
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Inside, the derived data may disagree with the state. What leaves by an exception stays marked so."""
-        if self._changing:
-            self._recover()
+        self.recover()
         self._changing = True
         yield
         self._changing = False
 
-    def _recover(self) -> None:
-        """The call before was interrupted. Rebuild what is derived: no block is held, no token computed."""
+    def recover(self) -> None:
+        """If the call before was interrupted, rebuild what is derived: no block is held, no token computed."""
+        if not self._changing:
+            return
         self._mark_aborted()
         requests = list(self.requests.values())
         for request in requests:
@@ -155,7 +156,7 @@ class LLMEngine:
         self.scheduler.reset(seq for request in requests for seq in request.seqs if not seq.finish_reason)
         for request in requests:
             self._retire(request)
-        self._aborting = ()
+        self._aborting, self._changing = (), False
 
     def _mark_aborted(self) -> list[Sequence]:
         """The sequences that an abort ends."""

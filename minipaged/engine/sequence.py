@@ -123,7 +123,8 @@ class Token(NamedTuple):
     time: float  # seconds, of time.perf_counter
 
 
-class StreamOutput(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class StreamOutput:
     """One new token of one sample. `text` is what it adds: nothing, while a character or a stop string may follow.
 
     A sample that is aborted, or fails, ends with one whose token_id is None.
