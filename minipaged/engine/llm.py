@@ -279,7 +279,7 @@ class LLM(LLMEngine):
 
 @contextmanager
 def _progress(wanted: bool | None, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of tokens on the terminal, where there is one or it is wanted; yields what to call with how many are new."""
+    """A bar of tokens, where there is a terminal or it is wanted; yields what to call with the number of new ones."""
     console = Console(stderr=True)
     if not (console.is_terminal if wanted is None else wanted):
         yield lambda number: None
