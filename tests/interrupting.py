@@ -230,5 +230,5 @@ def shape(output):
     if hasattr(output, "outputs"):
         return [shape(each) for each in output.outputs]
     if hasattr(output, "request_id"):  # a piece of a stream
-        return output[1:]
+        return (output.index, output.text, output.token_id, output.finish_reason)
     return vars(output)
