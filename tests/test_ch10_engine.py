@@ -11,7 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alone import alone as answer_alone
 from minipaged import LLM, SamplingParams
+from minipaged.cdiv import cdiv
 from minipaged.model.load import load_model
 from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer
 from strategies import costly
@@ -34,35 +36,43 @@ def engine(**settings):
 def alone(prompt: tuple[int, ...], max_tokens: int, ignore_eos: bool) -> list[int]:
     """The tokens of one request by itself, with no cache: nothing can go wrong there but the model."""
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
-    return engine(cache="recompute").generate({"prompt_token_ids": list(prompt)}, params)[0].outputs[0].token_ids
+    return answer_alone(tiny(), prompt, params, max_model_len=CONTEXT).outputs[0].token_ids
 
 
 @st.composite
-def engines(draw, num_seqs=1):
-    """An engine that may run short of everything: a small pool, a small budget, few places.
+def engines(draw):
+    """An engine that may run short of everything: a small pool, a small budget, few sequence slots.
 
-    It takes any single request of `num_seqs` samples."""
-    kind = draw(st.sampled_from(("paged", "paged", "contiguous", "recompute")), label="cache")
-    max_num_seqs = draw(st.integers(num_seqs, 6), label="max_num_seqs")
+    It takes any single request, of any number of samples."""
+    kind = draw(st.sampled_from(("paged", "paged", "contiguous")), label="cache")
+    max_num_seqs = draw(st.integers(1, 6), label="max_num_seqs")
+    block_size = draw(st.sampled_from((1, 2, 3, 16)), label="block_size")
+    fewest = cdiv(CONTEXT, block_size)  # the smallest pool that takes any single sequence
     settings = {
         "cache": kind,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": draw(st.integers(max_num_seqs, 60), label="token budget"),
+        "block_size": block_size,
+        "num_blocks": draw(st.integers(fewest, 3 * fewest), label="num_blocks"),
+        "watermark": draw(st.sampled_from((0.0, 0.01, 0.2)), label="watermark"),
     }
-    if kind != "recompute":
-        block_size = draw(st.sampled_from((1, 2, 3, 16)), label="block_size")
-        fewest = num_seqs * -(-CONTEXT // block_size)  # the smallest pool that takes any single request
-        settings |= {"block_size": block_size, "num_blocks": draw(st.integers(fewest, 3 * fewest), label="num_blocks")}
     if kind == "paged":
         settings["enable_prefix_caching"] = draw(st.booleans(), label="prefix caching")
-        settings["watermark"] = draw(st.sampled_from((0.0, 0.01, 0.2)), label="watermark")
         if draw(st.booleans(), label="swap"):
             settings |= {"preemption": "swap", "num_host_blocks": draw(st.integers(1, fewest), label="host blocks")}
     llm = engine(**settings)
-    for name in ("key_cache", "value_cache"):
-        if hasattr(llm.cache, name):
-            getattr(llm.cache, name).fill_(torch.nan)
+    for tensor in (llm.runner.cache.key_cache, llm.runner.cache.value_cache):
+        tensor.fill_(torch.nan)
     return llm
+
+
+def is_empty(llm):
+    """Nothing is unfinished, and every block is back."""
+    assert not llm.has_unfinished() and not llm.requests
+    assert not llm.scheduler.running and not llm.scheduler.waiting
+    assert not llm.blocks.tables and llm.blocks.num_free == llm.blocks.num_blocks
+    assert llm.blocks.host is None or llm.blocks.host.num_free == llm.blocks.num_host_blocks
+    return True
 
 
 _tokens = st.integers(0, 256)
@@ -84,17 +94,22 @@ def test_greedy_tokens_equal_those_of_the_request_alone(llm, texts, max_tokens, 
         assert len(text) + len(answer.token_ids) <= CONTEXT, "it outgrew the context"
         full = len(answer.token_ids) == max_tokens or len(text) + len(answer.token_ids) == CONTEXT
         assert full or answer.finish_reason == "stop", "it ended before its time"
-    assert llm.memory.num_slots_reserved == 0, "finished requests hold memory"
-    assert not llm.scheduler.has_unfinished()
+    assert is_empty(llm)
 
 
 @costly(1 / 2)
-@given(llm=engines(2), texts=st.lists(prompts, min_size=1, max_size=5), seed=st.integers(0, 99), data=st.data())
-def test_a_seed_gives_the_same_text_in_any_batch(llm, texts, seed, data):
-    params = SamplingParams(n=2, max_tokens=5, temperature=1.5, top_p=0.9, top_k=40, seed=seed, ignore_eos=True)
+@given(
+    llm=engines(),
+    texts=st.lists(prompts, min_size=1, max_size=5),
+    n=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_a_seed_gives_the_same_text_in_any_batch(llm, texts, n, seed, data):
+    params = SamplingParams(n=n, max_tokens=5, temperature=1.5, top_p=0.9, top_k=40, seed=seed, ignore_eos=True)
     together = llm.generate([{"prompt_token_ids": list(text)} for text in texts], params)
     chosen = data.draw(st.integers(0, len(texts) - 1))
-    apart = engine(cache="recompute").generate({"prompt_token_ids": list(texts[chosen])}, params)[0]
+    apart = answer_alone(tiny(), texts[chosen], params, max_model_len=CONTEXT)
     assert [o.token_ids for o in together[chosen].outputs] == [o.token_ids for o in apart.outputs]
 
 
@@ -105,8 +120,7 @@ def test_leaving_a_stream_early_gives_back_all_memory(llm, texts, after):
     for _, _ in zip(range(after), stream, strict=False):
         pass
     stream.close()
-    assert llm.memory.num_slots_reserved == 0
-    assert not llm.scheduler.has_unfinished()
+    assert is_empty(llm)
     # The engine is as good as new.
     text = texts[0]
     assert llm.generate({"prompt_token_ids": list(text)}, SamplingParams(max_tokens=4, ignore_eos=True))[0].outputs[
@@ -118,7 +132,7 @@ def test_leaving_a_stream_early_gives_back_all_memory(llm, texts, after):
 @given(llm=engines(), fail_at=st.integers(0, 5), texts=st.lists(prompts, min_size=1, max_size=4))
 def test_a_model_that_fails_leaves_no_memory_behind(llm, fail_at, texts):
     steps = 0
-    attend = llm.cache.attend
+    attend = llm.runner.cache.attend
 
     def failing(*arguments):
         nonlocal steps
@@ -127,7 +141,7 @@ def test_a_model_that_fails_leaves_no_memory_behind(llm, fail_at, texts):
             raise RuntimeError("injected")
         return attend(*arguments)
 
-    llm.cache.attend = failing
+    llm.runner.cache.attend = failing
     requests = [{"prompt_token_ids": list(text)} for text in texts]
     try:
         llm.generate(requests, SamplingParams(max_tokens=4, ignore_eos=True))
@@ -135,8 +149,10 @@ def test_a_model_that_fails_leaves_no_memory_behind(llm, fail_at, texts):
         assert str(error) == "injected"
     else:
         assert steps <= fail_at, "the failure was swallowed"
-    assert llm.memory.num_slots_reserved == 0
-    assert not llm.scheduler.has_unfinished()
+    assert is_empty(llm)
+    llm.runner.cache.attend = attend
+    answer = llm.generate(requests[0], SamplingParams(max_tokens=4, ignore_eos=True))[0].outputs[0]
+    assert answer.token_ids == alone(texts[0], 4, True), "the engine is not as good as new"
 
 
 def test_a_small_pool_preempts_and_changes_no_text():
@@ -168,7 +184,7 @@ def test_streamed_pieces_join_to_the_final_text(llm, texts, stop):
 @costly(1 / 2)
 @given(llm=engines(), texts=st.lists(prompts, min_size=2, max_size=4), turns=st.lists(st.booleans(), max_size=20))
 def test_two_streams_that_take_turns_lose_no_token(llm, texts, turns):
-    """Whoever steps computes for all; what is the other's is kept for it."""
+    """A step of the one computes for both; each counts the pieces that it has read."""
     half = len(texts) // 2
     params = SamplingParams(max_tokens=6, ignore_eos=True)
     streams = [
@@ -181,13 +197,13 @@ def test_two_streams_that_take_turns_lose_no_token(llm, texts, turns):
     for new in (new for stream in streams for new in stream):
         tokens.setdefault(new.request_id, []).append(new.token_id)
     assert [tokens[str(i)] for i in range(len(texts))] == [alone(text, 6, True) for text in texts]
-    assert llm.memory.num_slots_reserved == 0
+    assert is_empty(llm)
 
 
-def test_a_stream_that_nobody_reads_holds_nothing():
+def test_a_stream_that_is_never_read_holds_nothing():
     llm = engine()
     llm.stream({"prompt_token_ids": [1, 2]})
-    assert not llm.scheduler.has_unfinished()
+    assert is_empty(llm)
 
 
 @costly(1 / 2)
@@ -243,7 +259,7 @@ def test_what_can_never_run_is_refused_with_the_numbers(settings, prompt, max_to
     with pytest.raises(ValueError) as error:
         llm.generate([fine, {"prompt_token_ids": prompt}], SamplingParams(max_tokens=max_tokens))
     assert all(number in str(error.value) for number in ["prompt 1", *numbers]), error.value
-    assert not llm.scheduler.has_unfinished(), "a refused call left something in the queue"
+    assert is_empty(llm)
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:99"])
@@ -267,7 +283,8 @@ def test_a_request_that_just_fits_the_pool_runs():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"cache": "disk"}, "recompute, contiguous, paged"),
+        ({"cache": "disk"}, "contiguous, paged"),
+        ({"cache": "recompute"}, "minipaged demo"),
         ({"dtype": "float32"}, "dtype 'float32' was asked for, and the loaded model has 'float64'"),
         ({"device": "meta"}, "device 'meta' was asked for, and the loaded model has 'cpu'"),
         ({"backend": "cuda"}, "'cuda'"),
@@ -281,7 +298,7 @@ def test_a_request_that_just_fits_the_pool_runs():
         ({"preemption": "hope"}, "'hope'"),
         ({"preemption": "swap", "cache": "contiguous"}, "cache is 'contiguous'"),
         ({"watermark": 1.0}, "1.0"),
-        ({"trace": True, "cache": "recompute"}, "cache is 'recompute'"),
+        ({"trace": True, "cache": "contiguous"}, "cache is 'contiguous'"),
         ({"max_model_len": 513}, "2 to 512, got 513"),
         ({"max_model_len": 1}, "got 1"),
         ({"cache": "contiguous", "num_blocks": 2, "max_model_len": 64}, "2 * 16 = 32 slots"),

@@ -8,16 +8,18 @@ from math import log
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alone import alone, beams_alone
 from minipaged import LLM, BeamSearchParams, SamplingParams
-from minipaged.engine.sampling import draw, logprobs, penalised, probabilities, random
-from minipaged.engine.sequence import CompletionOutput, Sequence
-from minipaged.kvcache import RecomputeCache
-from minipaged.model.contract import Scheduled, make_step
+from minipaged.cdiv import cdiv
+from minipaged.engine.sampling import draw, logprobs, penalised, probabilities, sample, uniform
+from minipaged.engine.sequence import Sequence, Token
 from minipaged.model.load import TINY, Model, load_model, tiny_transformer
+from minipaged.model.recompute import next_logits
 from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer
+from minipaged.viz.replay import at
 
 pytestmark = pytest.mark.ch10
 
@@ -81,31 +83,39 @@ def test_a_long_tail_is_sorted_as_far_as_top_p_needs():
 
 @given(
     weights=st.lists(st.sampled_from((0.0, 1e-30, 0.1, 0.3, 1.0)), min_size=1, max_size=8).filter(any),
-    uniform=st.floats(0.0, 1.0, exclude_max=True),
+    number=st.floats(0.0, 1.0, exclude_max=True),
 )
-def test_a_draw_is_where_the_running_sum_passes_the_number(weights, uniform):
+def test_a_draw_is_where_the_running_sum_passes_the_number(weights, number):
     row = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    token = draw(row[None], [uniform])[0]
+    token = draw(row[None], [number])[0]
     assert row[token] > 0, "a token of no probability was drawn"
-    assert float(row[:token].sum()) <= uniform + 1e-12
-    assert uniform <= float(row[: token + 1].sum()) + 1e-12
+    assert float(row[:token].sum()) <= number + 1e-12
+    assert number <= float(row[: token + 1].sum()) + 1e-12
 
 
 def test_what_is_drawn_follows_the_distribution():
     """10,000 positions of one request. A share of p has a spread of sqrt(p (1 - p) / 10,000), at most 0.005."""
     row = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
-    tokens = draw(row.expand(10_000, -1), [random(1, 0, position) for position in range(10_000)])
+    tokens = draw(row.expand(10_000, -1), [uniform(1, 0, position) for position in range(10_000)])
     shares = np.bincount(tokens, minlength=4) / 10_000
     assert np.abs(shares - row.numpy()).max() < 5 * 0.005
 
 
 @given(st.integers(-(2**70), 2**70), st.integers(0, 100), st.integers(0, 10_000))
 def test_every_token_has_a_random_number_of_its_own(seed, index, position):
-    number = random(seed, index, position)
+    number = uniform(seed, index, position)
     assert 0.0 <= number < 1.0
-    assert number == random(seed, index, position)
-    others = (random(seed + 1, index, position), random(seed, index + 1, position), random(seed, index, position + 1))
+    assert number == uniform(seed, index, position)
+    others = (
+        uniform(seed + 1, index, position),
+        uniform(seed, index + 1, position),
+        uniform(seed, index, position + 1),
+    )
     assert number not in others
+
+
+def tokens(token_ids):
+    return [Token(token_id, None, 0.0) for token_id in token_ids]
 
 
 @given(
@@ -117,8 +127,8 @@ def test_every_token_has_a_random_number_of_its_own(seed, index, position):
 def test_the_penalty_makes_what_was_seen_less_likely_once(logits, prompt, output, penalty):
     before = torch.tensor([logits, logits], dtype=torch.float64)
     seqs = [
-        Sequence("0", prompt, SamplingParams(repetition_penalty=penalty), CompletionOutput(0, token_ids=output)),
-        Sequence("1", prompt, SamplingParams(), CompletionOutput(0, token_ids=output)),
+        Sequence("0", 0, prompt, SamplingParams(repetition_penalty=penalty), outputs=tokens(output)),
+        Sequence("1", 0, prompt, SamplingParams(), outputs=tokens(output)),
     ]
     original = before.clone()
     after = penalised(before, seqs)
@@ -141,6 +151,35 @@ def test_logprobs_are_the_chosen_token_and_the_likeliest(logits, token, number):
     if number:
         worst = min(value for i, value in found.items() if i != token or len(found) == min(number, 5))
         assert all(float(expected[i]) <= worst + 1e-9 for i in range(5) if i not in found)
+
+
+class Refused:
+    """Among the stop tokens or temperatures of one sequence: whatever is asked of it fails."""
+
+    def __gt__(self, other):
+        raise LookupError("injected")
+
+    __ne__ = __gt__
+
+
+@given(
+    logits=st.lists(st.lists(numbers(-9, 9), min_size=4, max_size=4), min_size=1, max_size=5),
+    failing=st.sets(st.integers(0, 4)),
+    temperature=st.sampled_from((0.0, 1.0)),
+)
+def test_a_sequence_that_fails_fails_alone(logits, failing, temperature):
+    """The others get the tokens that they get without it."""
+    scores = torch.tensor(logits, dtype=torch.float64)
+    seqs = [
+        Sequence(str(i), 0, [i % 4], SamplingParams(temperature=temperature, logprobs=2), seed=i)
+        for i in range(len(logits))
+    ]
+    expected = [token[:2] for token in sample(scores, seqs)]
+    for i in failing & set(range(len(seqs))):
+        object.__setattr__(seqs[i].params, "repetition_penalty", Refused())
+    found = sample(scores, seqs)
+    for i, token in enumerate(found):
+        assert isinstance(token, LookupError) if i in failing else token[:2] == expected[i]
 
 
 # ---- in the engine ----------------------------------------------------------------------------------------------
@@ -190,7 +229,7 @@ def test_each_sample_of_a_request_is_what_it_is_alone(prompt, n, seed):
     params = SamplingParams(n=n, temperature=2.0, seed=seed, max_tokens=5, ignore_eos=True)
     request = {"prompt_token_ids": prompt}
     some = engine().generate(request, params)[0].outputs
-    more = engine(cache="recompute").generate(request, replace(params, n=n + 1))[0].outputs
+    more = alone(tiny(), prompt, replace(params, n=n + 1)).outputs
     assert [o.token_ids for o in some] == [o.token_ids for o in more[:n]]
 
 
@@ -209,11 +248,8 @@ def small_model():
 
 
 @cache
-def next_logprobs(tokens):
-    model = small_model().transformer
-    with torch.inference_mode():
-        hidden = model(make_step([Scheduled(tokens, 0)], 0, torch.device("cpu")), RecomputeCache())
-        return model.logits(hidden[-1:])[0].log_softmax(-1).tolist()
+def next_logprobs(text):
+    return next_logits(small_model().transformer, [text])[0].log_softmax(-1).tolist()
 
 
 def all_texts(prompt, max_tokens):
@@ -225,7 +261,7 @@ def all_texts(prompt, max_tokens):
                 yield list(text), sum(next_logprobs(prompt + text[:i])[text[i]] for i in range(length))
 
 
-@pytest.mark.parametrize("cache", ["paged", "recompute"])
+@pytest.mark.parametrize("cache", ["paged", "contiguous"])
 @given(
     prompt=st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=4).map(tuple),
     length_penalty=st.sampled_from((0.0, 0.5, 1.0, 2.0)),
@@ -251,11 +287,11 @@ def test_beams_that_share_blocks_find_what_beams_without_a_cache_find(prompt, wi
     params = BeamSearchParams(width, max_tokens=max_tokens, ignore_eos=True)
     paged = engine(block_size=block_size)
     found = paged.beam_search({"prompt_token_ids": prompt}, params)[0].outputs
-    expected = engine(cache="recompute").beam_search({"prompt_token_ids": prompt}, params)[0].outputs
+    expected = beams_alone(tiny(), prompt, params, 64)
     assert [o.token_ids for o in found] == [o.token_ids for o in expected]
     assert [o.score for o in found] == pytest.approx([o.score for o in expected])
     assert [o.index for o in found] == list(range(width))
-    assert paged.memory.num_slots_reserved == 0
+    assert not paged.blocks.tables and paged.blocks.num_free == paged.blocks.num_blocks
 
 
 def test_one_beam_is_greedy():
@@ -275,16 +311,51 @@ def test_early_stopping_ends_with_the_first_hypotheses():
 
 
 def test_beams_live_in_fewer_blocks_than_as_many_samples():
-    llm = engine(block_size=2, max_num_seqs=8)
-    answer = llm.add_request({"prompt_token_ids": list(range(9))}, BeamSearchParams(4, max_tokens=12, ignore_eos=True))
+    llm = engine(block_size=2, max_num_seqs=8, trace=True)
+    llm.beam_search({"prompt_token_ids": list(range(9))}, BeamSearchParams(4, max_tokens=12, ignore_eos=True))
     shared = 0
-    while not answer.finished:
-        llm.step()
-        blocks = [llm.memory.blocks(seq.seq_id) for group in llm.scheduler.running for seq in group.seqs]
-        entries = [block for table in blocks for block in table]
-        if len(blocks) == 4:
+    for place, event in enumerate(llm.trace.events):
+        if event["event"] == "schedule" and len(event["seqs"]) == 4:
+            tables = at(llm.trace, place).tables
+            entries = [block for table in tables.values() for block in table]
             shared = max(shared, 1 - len(set(entries)) / len(entries))
     assert shared > 0.4, f"only {shared:.0%} of the entries of four tables name a shared block"
+
+
+@given(
+    texts=st.lists(prompts, min_size=1, max_size=3),
+    width=st.integers(1, 3),
+    max_tokens=st.integers(1, 6),
+    cache=st.sampled_from(("paged", "contiguous")),
+    spare=st.integers(0, 10),
+    after=st.integers(0, 4),
+)
+@settings(max_examples=max(1, settings().max_examples // 2))
+def test_searches_beside_a_request_find_what_they_find_alone(texts, width, max_tokens, cache, spare, after):
+    """In a pool that is hardly larger than what the request and the longest search need: searches are preempted, and
+    the request keeps its blocks, and its text."""
+    block_size = 64 if cache == "contiguous" else 2
+    longest = max(map(len, texts)) + max_tokens - 1
+    llm = engine(
+        cache=cache, block_size=block_size, num_blocks=cdiv(9, block_size) + width * cdiv(longest, block_size) + spare
+    )
+    prompt, params = [5, 6, 7], SamplingParams(max_tokens=6, ignore_eos=True)
+    request = llm.add_request({"prompt_token_ids": prompt}, params)
+    for _ in range(after):
+        llm.step()
+    held = llm.blocks.blocks(request.seqs[0].seq_id)
+    search = BeamSearchParams(width, max_tokens=max_tokens, ignore_eos=True)
+    outputs = llm.beam_search([{"prompt_token_ids": text} for text in texts], search)
+    for text, output in zip(texts, outputs, strict=True):
+        found, expected = output.outputs, beams_alone(tiny(), text, search, 64)
+        assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+        assert [o.score for o in found] == pytest.approx([o.score for o in expected])
+        assert [o.text for o in found] == [o.text for o in expected]
+    assert llm.blocks.blocks(request.seqs[0].seq_id) == held
+    while llm.has_unfinished():
+        llm.step()
+    assert request.output().outputs[0].token_ids == alone(tiny(), prompt, params).outputs[0].token_ids
+    assert not llm.blocks.tables
 
 
 @pytest.mark.parametrize(
@@ -302,6 +373,11 @@ def test_search_fields_out_of_range_are_refused(fields, said):
     assert said in str(error.value)
 
 
-def test_a_search_needs_blocks_that_can_be_shared():
-    with pytest.raises(ValueError, match="use paged"):
-        engine(cache="contiguous").beam_search("a", BeamSearchParams(2))
+def test_a_search_is_refused_with_the_numbers_where_the_blocks_do_not_suffice():
+    llm = engine(num_blocks=5)
+    with pytest.raises(
+        ValueError, match="2 beams of up to 9 stored tokens may take 6 blocks of 4 tokens, and 5 are free"
+    ):
+        llm.beam_search({"prompt_token_ids": [1] * 4}, BeamSearchParams(2, max_tokens=6))
+    with pytest.raises(ValueError, match="beam_width is 9, and at most 8"):
+        engine(max_num_seqs=8).beam_search("a", BeamSearchParams(9))

@@ -11,6 +11,7 @@ from minipaged.model.transformer import ModelConfig
 DEFAULT_POOL_BYTES = 1 << 30  # K and V of all layers; the system commits a page of it when it is first written
 CACHES = ("contiguous", "paged")
 BACKENDS = ("auto", "torch", "triton")
+PREEMPTIONS = ("recompute", "swap")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def make_cache_config(
 ) -> CacheConfig:
     """Fill in what was left open. Raises ValueError for an argument that does not fit the others or the model."""
     check_cache(cache)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    for name, value, known in (("backend", backend, BACKENDS), ("preemption", preemption, PREEMPTIONS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     for name, value, of_paged in (("backend", backend, "triton"), ("preemption", preemption, "swap")):
         if value == of_paged and cache != "paged":
             raise ValueError(f"{name} {value!r} is of the paged cache, and cache is {cache!r}")
