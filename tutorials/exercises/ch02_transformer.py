@@ -124,7 +124,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
-        # Not filled: whoever builds a model brings its weights, and torch needs a second to draw some on device "meta".
+        # Not filled: its weights come from elsewhere, and torch needs a second to draw some on device "meta".
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))

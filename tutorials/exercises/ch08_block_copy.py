@@ -39,7 +39,7 @@ def copy_blocks(
 
     caches [num_blocks, num_kv_heads, block_size, head_dim] of one layer, or [num_layers, num_blocks, ...]: then a
     block's number means the same block in all layers, and one launch serves them all. A target may stand in `copies`
-    once and may be nobody's source, since programs run in no order.
+    once and may be no other's source, since programs run in no order.
     Raises ValueError for what does not fit before anything is copied; a tensor's numbers are looked at only with
     `check`, which has to wait for the device, a list's always.
     """

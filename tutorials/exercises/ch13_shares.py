@@ -1,4 +1,4 @@
-"""Chapter 13. Who holds what: heads, inner columns and words of the vocabulary, divided over ranks.
+"""Chapter 13. Which rank holds what: heads, inner columns and words of the vocabulary, divided over ranks.
 
     SmolLM2 on 2 ranks     query heads  0 1 2 3 4 5 | 6 7 8        tiny on 3 ranks     0 | 1 | 2 3
                            KV heads     0     1     | 2                                0 | 0 |  1
@@ -31,6 +31,7 @@ from itertools import pairwise
 
 import torch
 
+from minipaged.cdiv import cdiv
 from minipaged.model.transformer import ModelConfig
 
 INNER_UNIT = 32  # columns; most quantised formats keep as many numbers in a block, and a cut through one is a loss
@@ -85,9 +86,9 @@ class StepTraffic:
 
 
 def step_traffic(config: ModelConfig, size: int, num_tokens: int, num_ends: int, dtype: torch.dtype) -> StepTraffic:
-    """Of a step of num_tokens tokens, of which num_ends are somebody's last. Nothing where there is one rank.
+    """Of a step of num_tokens tokens, num_ends of them the last of a sequence. None where there is one rank.
 
     all-reduces: one after the embedding, two in each layer, of [num_tokens, hidden_size].
-    gather: one, where anybody's logits are wanted, of [num_ends, ceil(vocab_size / size)].
+    gather: one, where any logits are needed, of [num_ends, ceil(vocab_size / size)].
     """
     raise NotImplementedError("ch13: step_traffic")
