@@ -22,7 +22,7 @@ from typing import Any
 from minipaged.cdiv import cdiv
 
 REPORT = "MINIPAGED_COURSE_REPORT"  # an environment variable: the file to write the findings to
-CALLS_UP_TO = 200  # of one example: what is longer is nobody's smallest script
+CALLS_UP_TO = 200  # of one example: what is longer is no smallest script
 
 # What only looks is noted too, but only the last of it is shown.
 LOOKS = {
@@ -163,9 +163,9 @@ def _watched_method(method: Callable[..., Any], name: str) -> Callable[..., Any]
             return _run(method, (self, *arguments), options, lambda: f"{log.name(self)} = {kind}({said})", False)
         if getattr(self, "__dict__", {}).get(_MADE_AS, id(self)) != id(self):  # a copy, which a test looks into
             return method(self, *arguments, **options)
-        who = log.name(self)
+        own_name = log.name(self)
         said = _arguments(arguments, options)
-        return _run(method, (self, *arguments), options, lambda: f"{who}.{name}({said})", name in LOOKS)
+        return _run(method, (self, *arguments), options, lambda: f"{own_name}.{name}({said})", name in LOOKS)
 
     return watched
 
