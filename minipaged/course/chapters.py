@@ -19,7 +19,7 @@ class Exercise:
 
     file: str
     module: str
-    minutes: int  # about, for somebody who has read the chapter
+    minutes: int  # about, for a reader of the chapter
     blank: tuple[str, ...] = ()  # what the learner writes; empty: every public function and method
     given: tuple[str, ...] = ()  # what stays, where `blank` is empty
     left_out: tuple[str, ...] = ()

@@ -105,7 +105,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "minipaged/attention/contiguous.py",
         "if num_queries <= 1 and sliding_window is None:",
-    ): "nobody asks with no query: every caller leaves such a sequence out",
+    ): "it is never asked with no query: every caller leaves such a sequence out",
     (
         "minipaged/attention/online_softmax.py",
         "scores = q @ key.transpose(-1, 2) * scale  # [num_kv_heads, group, num_queries, tokens]",

@@ -297,7 +297,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             r"",
             (
                 "Read the invariant of the class, and count: does it hold after each line of the script?",
-                "blocks is a copy: whoever changes it must not change your table.",
+                "blocks is a copy: a caller that changes it must not change your table.",
                 "len(blocks) == ceil(num_tokens / block_size), and one reference to each of them, after every call.",
             ),
         ),
@@ -439,7 +439,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
         Topic(
             r"copies to make|writes_alone|copied|copy|not what was written|beam",
             (
-                "Two tables name the last block. Who may write into it?",
+                "Two tables name the last block. Which of them may write into it?",
                 "Neither. A table that appends takes a block of its own, names the copy, and says what is to be "
                 "copied.",
                 "If tokens begin inside a last block with ref_count > 1: own = allocate(), free(shared), "
@@ -580,8 +580,8 @@ HINTS: dict[int, tuple[Topic, ...]] = {
         Topic(
             r"test_parts",
             (
-                "Deal 7 things to 3 ranks. How many does each get, and who gets the one that is left?",
-                "total // size for everybody, and one more for the first total % size of them.",
+                "Deal 7 things to 3 ranks. How many does each get, and which gets the one that is left?",
+                "total // size for each, and one more for the first total % size of them.",
                 "Run i begins at i * (total // size) + min(i, total % size), and ends where the next one begins.",
             ),
         ),
@@ -638,7 +638,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
         Topic(
             r"row_of_every_word|embed_tokens",
             (
-                "Who has the row of word 7? What do the others bring to the sum?",
+                "Which rank has the row of word 7? What do the others bring to the sum?",
                 "Word w is row w - start of this rank's table, if that is from 0 to len(weight) - 1. All others bring "
                 "zeros, and they cannot look up a row that they do not have.",
                 "row = token_ids - start; elsewhere = (row < 0) | (row >= len(weight)); look up "
@@ -649,10 +649,10 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             r"score_of_every_word|other logits|gather",
             (
                 "Ranks have unequal numbers of words. Can a gather take tensors of unequal shapes?",
-                "Everybody sends as many columns as the longest has; rank 0 cuts each to its length, and joins them in "
-                "the order of the ranks. A step in which nobody ends sends nothing.",
+                "Each rank sends as many columns as the longest has; rank 0 cuts each to its length, and joins them in "
+                "the order of the ranks. A step in which no sequence ends sends nothing.",
                 "sent = F.pad(scores, (0, self.lengths[0] - scores.shape[1])); torch.cat of part[:, :length] along "
-                "dim 1; with no row return scores.new_empty(0, sum(self.lengths)) before anybody calls gather.",
+                "dim 1; with no row return scores.new_empty(0, sum(self.lengths)) before any rank calls gather.",
             ),
         ),
         Topic(

@@ -38,7 +38,7 @@ def hunt(number: int | None, folder: Path, answer: str | None, console: Console)
 
 
 def in_order(bugs: list[Bug]) -> list[Bug]:
-    """By chapter, and within one by chance that is the same for everybody."""
+    """By chapter, and within one by chance that is the same for every learner."""
     return sorted(bugs, key=lambda bug: (bug.chapter, sha256(bug.name.encode()).digest()))
 
 

@@ -1,4 +1,4 @@
-"""A learner's file stands for a module of ours, everywhere: the import system is asked before anybody imports it.
+"""A learner's file stands for a module of ours, everywhere: the import system is asked before it is imported.
 
     import minipaged.memory.block_table
         |
@@ -158,7 +158,7 @@ def _stub(message: str, like: Any) -> Any:
 
 
 class _MissingProperty:
-    """Unlike a property it gives way to an attribute of the same name, which is as good."""
+    """Unlike a property it is hidden by an attribute of the same name, which is as good."""
 
     def __init__(self, message: str):
         self.message = message
@@ -182,7 +182,7 @@ def not_written(error: BaseException | None) -> str | None:
 
 
 def public_functions(module: ModuleType) -> list[tuple[str, Any]]:
-    """The module's own public functions, for whoever wants to look at what they are called with."""
+    """The module's own public functions, so that their calls can be noted."""
     return [
         (name, value)
         for name, value in vars(module).items()

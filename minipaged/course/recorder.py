@@ -22,14 +22,14 @@ from typing import Any
 from minipaged.cdiv import cdiv
 
 REPORT = "MINIPAGED_COURSE_REPORT"  # an environment variable: the file to write the findings to
-CALLS_UP_TO = 200  # of one example: what is longer is nobody's smallest script
+CALLS_UP_TO = 200  # of one example: what is longer is no smallest script
 
 # What only looks is noted too, but only the last of it is shown.
 LOOKS = {
     "ref_count", "slot", "blocks_needed", "match", "num_tokens", "num_free_for", "reservation", "can_allocate",
     "account", "split", "indices", "table_bytes", "dense_bytes", "sparse_bytes", "is_mapped", "frame", "translate",
     "load", "num_mappings", "kv_bytes_per_token", "check", "finish", "num_evictable", "blocks", "blocks_for",
-    "can_ever_fit", "get_computed_blocks", "block_keys", "is_swapped",
+    "can_ever_fit", "get_computed_blocks", "prefix_of", "block_keys", "is_swapped",
 }  # fmt: skip
 NO_EVENTS = {"__init__", "update_from_output"}  # an object is made; the second half of a step, which `schedule` counts
 WATCHED = {  # classes whose methods make a script
@@ -163,9 +163,9 @@ def _watched_method(method: Callable[..., Any], name: str) -> Callable[..., Any]
             return _run(method, (self, *arguments), options, lambda: f"{log.name(self)} = {kind}({said})", False)
         if getattr(self, "__dict__", {}).get(_MADE_AS, id(self)) != id(self):  # a copy, which a test looks into
             return method(self, *arguments, **options)
-        who = log.name(self)
+        own_name = log.name(self)
         said = _arguments(arguments, options)
-        return _run(method, (self, *arguments), options, lambda: f"{who}.{name}({said})", name in LOOKS)
+        return _run(method, (self, *arguments), options, lambda: f"{own_name}.{name}({said})", name in LOOKS)
 
     return watched
 

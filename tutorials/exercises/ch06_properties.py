@@ -21,7 +21,7 @@ from minipaged.memory.block_table import BlockTable
 def test_free_and_used_blocks_are_the_whole_pool(data):
     """Whatever is allocated, shared and freed: num_free is the number of blocks that no table names.
 
-    Refuses: a reference count that is not raised, and a block that is freed while somebody still names it.
+    Refuses: a reference count that is not raised, and a block that is freed while a table still names it.
     """
     raise NotImplementedError("ch06: test_free_and_used_blocks_are_the_whole_pool")
 
