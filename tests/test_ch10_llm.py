@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from alone import alone as answer_alone
+from alone import beams_alone
 from minipaged import LLM, BeamSearchParams, SamplingParams
+from minipaged.cdiv import cdiv
 from minipaged.memory.trace import Trace
 from minipaged.model.load import load_model
 from minipaged.viz.replay import at
@@ -28,20 +31,30 @@ def tiny():
 
 def engine(**settings):
     llm = LLM(tiny(), **{"max_model_len": CONTEXT, "block_size": 4, **settings})
-    for name in ("key_cache", "value_cache"):
-        if hasattr(llm.cache, name):
-            getattr(llm.cache, name).fill_(torch.nan)
+    for tensor in (llm.runner.cache.key_cache, llm.runner.cache.value_cache):
+        tensor.fill_(torch.nan)
     return llm
 
 
 @cache
-def alone(prompt, params, seed=None):
+def alone(prompt, params):
     """A request by itself, with no cache: the tokens of its samples, or of its hypotheses."""
-    llm = LLM(tiny(), max_model_len=CONTEXT, cache="recompute")
-    request = {"prompt_token_ids": list(prompt)}
     if isinstance(params, BeamSearchParams):
-        return [o.token_ids for o in llm.beam_search(request, params)[0].outputs]
-    return [o.token_ids for o in llm.generate(request, params)[0].outputs]
+        return [o.token_ids for o in beams_alone(tiny(), prompt, params, CONTEXT)]
+    return [o.token_ids for o in answer_alone(tiny(), prompt, params, max_model_len=CONTEXT).outputs]
+
+
+class Refusing(tuple):
+    """Stop tokens that fail when a token of the residue class is looked up: only the sequence that has them fails."""
+
+    def __contains__(self, token):
+        if token % 4 == self[0]:
+            raise LookupError("injected")
+        return False
+
+
+def refusing(residue):
+    return SamplingParams(max_tokens=8, ignore_eos=True, stop_token_ids=Refusing([residue]))
 
 
 class Failing:
@@ -73,7 +86,7 @@ prompts = (
 greedy = st.builds(SamplingParams, max_tokens=st.integers(1, 8), ignore_eos=st.just(True))
 sampled = st.builds(
     SamplingParams,
-    n=st.integers(1, 3),
+    n=st.integers(1, 4),
     temperature=st.sampled_from((0.7, 2.0)),
     top_p=st.sampled_from((0.9, 1.0)),
     repetition_penalty=st.sampled_from((1.0, 1.3)),
@@ -89,10 +102,10 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize(
         block_size=st.sampled_from((1, 2, 3, 16)),
-        extra_blocks=st.integers(0, 20),
+        extra_blocks=st.integers(0, 40),
         caching=st.booleans(),
         host=st.none() | st.integers(1, 30),
-        max_num_seqs=st.integers(3, 6),
+        max_num_seqs=st.integers(1, 6),
         extra_budget=st.integers(0, 20),
         watermark=st.sampled_from((0.0, 0.2)),
     )
@@ -100,7 +113,7 @@ class EngineMachine(RuleBasedStateMachine):
         longest = 14 + 8
         self.llm = engine(
             block_size=block_size,
-            num_blocks=3 * -(-longest // block_size) + extra_blocks,
+            num_blocks=cdiv(longest, block_size) + extra_blocks,
             enable_prefix_caching=caching,
             preemption="recompute" if host is None else "swap",
             num_host_blocks=host,
@@ -109,87 +122,116 @@ class EngineMachine(RuleBasedStateMachine):
             watermark=watermark,
             trace=True,
         )
-        self.failing = Failing(self.llm.cache)
-        self.asked = []  # (answer, prompt, params)
-        self.given = {}  # (request, sample) -> tokens that steps gave
+        self.failing = Failing(self.llm.runner.cache)
+        self.asked = []  # (request, prompt, params)
+        self.pieces = {}  # sequence -> what a reader of its stream got, counted
 
-    @rule(prompt=prompts, params=greedy | sampled | searches)
+    def attempt(self, call):
+        """A call in which the model may fail. Returns whether it did."""
+        try:
+            call()
+        except RuntimeError as error:
+            assert str(error) == "injected"
+            return True
+        finally:
+            self.failing.countdown = None
+        return False
+
+    @rule(prompt=prompts, params=greedy | sampled | st.integers(0, 3).map(refusing))
     def ask(self, prompt, params):
-        answer = self.llm.add_request({"prompt_token_ids": list(prompt)}, params)
-        self.asked.append((answer, prompt, params))
+        request = self.llm.add_request({"prompt_token_ids": list(prompt)}, params)
+        self.asked.append((request, prompt, params))
+        self.pieces |= {seq: [] for seq in request.seqs}
+
+    @rule(texts=st.lists(prompts, min_size=1, max_size=2), params=searches, layer=st.none() | st.integers(1, 12))
+    def search(self, texts, params, layer):
+        """Whole searches beside the requests; the model may fail in the middle."""
+        blocks, found = self.llm.blocks, []
+        self.failing.countdown = layer
+        try:
+            request = [{"prompt_token_ids": list(text)} for text in texts]
+            failed = self.attempt(lambda: found.append(self.llm.beam_search(request, params)))
+        except ValueError:
+            needed = max(params.beam_width * blocks.blocks_for(len(text) + params.max_tokens - 1) for text in texts)
+            assert needed > blocks.num_free or params.beam_width > self.llm.scheduler.max_num_seqs
+            return
+        if not failed:
+            for text, output in zip(texts, found[0], strict=True):
+                assert [o.token_ids for o in output.outputs] == alone(text, params)
 
     @precondition(lambda self: self.unfinished())
     @rule(times=st.integers(1, 4))
     def step(self, times):
         for _ in range(times):
-            self.take(self.llm.step())
+            had = {seq: len(seq.outputs) for seq in self.pieces}
+            got = self.llm.step()
+            assert {seq for seq in had if len(seq.outputs) > had[seq] or (seq in got and seq.error)} == set(got)
+            self.read()
 
-    def take(self, new):
-        for item in new:
-            self.given.setdefault((item.request_id, item.index), []).append(item.token_id)
+    def read(self):
+        for seq, pieces in self.pieces.items():
+            pieces += seq.pieces(len(pieces))
 
     @precondition(lambda self: self.unfinished())
     @rule(data=st.data())
     def abort(self, data):
-        answer = data.draw(st.sampled_from(self.unfinished()))
-        self.llm.abort(answer.request_id)
-        assert answer.finished
-        assert {o.finish_reason for o in answer.outputs} >= {"abort"}
+        chosen = data.draw(st.lists(st.sampled_from(self.unfinished()), min_size=1, max_size=3))
+        self.llm.abort(*(request.request_id for request in chosen))
+        for request in chosen:
+            assert request.finished and request.request_id not in self.llm.requests
+            assert {o.finish_reason for o in request.output().outputs} >= {"abort"}
 
     @precondition(lambda self: self.unfinished())
     @rule(layer=st.integers(1, 4))
     def fail(self, layer):
         self.failing.countdown = layer
-        try:
-            self.take(self.llm.step())
-        except RuntimeError as error:
-            assert str(error) == "injected"
-        self.failing.countdown = None
+        self.attempt(self.llm.step)
 
     def unfinished(self):
-        return [answer for answer, _, _ in self.asked if not answer.finished]
+        return [request for request, _, _ in self.asked if not request.finished]
 
     @invariant()
     def what_is_finished_is_what_it_is_alone(self):
-        for answer, prompt, params in getattr(self, "asked", []):
-            if answer.finished and "abort" not in {o.finish_reason for o in answer.outputs}:
-                tokens = [output.token_ids for output in answer.outputs]
-                assert tokens == alone(prompt, params)
-                if isinstance(params, SamplingParams):
-                    assert tokens == [self.given[answer.request_id, i] for i in range(params.n)], (
-                        "a token was not given"
-                    )
-            elif not answer.finished and isinstance(params, SamplingParams):
-                for output, whole in zip(answer.outputs, alone(prompt, params), strict=True):
-                    assert output.token_ids == whole[: len(output.token_ids)]
+        for request, prompt, params in getattr(self, "asked", []):
+            whole = alone(prompt, replace(params, stop_token_ids=()))
+            for output, tokens, seq in zip(request.output().outputs, whole, request.seqs, strict=True):
+                assert output.token_ids == tokens[: len(output.token_ids)]
+                if output.finish_reason in ("stop", "length"):
+                    assert output.token_ids == tokens
+                self.pieces[seq] += seq.pieces(len(self.pieces[seq]))
+                pieces = self.pieces[seq]
+                given = [piece.token_id for piece in pieces if piece.token_id is not None]
+                assert given == output.token_ids, "a token was not given, or twice"
+                if output.finish_reason:
+                    assert "".join(piece.text for piece in pieces) == output.text
+                    assert [piece.finish_reason for piece in pieces if piece.finish_reason] == [output.finish_reason]
+                    assert (output.error is not None) == (output.finish_reason == "error")
 
     @invariant()
-    def the_trace_tells_who_holds_what(self):
+    def the_trace_tells_which_sequence_holds_which_blocks(self):
         if getattr(self, "llm", None) and self.llm.trace.events:
             state = at(self.llm.trace, -1)  # raises where an event contradicts what was there
-            held = {}
-            for group in self.llm.scheduler.groups.values():
-                for seq in group.seqs:
-                    if blocks := self.llm.memory.blocks(seq.seq_id):
-                        held[seq.seq_id] = blocks
-            assert {**state.tables, **state.host_tables} == held
+            held = {seq_id: table.blocks for seq_id, table in self.llm.blocks.tables.items() if table.blocks}
+            told = {**state.tables, **state.host_tables}
+            assert {seq_id: blocks for seq_id, blocks in told.items() if blocks} == held
 
     def teardown(self):
         if not hasattr(self, "llm"):
             return
         for _ in range(2_000):
-            if not self.unfinished():
+            if not self.llm.has_unfinished():
                 break
-            self.take(self.llm.step())
+            self.llm.step()
         assert not self.unfinished(), "it does not end"
+        self.llm.step()  # a search that failed is cleaned up by the next call
         self.what_is_finished_is_what_it_is_alone()
-        assert self.llm.memory.num_slots_reserved == 0
-        assert not self.llm.scheduler.has_unfinished()
+        assert not self.llm.blocks.tables and not self.llm.requests
         metrics = self.llm.metrics()
         assert (
             metrics.num_blocks_used == metrics.num_host_blocks_used == metrics.num_running == metrics.num_waiting == 0
         )
-        assert metrics.num_finished + metrics.num_aborted == len(self.asked)
+        assert metrics.num_finished + metrics.num_aborted + metrics.num_failed == len(self.asked)
+        assert metrics.num_tokens_generated == sum(len(seq.outputs) for seq in self.pieces)
 
 
 TestEngine = EngineMachine.TestCase
@@ -201,43 +243,44 @@ def test_after_a_long_life_with_aborts_and_failures_every_block_is_free(num_requ
     """No property with a shrunk script, but a long life: what leaks one block in a thousand requests shows here."""
     rng = random.Random(0)
     llm = engine(num_blocks=30, max_num_seqs=16, max_num_batched_tokens=64, preemption="swap", num_host_blocks=4)
-    failing = Failing(llm.cache)
-    llm.cache.key_cache.nan_to_num_(), llm.cache.value_cache.nan_to_num_()
-    answers = {}
-    num_asked = num_failures = num_aborts = 0
-    while num_asked < num_requests or answers:
-        while len(answers) < 24 and num_asked < num_requests:
+    failing = Failing(llm.runner.cache)
+    llm.runner.cache.key_cache.nan_to_num_(), llm.runner.cache.value_cache.nan_to_num_()
+    requests = []
+    num_asked = num_failures = num_aborts = num_searches = 0
+    while num_asked < num_requests or requests:
+        while len(requests) < 24 and num_asked < num_requests:
             prompt = _prefix[: rng.randrange(11)] + [rng.randrange(256) for _ in range(rng.randrange(1, 4))]
-            if rng.random() < 0.05:
-                params = BeamSearchParams(rng.randrange(1, 4), rng.randrange(1, 3))
-            else:
-                n = rng.choice((1, 1, 1, 2, 3))
-                params = SamplingParams(n=n, temperature=float(n > 1), max_tokens=rng.choice((1, 1, 2, 3, 9)))
-            answer = llm.add_request({"prompt_token_ids": prompt}, params)
-            answers[answer.request_id] = answer
+            n = rng.choice((1, 1, 1, 2, 3))
+            params = SamplingParams(n=n, temperature=float(n > 1), max_tokens=rng.choice((1, 1, 2, 3, 9)))
+            requests.append(llm.add_request({"prompt_token_ids": prompt}, params))
             num_asked += 1
         if rng.random() < 0.05:
             failing.countdown = rng.randrange(1, 3)
         try:
             llm.step()
+            if rng.random() < 0.1:
+                params = BeamSearchParams(rng.randrange(1, 4), rng.randrange(1, 3))
+                llm.beam_search({"prompt_token_ids": _prefix[: rng.randrange(1, 11)]}, params)
+                num_searches += 1
         except RuntimeError:
             num_failures += 1
+        except ValueError:
+            pass  # the requests hold so many blocks that the search is refused
         failing.countdown = None
-        if rng.random() < 0.1 and answers:
-            request_id = rng.choice(list(answers))
-            if not answers[request_id].finished:
-                llm.abort(request_id)
-                num_aborts += 1
-        answers = {request_id: answer for request_id, answer in answers.items() if not answer.finished}
+        requests = [request for request in requests if not request.finished]
+        if rng.random() < 0.1 and requests:
+            llm.abort(rng.choice(requests).request_id)
+            num_aborts += 1
+            requests = [request for request in requests if not request.finished]
     metrics = llm.metrics()
-    events = (num_failures, num_aborts, *metrics.preemptions.values())
+    events = (num_failures, num_aborts, num_searches, *metrics.preemptions.values())
     assert min(events) > num_requests / 1_000, "a quieter life than it should be"
-    assert metrics.num_finished == num_requests - num_aborts
-    assert metrics.num_blocks_used == metrics.num_host_blocks_used == 0
+    assert (metrics.num_finished, metrics.num_aborted) == (num_requests - num_aborts, num_aborts)
+    assert metrics.num_blocks_used == metrics.num_host_blocks_used == 0 and not llm.blocks.tables
     # A block that only the prefix cache remembers has one owner, the cache; every other one has none.
-    owners = [llm.memory.allocator.ref_count(block) for block in range(30)]
+    owners = [llm.blocks.device.ref_count(block) for block in range(30)]
     assert sum(owners) == metrics.num_blocks_cached and set(owners) <= {0, 1}
-    assert all(llm.memory.host.ref_count(block) == 0 for block in range(4))
+    assert all(llm.blocks.host.ref_count(block) == 0 for block in range(4))
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     for prompt in [(1, 2, 3), tuple(_prefix)]:
         assert [o.token_ids for o in llm.generate({"prompt_token_ids": list(prompt)}, params)[0].outputs] == alone(
@@ -245,9 +288,49 @@ def test_after_a_long_life_with_aborts_and_failures_every_block_is_free(num_requ
         )
 
 
+@given(
+    params=st.lists(greedy | sampled, min_size=1, max_size=3),
+    residue=st.integers(0, 3),
+    place=st.integers(0, 3),
+    caching=st.booleans(),
+)
+def test_a_request_that_fails_says_why_and_no_other_fails_or_moves(params, residue, place, caching):
+    """Its tokens so far remain, the one at which it failed among them. The engine does not recover: that would compute
+    the tokens of all requests again."""
+    llm = engine(num_blocks=60, enable_prefix_caching=caching, trace=True)
+    prompt = (1, 2, 3, 4, 5)
+    every = [*params[:place], refusing(residue), *params[place:]]
+    requests = [llm.add_request({"prompt_token_ids": list(prompt)}, each) for each in every]
+    while llm.has_unfinished():
+        llm.step()
+    for request, each in zip(requests, every, strict=True):
+        outputs = request.output().outputs
+        whole = alone(prompt, replace(each, stop_token_ids=()))
+        if isinstance(each.stop_token_ids, Refusing):
+            at_token = next((i for i, token in enumerate(whole[0]) if token % 4 == residue), None)
+            num_failed = int(at_token is not None)
+            assert outputs[0].finish_reason == ("error" if num_failed else "length")
+            assert outputs[0].error == ("LookupError('injected')" if num_failed else None)
+            assert outputs[0].token_ids == whole[0][: at_token + 1 if num_failed else None]
+        else:
+            assert [o.token_ids for o in outputs] == whole and {o.error for o in outputs} == {None}
+    metrics = llm.metrics()
+    assert (metrics.num_finished, metrics.num_failed, metrics.num_aborted) == (len(every) - num_failed, num_failed, 0)
+    assert "reset" not in {event["event"] for event in llm.trace.events} and not llm.blocks.tables
+
+
+def test_a_step_in_which_every_request_fails_returns():
+    llm = engine()
+    [[first, *_]] = alone(tuple(llm.tokenizer.encode("abc")), SamplingParams(max_tokens=1, ignore_eos=True))
+    requests = [llm.add_request("abc", refusing(first % 4)) for _ in range(3)]
+    assert llm.step() == [seq for request in requests for seq in request.seqs]
+    assert {request.output().outputs[0].finish_reason for request in requests} == {"error"}
+    assert not llm.has_unfinished() and llm.metrics().num_failed == 3
+
+
 def test_ctrl_c_in_the_middle_of_a_step_gives_back_everything():
     llm = engine()
-    attend = llm.cache.attend
+    attend = llm.runner.cache.attend
     calls = iter(range(100))
 
     def interrupted(*arguments):
@@ -255,14 +338,28 @@ def test_ctrl_c_in_the_middle_of_a_step_gives_back_everything():
             raise KeyboardInterrupt
         return attend(*arguments)
 
-    llm.cache.attend = interrupted
+    llm.runner.cache.attend = interrupted
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["abc", "def"], SamplingParams(max_tokens=20, ignore_eos=True))
-    assert llm.memory.num_slots_reserved == 0
-    assert not llm.scheduler.has_unfinished()
+    assert not llm.blocks.tables and not llm.has_unfinished()
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     answer = llm.generate("abc", params)[0]
     assert [answer.outputs[0].token_ids] == alone(tuple(answer.prompt_token_ids), params)
+
+
+def test_a_request_is_added_once_and_can_be_aborted_once():
+    llm = engine()
+    request = llm.add_request("abc", SamplingParams(n=2, temperature=1.0))
+    with pytest.raises(ValueError, match="request '0' is there already"):
+        llm.add(request)
+    other = llm.add_request("def")
+    with pytest.raises(ValueError, match="no unfinished request 'x'"):
+        llm.abort(other.request_id, "x")
+    assert list(llm.requests) == ["0", "1"], "a refused abort changed something"
+    llm.abort("0", "1", "0")
+    assert request.finished and other.finished and not llm.has_unfinished()
+    with pytest.raises(ValueError, match="no unfinished request '0'"):
+        llm.abort("0")
 
 
 # ---- prefix cache, chat, streams, abort -------------------------------------------------------------------------
@@ -301,7 +398,7 @@ def test_abort_ends_a_stream_with_what_was_held_back():
     assert len(pieces) == 13
     whole = llm.generate("abc", replace(params, stop=None, max_tokens=12))[0].outputs[0]
     assert "".join(piece.text for piece in pieces) == whole.text
-    assert llm.memory.num_slots_reserved == 0
+    assert not llm.blocks.tables
     with pytest.raises(ValueError, match="no unfinished request"):
         llm.abort(pieces[0].request_id)
 
@@ -344,6 +441,18 @@ def test_metrics_add_up(n, texts):
     assert 0 < metrics.time_to_first_token.mean <= metrics.time_to_first_token.p99 <= passed
     assert 0 < metrics.scheduler_seconds < metrics.step_seconds <= passed
     assert len(metrics.rows()) > 5
+
+
+def test_a_trace_tells_how_much_of_which_sequence_each_step_computes():
+    llm = engine(trace=True, num_blocks=8, block_size=2, max_num_seqs=2, max_num_batched_tokens=4)
+    llm.generate({"prompt_token_ids": [1] * 6}, SamplingParams(max_tokens=2, ignore_eos=True))
+    told = [(event["step"], event["seqs"]) for event in llm.trace.events if event["event"] == "schedule"]
+    assert told == [(1, {"0.0": 4}), (2, {"0.0": 2}), (3, {"0.0": 1})]
+    written = [
+        (event["step"], event["start"], event["count"]) for event in llm.trace.events if event["event"] == "write"
+    ]
+    assert written == [(1, 0, 4), (2, 4, 2), (3, 6, 1)]
+    assert ("finish", 3) in [(event["event"], event["step"]) for event in llm.trace.events]
 
 
 def test_a_run_is_saved_as_a_trace(tmp_path):
