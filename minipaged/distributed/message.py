@@ -8,8 +8,6 @@ The batch is sent as it is, so that every rank computes the very arrays of rank 
 and its row of the block tables.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,14 +23,13 @@ NUM_COUNTS = 8
 def encode(output: SchedulerOutput, batch: ForwardBatch) -> bytes:
     """A step as bytes: the copies of `output`, and the batch."""
     plans = (output.swap_out, output.swap_in, output.copies)
-    arrays: tuple[Any, ...] = (
-        [*_sizes(batch), batch.max_query_len, *map(len, plans)],
-        *(_numbers(tensor) for tensor in (batch.token_ids, batch.positions, batch.query_start_loc, batch.seq_lens)),
-        *(_numbers(tensor) for tensor in (batch.block_tables, batch.slot_mapping, batch.logits_rows)),
-        [number for plan in plans for pair in plan for number in pair],
-    )
+    counts = [*_sizes(batch), batch.max_query_len, *map(len, plans)]
+    tensors = [batch.token_ids, batch.positions, batch.query_start_loc, batch.seq_lens]
+    tensors += [batch.block_tables, batch.slot_mapping, batch.logits_rows]
+    pairs = [number for plan in plans for pair in plan for number in pair]
     # A slot fits in an int32: 2^31 tokens are terabytes of K and V.
-    return TAG + np.concatenate(arrays, dtype=np.int32, casting="unsafe").tobytes()
+    parts = [np.array(counts), *(tensor.cpu().numpy().ravel() for tensor in tensors), np.array(pairs)]
+    return TAG + b"".join(part.astype(np.int32).tobytes() for part in parts)
 
 
 def decode(message: bytes, device: torch.device | str = "cpu") -> tuple[SchedulerOutput, ForwardBatch]:
@@ -53,8 +50,8 @@ def decode(message: bytes, device: torch.device | str = "cpu") -> tuple[Schedule
     def tensor(count: int, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(take(count).copy()).to(device=device, dtype=dtype)
 
-    def copies(count: int) -> Copies:
-        return [(source, target) for source, target in take(2 * count).reshape(-1, 2).tolist()]
+    def copies() -> Copies:
+        return [(source, target) for source, target in take(2 * num_copies.pop(0)).reshape(-1, 2).tolist()]
 
     batch = ForwardBatch(
         token_ids=tensor(num_tokens, torch.int64),
@@ -66,8 +63,7 @@ def decode(message: bytes, device: torch.device | str = "cpu") -> tuple[Schedule
         logits_rows=tensor(num_sampled, torch.int64),
         max_query_len=max_query_len,
     )
-    swap_out, swap_in, forks = map(copies, num_copies)
-    return SchedulerOutput(swap_out=swap_out, swap_in=swap_in, copies=forks), batch
+    return SchedulerOutput(swap_out=copies(), swap_in=copies(), copies=copies()), batch
 
 
 def message_bytes(output: SchedulerOutput, batch: ForwardBatch) -> int:
@@ -83,8 +79,3 @@ def _sizes(batch: ForwardBatch) -> tuple[int, int, int, int]:
 
 def _num_numbers(num_tokens: int, num_seqs: int, max_blocks: int, num_sampled: int, num_copies: int) -> int:
     return NUM_COUNTS + 3 * num_tokens + 2 * num_seqs + 1 + num_seqs * max_blocks + num_sampled + 2 * num_copies
-
-
-def _numbers(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.cpu().numpy().ravel()
-    return array
