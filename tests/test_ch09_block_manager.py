@@ -350,6 +350,41 @@ def test_a_sequence_comes_back_exactly_if_the_blocks_of_all_its_tokens_are_free_
         assert blocks.num_free == left
 
 
+@given(
+    num_tokens=st.integers(1, 12),
+    num_more=st.integers(0, 4),
+    num_used=st.integers(0, 8),
+    num_shared=st.integers(0, 12),
+    reserve=st.integers(0, 3),
+    block_size=BLOCK_SIZES,
+)
+def test_a_sequence_comes_back_to_the_full_blocks_that_another_has(
+    num_tokens, num_more, num_used, num_shared, reserve, block_size
+):
+    """B has forked from A. What they share and A still has costs B nothing: no block, no copy."""
+    blocks = BlockManager(24, block_size, num_host_blocks=12)
+    blocks.allocate_slots("A", num_tokens)
+    blocks.fork("A", "B")
+    blocks.swap_out("B")
+    prefix = blocks.prefix_of("A", min(num_shared, num_tokens))
+    assert prefix == (blocks.blocks("A")[: len(prefix.blocks)], len(prefix.blocks) * block_size)
+    assert prefix.num_tokens <= min(num_shared, num_tokens) < prefix.num_tokens + block_size
+    blocks.allocate_slots("C", num_used * block_size)
+    before, free, lay = everything(blocks), blocks.num_free, blocks.blocks("B")
+    left = free + len(prefix.blocks) - len(range(0, num_tokens + num_more, block_size))
+    came = blocks.swap_in("B", num_tokens + num_more, reserve, prefix)
+    assert (came is not None) == (left >= reserve)
+    if came is None:
+        assert everything(blocks) == before
+        return
+    back = blocks.blocks("B")
+    assert back[: len(prefix.blocks)] == prefix.blocks
+    assert came == list(zip(lay, back, strict=True))[len(prefix.blocks) :]
+    assert not {*back[len(prefix.blocks) :]} & {*blocks.blocks("A"), *blocks.blocks("C")}
+    assert blocks.allocate_slots("B", num_tokens + num_more) == []
+    assert blocks.num_free == left
+
+
 def test_a_refusal_keeps_the_order_of_eviction():
     """Three cached blocks, and the one used longest ago is found again by the request that is refused."""
     blocks = BlockManager(4, 1, enable_prefix_caching=True)

@@ -126,6 +126,46 @@ def test_a_swapped_out_sequence_may_be_released():
     assert (memory.device.num_free, memory.host.num_free, table.num_tokens) == (8, 8, 0)
 
 
+@given(
+    tokens=st.lists(st.integers(0, 9), min_size=1, max_size=16),
+    more=st.lists(st.integers(0, 9), max_size=6),
+    block_size=BLOCK_SIZES,
+    room=st.integers(0, 4),
+    data=st.data(),
+)
+def test_blocks_that_the_device_has_are_named_and_not_copied(tokens, more, block_size, room, data):
+    """The sequence that stayed holds its first tokens in the blocks that both name, and neither block is copied."""
+    memory = Memory(40, 40, block_size)
+    stays = memory.sequence(tokens)
+    moves = stays.fork()
+    memory.pool.copy(moves.append_tokens(len(more)))
+    memory.pool.write(moves, len(tokens), more)
+    memory.out(moves)
+    num_known = data.draw(st.integers(0, len(tokens) // block_size), label="num_known")
+    known = dict(zip(moves.blocks[:num_known], stays.blocks, strict=False))
+    missing = len(moves.blocks) - num_known
+    other = BlockTable(memory.device, block_size)
+    other.append_tokens((memory.device.num_free - room) * block_size)
+    before = memory.state(stays, moves, other)
+    if missing > room:
+        with pytest.raises(OutOfBlocks):
+            memory.swap.swap_in([moves], known)
+        assert memory.state(stays, moves, other) == before
+        return
+    lay = moves.blocks
+    plan = memory.swap.swap_in([moves], known)
+    assert plan == list(zip(lay, moves.blocks, strict=True))[num_known:]
+    memory.host_pool.copy(plan, memory.pool)
+    assert moves.blocks[:num_known] == stays.blocks[:num_known]
+    assert memory.pool.read(moves) == tokens + more and memory.pool.read(stays) == tokens
+    assert memory.host.num_free == 40 and memory.device.num_free == room - missing
+    stays.release()
+    assert memory.pool.read(moves) == tokens + more
+    moves.release()
+    other.release()
+    assert memory.device.num_free == 40
+
+
 def test_plans_are_carried_out_in_their_order():
     """One step may plan several moves before any copy is made: what the first gives back, the next one takes."""
     memory = Memory(num_blocks=4, num_host_blocks=2, block_size=1)

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 from minipaged.engine.scheduler_output import SchedulerOutput, cache_computed
 from minipaged.engine.sequence import Sequence
-from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.block_manager import NO_PREFIX, BlockManager
 
 
 class Scheduler:
@@ -167,20 +167,22 @@ class Scheduler:
     def _enter(self, seq: Sequence, computing: set[bytes], output: SchedulerOutput) -> bool:
         """Blocks for all tokens of a waiting sequence, unless too few are free, or its next block is being computed."""
         reserve = self.watermark_blocks if self.running else 0
-        if self.blocks.is_swapped(seq.seq_id):
-            copies = self.blocks.swap_in(seq.seq_id, len(seq), reserve)
-            if copies is None:
-                return False
-            output.swap_in += copies
-            output.copies += self.blocks.allocate_slots(seq.seq_id, len(seq)) or []
-            return True
-        prefix = cached = self.blocks.get_computed_blocks(seq.tokens(0, len(seq)), seq.cache_salt)
+        shared = NO_PREFIX
         samples = [other for other in self.running if seq.request_id == other.request_id] if seq.params.n > 1 else []
         if sample := max(samples, key=lambda other: other.num_computed, default=None):
             shared = self.blocks.prefix_of(sample.seq_id, min(len(seq.prompt_token_ids), len(seq) - 1))
             if sample.num_computed < shared.num_tokens:  # it still computes the prompt
                 return False
-            prefix = max(cached, shared, key=lambda found: found.num_tokens)
+        if self.blocks.is_swapped(seq.seq_id):
+            copies = self.blocks.swap_in(seq.seq_id, len(seq), reserve, shared)
+            if copies is None:
+                return False
+            seq.num_computed = max(seq.num_computed, shared.num_tokens)
+            output.swap_in += copies
+            output.copies += self.blocks.allocate_slots(seq.seq_id, len(seq)) or []
+            return True
+        cached = self.blocks.get_computed_blocks(seq.tokens(0, len(seq)), seq.cache_salt)
+        prefix = max(cached, shared, key=lambda found: found.num_tokens)
         seq.num_computed = prefix.num_tokens
         if any(key in computing for key in self._keys(seq, len(seq) - 1)[:1]):  # its last token is computed in any case
             return False

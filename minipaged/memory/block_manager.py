@@ -172,9 +172,13 @@ class BlockManager:
             return None
         return self._swap.swap_out([self.tables[seq_id]])
 
-    def swap_in(self, seq_id: str, num_tokens: int, reserve: int = 0) -> Copies | None:
-        """Bring a sequence back, if there is room for `num_tokens` tokens. The copies are (host, device)."""
-        if self.blocks_for(num_tokens) > self.device.num_free - reserve:
+    def swap_in(self, seq_id: str, num_tokens: int, reserve: int = 0, prefix: Prefix = NO_PREFIX) -> Copies | None:
+        """Bring a sequence back, if there is room for `num_tokens` tokens. The copies are (host, device).
+
+        prefix: blocks in use on the device that hold its first tokens. They are named, and not copied.
+        """
+        if self.blocks_for(num_tokens) - len(prefix.blocks) > self.device.num_free - reserve:
             return None
         assert self._swap, "a sequence on the host has come there by a swap"
-        return self._swap.swap_in([self.tables[seq_id]])
+        known = dict(zip(self.blocks(seq_id), prefix.blocks, strict=False))
+        return self._swap.swap_in([self.tables[seq_id]], known)

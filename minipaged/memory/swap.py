@@ -13,7 +13,7 @@ Both directions are the same walk between two pools; this class decides, and the
 Source: the PagedAttention paper, section 4.5, which compares this with dropping the blocks and computing them anew.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
 from minipaged.memory.block_table import BlockTable
@@ -39,11 +39,14 @@ class Swap:
         Raises OutOfBlocks if the host has too few blocks, and ValueError if a table is not on the device or is
         given twice; both change nothing.
         """
-        return self._move(tables, self.device, self.host, "swap_out")
+        return self._move(tables, self.device, self.host, "swap_out", {})
 
-    def swap_in(self, tables: Sequence[BlockTable]) -> list[tuple[int, int]]:
-        """Move a group back. Returns the copies to make, (host_block, device_block). Refuses as swap_out does."""
-        return self._move(tables, self.host, self.device, "swap_in")
+    def swap_in(self, tables: Sequence[BlockTable], known: Mapping[int, int] | None = None) -> list[tuple[int, int]]:
+        """Move a group back. Returns the copies to make, (host_block, device_block). Refuses as swap_out does.
+
+        known: host block -> a block in use on the device with the same tokens. It is named, and nothing is copied.
+        """
+        return self._move(tables, self.host, self.device, "swap_in", known or {})
 
     @staticmethod
     def blocks_needed(tables: Sequence[BlockTable]) -> int:
@@ -51,16 +54,21 @@ class Swap:
         return len({block for table in tables for block in table.blocks})
 
     def _move(
-        self, tables: Sequence[BlockTable], source: BlockAllocator, target: BlockAllocator, event: str
+        self,
+        tables: Sequence[BlockTable],
+        source: BlockAllocator,
+        target: BlockAllocator,
+        event: str,
+        known: Mapping[int, int],
     ) -> list[tuple[int, int]]:
         if len({id(table) for table in tables}) != len(tables):
             raise ValueError("a table is given twice: it can move once")
         if any(table.allocator is not source for table in tables):
             raise ValueError(f"{event} moves tables of one pool, and one of these is not there")
-        needed = self.blocks_needed(tables)
+        needed = self.blocks_needed(tables) - len(known)
         if needed > target.num_free:
             raise OutOfBlocks(f"{event} of {len(tables)} tables needs {needed} blocks, {target.num_free} are free")
-        new: dict[int, int] = {}  # source block -> its target block, in the order of the plan
+        new = dict(known)  # source block -> its target block, in the order of the plan
         for table in tables:
             old = table.blocks
             for block in old:
@@ -73,4 +81,4 @@ class Swap:
                 for logical, block in enumerate(old):
                     device, host = (block, new[block]) if event == "swap_out" else (new[block], block)
                     table.trace.record(event, seq=table.seq, logical=logical, block=device, host_block=host)
-        return list(new.items())
+        return [pair for pair in new.items() if pair[0] not in known]
