@@ -14,18 +14,21 @@ import torch
 
 import minipaged
 from minipaged import LLM
+from minipaged.engine.sequence import CompletionOutput, RequestOutput, StreamOutput
 from minipaged.viz.replay import at
 from serving_model import Device
 
 PACKAGE = Path(minipaged.__file__).parent
-FOLDERS = tuple(str(PACKAGE / name) for name in ("engine", "memory", "kvcache"))
+ALL = tuple(str(PACKAGE / name) for name in ("engine", "memory", "kvcache"))
+RUNNER = tuple(str(PACKAGE / name) for name in ("engine/runner.py", "kvcache"))
 
 
 class Interrupts:
-    """Counts the lines of the three folders while it is on, and raises before the lines of these numbers (from 1)."""
+    """Counts the lines of some files while it is on, and raises before the lines of these numbers (from 1)."""
 
-    def __init__(self, *lines):
-        self.lines, self.count, self.raised, self.places = set(lines), 0, [], []
+    def __init__(self, *lines, files=ALL):
+        self.lines, self.files = set(lines), files
+        self.count, self.raised, self.places = 0, [], []
 
     @contextmanager
     def on(self):
@@ -45,7 +48,7 @@ class Interrupts:
             sys.settrace(self._call)
 
     def _call(self, frame, event, argument):
-        return self._line if is_counted(frame.f_code) else None
+        return self._line if is_counted(frame.f_code, self.files) else None
 
     def _line(self, frame, event, argument):
         if event == "line":
@@ -62,8 +65,8 @@ class Interrupts:
 
 
 @lru_cache(1_000)
-def is_counted(code):
-    return code.co_filename.startswith(FOLDERS) or code is TextRunner.run.__code__
+def is_counted(code, files):
+    return code.co_filename.startswith(files) or code is TextRunner.run.__code__
 
 
 @lru_cache(10_000)
@@ -127,10 +130,11 @@ class Recording(dict):
 class User:
     """Calls an engine. Where a call is interrupted, it looks what became of it, and calls again if that is nothing."""
 
-    def __init__(self, model, interrupts, text_runner=True, **settings):
+    def __init__(self, model, interrupts, **settings):
+        """With the real runner where the interrupts are in its files, and with text in the slots otherwise."""
         self.llm = LLM(model, **settings)
         self.llm.requests = Recording()
-        if text_runner:
+        if interrupts.files is ALL:
             self.llm.runner = TextRunner(self.llm)
         else:
             self.llm.runner.cache.key_cache.fill_(torch.nan)
@@ -184,7 +188,12 @@ class User:
         while self.interrupted(lambda: found.append(list(getattr(self.llm, method)(*arguments)))):
             if len(self.interrupts.raised) == 1:
                 assert set(self.llm.requests.values()) <= set(self.own), "an interrupted call left a request behind"
-        self.results.append([shape(output) for output in by_sample(found[-1])])
+        self.results.append(shape(by_sample(found[-1])))
+        self.read_on()
+
+    def call_once(self, method, *arguments):
+        """One that is given up where it is interrupted."""
+        self.interrupted(lambda: list(getattr(self.llm, method)(*arguments)))
         self.read_on()
 
     def finish(self):
@@ -215,15 +224,11 @@ class User:
     def outcome(self):
         """What the user got: answers and streams of the own requests that were not aborted, and results of calls."""
         answers = [
-            [shape(output) for output in request.output().outputs]
+            shape(request.output())
             for request in self.own
             if "abort" not in {seq.finish_reason for seq in request.seqs}
         ]
-        streams = [
-            [(each.index, each.text, each.token_id, each.finish_reason) for each in pieces]
-            for seq, pieces in self.read
-            if seq.finish_reason != "abort"
-        ]
+        streams = [shape(pieces) for seq, pieces in self.read if seq.finish_reason != "abort"]
         for seq, pieces in self.read:
             assert "".join(each.text for each in pieces) == seq.completion().text, "a stream has another text"
         return answers, streams, self.results
@@ -231,15 +236,22 @@ class User:
 
 def by_sample(outputs):
     """Pieces of a stream, sample by sample: how requests take turns in it may change."""
-    if outputs and hasattr(outputs[0], "token_id"):
+    if outputs and isinstance(outputs[0], StreamOutput):
         return sorted(outputs, key=lambda piece: (int(piece.request_id), piece.index))
     return outputs
 
 
 def shape(output):
-    """An answer without what differs between two runs of one script: the request's number, and times."""
-    if hasattr(output, "outputs"):
-        return [shape(each) for each in output.outputs]
-    if hasattr(output, "request_id"):  # a piece of a stream
+    """An answer without what differs between two runs of one script: the request's number, times, and the last digits
+    of a sum, which depend on what shares a batch."""
+    if isinstance(output, float):
+        return round(output, 9)
+    if isinstance(output, list):
+        return [shape(each) for each in output]
+    if isinstance(output, dict):
+        return {name: shape(each) for name, each in output.items()}
+    if isinstance(output, RequestOutput):
+        return shape(output.outputs)
+    if isinstance(output, StreamOutput):
         return (output.index, output.text, output.token_id, output.finish_reason)
-    return vars(output)
+    return shape(vars(output)) if isinstance(output, CompletionOutput) else output

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interrupting import Interrupts, User
+from interrupting import ALL, RUNNER, Interrupts, User
 from minipaged import BeamSearchParams, SamplingParams
 from minipaged.model.load import TINY, Model, tiny_transformer
 from minipaged.model.tokenizer import byte_tokenizer
+from strategies import costly
 
 pytestmark = pytest.mark.ch10
 
@@ -87,6 +88,13 @@ def beam_search(user):
     user.call("beam_search", prompts, BeamSearchParams(2, max_tokens=3, ignore_eos=True))
 
 
+def given_up(user):
+    """The clean-up of a call aborts its requests, which run or wait, beside one that goes on."""
+    user.add([1, 2, 3, 4, 5], greedy(max_tokens=9))
+    user.step(2)
+    user.call_once("generate", [{"prompt_token_ids": [1, 2, 3, 4, 6, 7, 8]}, {"prompt_token_ids": [9]}], sampled())
+
+
 SCENARIOS = [requests_and_steps, generate, stream, beam_search]
 
 
@@ -97,33 +105,28 @@ def model():
     return Model(tiny_transformer(torch.float64, config=config), byte_tokenizer())
 
 
-def play(scenario, *lines, text_runner=True):
+def play(scenario, *lines, files=ALL):
     """Run a scenario with interrupts before these lines."""
-    user = User(model(), Interrupts(*lines), text_runner, **SETTINGS)
-    scenario(user)
-    user.finish()
+    user = User(model(), Interrupts(*lines, files=files), **SETTINGS)
+    try:
+        scenario(user)
+        user.finish()
+    except BaseException as error:
+        error.add_note(str(user.interrupts))
+        raise
     return user
 
 
 @cache
-def undisturbed(scenario, text_runner=True):
+def undisturbed(scenario, files=ALL):
     """(outcome, lines)"""
-    user = play(scenario, text_runner=text_runner)
+    user = play(scenario, files=files)
     return user.outcome(), user.interrupts.count
 
 
-def check(scenario, *lines, text_runner=True):
-    expected, _ = undisturbed(scenario, text_runner)
-    interrupts = Interrupts(*lines)
-    user = User(model(), interrupts, text_runner, **SETTINGS)
-    try:
-        scenario(user)
-        user.finish()
-        assert user.outcome() == expected
-    except BaseException as error:
-        error.add_note(str(interrupts))
-        raise
-    return user
+def check(scenario, *lines, files=ALL):
+    user = play(scenario, *lines, files=files)
+    assert user.outcome() == undisturbed(scenario, files)[0], str(user.interrupts)
 
 
 # ---- the property -----------------------------------------------------------------------------------------------
@@ -147,22 +150,50 @@ def test_the_scenarios_have_everything_in_them():
     assert events[beam_search] >= {"fork", "copy", "preempt", "share"}
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+every_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+
+
+@costly(2 / 5)
+@every_scenario
 @given(data=st.data())
 def test_an_interrupt_at_some_line(scenario, data):
     check(scenario, data.draw(st.integers(1, undisturbed(scenario)[1]), label="line"))
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-@given(data=st.data())
-def test_an_interrupt_and_another_one_soon_after(scenario, data):
+@costly(2 / 5)
+@every_scenario
+@given(data=st.data(), between=st.integers(1, 300))
+def test_an_interrupt_and_another_one_soon_after(scenario, data, between):
     """The second one falls into the clean-up of the call, into the recovery, or behind it."""
     line = data.draw(st.integers(1, undisturbed(scenario)[1]), label="line")
-    check(scenario, line, line + data.draw(st.integers(1, 300), label="lines between"))
+    check(scenario, line, line + between)
+
+
+@given(data=st.data(), between=st.integers(1, 150))
+def test_a_clean_up_that_is_interrupted_is_completed_by_the_next_calls(data, between):
+    line = data.draw(st.integers(1, undisturbed(given_up)[1]), label="line")
+    check(given_up, line, line + between)
+
+
+@costly(1 / 5)
+@every_scenario
+@given(data=st.data())
+def test_an_interrupt_at_some_line_of_the_runner_and_the_cache(scenario, data):
+    """On the real model: block copies, K and V that are half written."""
+    check(scenario, data.draw(st.integers(1, undisturbed(scenario, RUNNER)[1]), label="line"), files=RUNNER)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_an_interrupt_at_every_line(scenario):
-    for line in range(1, undisturbed(scenario)[1] + 1):
-        check(scenario, line)
+@every_scenario
+@pytest.mark.parametrize("files", [ALL, RUNNER], ids=["engine, memory, cache", "runner and cache of the model"])
+def test_an_interrupt_at_every_line(scenario, files):
+    for line in range(1, undisturbed(scenario, files)[1] + 1):
+        check(scenario, line, files=files)
+
+
+@pytest.mark.slow
+def test_every_second_interrupt_after_some_lines_of_a_call_that_is_given_up():
+    num_lines = undisturbed(given_up)[1]
+    for line in range(num_lines // 8, num_lines, num_lines // 8):
+        for between in range(1, 301):
+            check(given_up, line, line + between)

@@ -63,9 +63,7 @@ class Metrics:
     scheduler_seconds: float  # what of it the scheduler and its bookkeeping took
 
     @classmethod
-    def of(
-        cls, scheduler: Scheduler, unfinished: Iterable[Request], totals: "Totals", stats: "StepStats"
-    ) -> "Metrics":
+    def of(cls, scheduler: Scheduler, unfinished: Iterable[Request], totals: "Totals", stats: "StepStats") -> "Metrics":
         """The view of an engine with this scheduler, these requests and these sums."""
         pool, host = scheduler.blocks.device, scheduler.blocks.host
         used = pool.num_blocks - pool.num_free

@@ -23,7 +23,7 @@ Source: the PagedAttention paper, section 4.5, which compares this with dropping
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # Made from minipaged/memory/swap.py by minipaged/course/generate.py.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
 from minipaged.memory.block_table import BlockTable
@@ -51,8 +51,11 @@ class Swap:
         """
         raise NotImplementedError("ch09: Swap.swap_out")
 
-    def swap_in(self, tables: Sequence[BlockTable]) -> list[tuple[int, int]]:
-        """Move a group back. Returns the copies to make, (host_block, device_block). Refuses as swap_out does."""
+    def swap_in(self, tables: Sequence[BlockTable], known: Mapping[int, int] | None = None) -> list[tuple[int, int]]:
+        """Move a group back. Returns the copies to make, (host_block, device_block). Refuses as swap_out does.
+
+        known: host block -> a block in use on the device with the same tokens. It is named, and nothing is copied.
+        """
         raise NotImplementedError("ch09: Swap.swap_in")
 
     @staticmethod
