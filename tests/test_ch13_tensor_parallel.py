@@ -300,7 +300,15 @@ def test_the_contiguous_cache_is_divided_too(ranks_are_threads):
         assert answers(llm, params) == without_a_cache(tiny(), params)
 
 
-def test_ctrl_c_in_a_step_is_raised_after_it_and_the_ranks_go_on(ranks_are_threads):
+@pytest.fixture
+def ctrl_c_is_heard():
+    """A process that a shell started in the background begins with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_a_step_is_raised_after_it_and_the_ranks_go_on(ranks_are_threads, ctrl_c_is_heard):
     llm = LLM("tiny", dtype="float64", tensor_parallel_size=2, **{**SMALL_POOL, "max_num_batched_tokens": 64})
     asked = [(prompt, params) for params in (GREEDY, SAMPLED) for prompt in PROMPTS]
     requests = [llm.add_request({"prompt_token_ids": prompt}, params) for prompt, params in asked]
