@@ -13,8 +13,8 @@ def test_an_aborted_request_leaves_nothing_behind(data):
     requests = [engine.add([0] * data.draw(st.integers(1, 4)), 5) for _ in range(data.draw(st.integers(1, 3)))]
     for _ in range(data.draw(st.integers(0, 4))):
         engine.step()
-    for request_id in requests:
-        engine.abort(request_id)
+    for seqs in requests:
+        engine.abort(seqs[0].request_id)
     blocks = engine.scheduler.blocks
     assert (blocks.device.num_free, blocks.host.num_free) == (4, 4)
     assert not engine.scheduler.waiting and not engine.scheduler.running

@@ -3,9 +3,9 @@
 tests/serving_model.py has an engine without tensors:
 
     engine = Engine(num_blocks, block_size, num_host_blocks=0, max_model_len=16)
-    request_id = engine.add(prompt, max_tokens)
-    engine.step()
-    engine.abort(request_id)
+    seqs = engine.add(prompt, max_tokens)  # the samples of the request: one, where nothing else is said
+    engine.step()  # while anything is unfinished
+    engine.abort(seqs[0].request_id)
 
 It checks nothing that you do not ask of it: `engine.scheduler` is the real one, and so is its block manager,
 `engine.scheduler.blocks`, with a pool for the device and, where there are host blocks, one for the host.
