@@ -4,10 +4,11 @@
     A  [7, 1, 4]     swap_out([A, B])   A  [0, 1, 2]      plan [(7, 0), (1, 1), (4, 2), (3, 3)]
     B  [7, 1, 3]     --------------->   B  [0, 1, 3]      four copies for six entries; 7 and 1 are still shared
 
-All tables of a request (its samples, its beams) form a group and move together: a sequence with a part of its
-tokens on the host could not run anyway. The plan names each block once, so what was shared moves once and is shared
-after. The last block moves whole, also when it is partly empty. Blocks that a table outside the group names too are
-copied like the others: the group leaves nothing behind, and the other table keeps the block.
+Tables that are given together form a group. The plan names each block once, so what was shared moves once and is
+shared after. (The paper moves all sequences of a request together. The scheduler of chapter 10 moves one at a time, and
+a sample that comes back names the blocks of the prompt that another sample still has on the device.) The last block
+moves whole, also when it is partly empty. Blocks that a table outside the group names too are copied like the others:
+the group leaves nothing behind, and the other table keeps the block.
 
 Both directions are the same walk between two pools; this class decides, and the caller copies the tensors.
 Source: the PagedAttention paper, section 4.5, which compares this with dropping the blocks and computing them anew.
