@@ -61,6 +61,7 @@ CHAPTERS = (
             "minipaged/memory/swap.py",
             "minipaged/memory/block_manager.py",
             "minipaged/kvcache/swap_space.py",
+            "minipaged/engine/beam_scheduler.py",
             "minipaged/engine/beam_search.py",
         ),
         ("parallel_sampling", "beam_search", "prefix_cache"),
