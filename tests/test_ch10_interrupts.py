@@ -5,6 +5,7 @@ that KeyboardInterrupt. The user goes on, and gets the answers and the streams o
 counted once, and every block is back.
 """
 
+import os
 from dataclasses import replace
 from functools import cache
 
@@ -32,6 +33,10 @@ SETTINGS = {
     "watermark": 0.0,
     "trace": True,
 }
+
+
+# Every line of every scenario takes hours (HYPOTHESIS_PROFILE=thorough); without that, every 97th.
+STRIDE = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 97
 
 
 class Refusing(tuple):
@@ -187,7 +192,7 @@ def test_an_interrupt_at_some_line_of_the_runner_and_the_cache(scenario, data):
 @every_scenario
 @pytest.mark.parametrize("files", [ALL, RUNNER], ids=["engine, memory, cache", "runner and cache of the model"])
 def test_an_interrupt_at_every_line(scenario, files):
-    for line in range(1, undisturbed(scenario, files)[1] + 1):
+    for line in range(1, undisturbed(scenario, files)[1] + 1, STRIDE):
         check(scenario, line, files=files)
 
 
@@ -195,5 +200,5 @@ def test_an_interrupt_at_every_line(scenario, files):
 def test_every_second_interrupt_after_some_lines_of_a_call_that_is_given_up():
     num_lines = undisturbed(given_up)[1]
     for line in range(num_lines // 8, num_lines, num_lines // 8):
-        for between in range(1, 301):
+        for between in range(1, 301, STRIDE):
             check(given_up, line, line + between)
