@@ -235,12 +235,15 @@ def test_no_sample_computes_a_full_block_of_the_prompt_that_another_has(seed, pr
             own = server.memory.blocks(seq.seq_id)
             for earlier in server.running[:place]:
                 blocks = server.memory.blocks(earlier.seq_id)
-                num_shared = next((i for i, pair in enumerate(zip(own, blocks, strict=False)) if len({*pair}) > 1), 0)
+                pairs = enumerate(zip(own, blocks, strict=False))
+                num_shared = next((i for i, (one, other) in pairs if one != other), len(own))
                 assert num_shared * size <= min(seq.num_computed, earlier.num_computed), "names what is not computed"
                 assert caching or num_shared * size <= len(seq.prompt_token_ids), "shares what may differ"
                 if earlier.request_id == seq.request_id and seq in output.num_scheduled_tokens:
                     full = min(len(seq.prompt_token_ids), len(seq) - 1) // size * size
                     assert seq.num_computed >= full, f"{seq.seq_id} computes what {earlier.seq_id} has"
+                    full = (len(seq.prompt_token_ids) - 1) // size
+                    assert caching or own[:full] == blocks[:full], f"{seq.seq_id} has blocks of its own for the prompt"
 
     simulate(script, Server("paged", preemption=preemption, prefix_caching=caching, **sizes), on_step=look)
 
@@ -328,6 +331,10 @@ def test_a_run_has_one_owner():
         memory.allocate_slots("a", 16)
     memory.free("a")
     assert memory.num_tokens("a") == 0 and sum(memory.account()) == memory.account().free == 4096
+    memory.expect("b", 10, 5)
+    memory.expect("c", 10, 5)
+    memory.free("b")  # it waits, and leaves
+    assert memory.allocate_slots("c", 10) == [], "a sequence that is gone stands before it"
 
 
 def test_after_a_reset_runs_are_given_in_the_same_order():
@@ -546,6 +553,20 @@ def test_a_search_that_could_never_run_is_refused_with_the_numbers():
         server.add(Request(0.0, 30, 21, beam_width=4))
     with pytest.raises(ValueError, match="beam_width is 5, and at most 4"):
         server.add(Request(0.0, 1, 1, beam_width=5))
+
+
+def test_searches_are_answered_when_memory_is_short():
+    """Waiting searches hold no blocks, and running ones keep within max_num_seqs."""
+    server = Server("paged", num_slots=256, max_num_seqs=12)
+
+    def look(server, output, seconds):
+        running = {beam.seq_id for search in server.beams.running for beam in search.beams}
+        assert set(server.memory.tables) == running
+        assert sum(search.params.beam_width for search in server.beams.running) <= 12
+
+    result = simulate([Request(0.0, 4, 45, beam_width=3)] * 8, server, on_step=look)
+    assert result.preemptions == server.beams.num_preempted > 0
+    assert len(result.latencies) == 8 and result.tokens == 8 * 3 * 45
 
 
 @pytest.mark.parametrize("first", ["beams", "samples"])

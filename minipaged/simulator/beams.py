@@ -1,4 +1,4 @@
-"""Chapter 11. A beam search over a language that nobody speaks: which beams live on, and how often they fork.
+"""Chapter 11. A beam search over a made-up language: which beams go on, and how often they fork.
 
 How much a beam search shares depends on how soon one beam's children push out the others. That is a property of the
 model and of the text, and the paper does not print it. So we take a language with no parameter at all:
@@ -17,7 +17,7 @@ import random
 def choose(scores: list[float], width: int, rng: random.Random) -> list[tuple[int, float]]:
     """The `width` likeliest continuations of beams with these log-probabilities: (which beam it continues, its score).
 
-    Beams that are not named die, and a beam that is named twice forks.
+    Beams that are not named end, and a beam that is named twice forks.
     """
     options = []
     for beam, score in enumerate(scores):

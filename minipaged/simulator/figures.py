@@ -6,7 +6,7 @@ from typing import Any
 
 from minipaged.simulator.report import Bars, Lines, Report
 
-# Told apart by lightness too, for whoever sees no red and green, and for a printer.
+# Told apart by lightness too, for readers who see no red and green, and for a printer.
 COLOURS = ["#1b4f72", "#d68910", "#7fb3d5", "#922b21", "#7d8a8c"]
 MARKS = "o^sDv"
 

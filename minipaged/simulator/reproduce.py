@@ -119,7 +119,7 @@ def _workers(number: int) -> Iterator[ProcessPoolExecutor]:
     except BaseException:
         for process in multiprocessing.active_children():
             if process not in others:
-                process.terminate()  # in the middle of a job that nobody waits for any more
+                process.terminate()  # in the middle of a job whose result is not needed any more
         raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -160,7 +160,7 @@ _PARAMS: dict[tuple[int, int], SamplingParams] = {}
 
 
 def _zeros(n: int) -> list[int]:
-    """A prompt whose text does not matter, one for all of its length: nobody writes into a prompt."""
+    """A prompt whose text does not matter, one for all of its length: a prompt is never written."""
     if n not in _ZEROS:
         _ZEROS[n] = [0] * n
     return _ZEROS[n]

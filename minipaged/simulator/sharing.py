@@ -1,7 +1,7 @@
 """Chapter 11, experiments (d) and (e). What sharing saves: samples of one prompt, beams, and a common prefix.
 
 Figures 15 and 16 of the paper. Which blocks are shared is decided by the block manager alone: full blocks of a prompt,
-the last one until somebody writes into it (copy-on-write), and whatever beams have in common.
+the last one until a token is written into it (copy-on-write), and whatever beams have in common.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ SECONDS = {"alpaca": (10.0, 60.0), "sharegpt": (60.0, 260.0)}
 # The paper's translation sentences come from WMT16 English to German; it prints no lengths. We take 28 tokens in and 38
 # out: news sentences of about 21 words, and German with an English vocabulary needs more tokens. An assumption.
 SENTENCES = Lengths(prompt_mean=28.0, output_mean=38.0)
-PREFIX_RATE = 200.0  # requests a second, more than anybody serves
+PREFIX_RATE = 200.0  # requests a second, more than any server can do
 PREFIX_SECONDS = (20.0, 50.0)
 
 
