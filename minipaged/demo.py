@@ -160,7 +160,7 @@ def _without_cache(model: Model, params: SamplingParams, max_model_len: int) -> 
         for i, token_id in zip(unfinished, logits.max(-1).indices.tolist(), strict=True):
             texts[i].append(token_id)
             given[i].push(token_id)
-            yield i, given[i].pieces[-1], token_id
+            yield i, given[i].pieces[-1].text, token_id
 
 
 def _with_cache(llm: LLM, this: Run, params: SamplingParams) -> NewTokens:

@@ -17,6 +17,7 @@ from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.cdiv import cdiv
 from minipaged.memory.trace import Trace
 from minipaged.model.load import load_model
+from minipaged.model.tokenizer import TextTokenizer
 from minipaged.viz.replay import at
 
 pytestmark = pytest.mark.ch10
@@ -326,6 +327,25 @@ def test_a_step_in_which_every_request_fails_returns():
     assert llm.step() == [seq for request in requests for seq in request.seqs]
     assert {request.output().outputs[0].finish_reason for request in requests} == {"error"}
     assert not llm.has_unfinished() and llm.metrics().num_failed == 3
+
+
+def test_a_text_that_cannot_be_finished_fails_its_request_and_no_step():
+    class Unfinished(TextTokenizer):
+        def stream(self):
+            stream = super().stream()
+            stream.finish = lambda: 1 / 0
+            return stream
+
+    tokenizer = tiny().tokenizer
+    llm = LLM(
+        tiny()._replace(tokenizer=Unfinished(tokenizer._tokenizer, tokenizer.eos_token_ids)), max_model_len=CONTEXT
+    )
+    requests = [llm.add_request("abc", SamplingParams(max_tokens=n, ignore_eos=True)) for n in (2, 3, 9)]
+    for _ in range(3):
+        llm.step()
+    llm.abort(requests[2].request_id)
+    reasons = [request.output().outputs[0].finish_reason for request in requests]
+    assert reasons == ["error", "error", "abort"] and not llm.has_unfinished()
 
 
 def test_ctrl_c_in_the_middle_of_a_step_gives_back_everything():

@@ -7,13 +7,23 @@ A token need not end where a character ends, and a stop string need not begin wh
 out only when nothing that follows can change it.
 """
 
+from contextlib import suppress
+from typing import NamedTuple
+
 from minipaged.engine.sequence import FinishReason, SamplingParams
 from minipaged.model.tokenizer import TextTokenizer
 
 
+class Piece(NamedTuple):
+    """The new text that a token gave out, and why it was the last one."""
+
+    text: str
+    finish_reason: FinishReason | None
+
+
 class IncrementalDetokenizer:
     """The text of one sequence: a function of its tokens. Invariant: the pieces joined are a beginning of `text`, and
-    the whole of it where the text has ended."""
+    the whole of it where the text has ended. A text ends with the append of its last piece, and not before."""
 
     def __init__(self, params: SamplingParams, tokenizer: TextTokenizer, max_tokens: int):
         """max_tokens: new tokens at most, by the parameters and by the context."""
@@ -21,10 +31,13 @@ class IncrementalDetokenizer:
         self.eos_token_ids = frozenset() if params.ignore_eos else tokenizer.eos_token_ids
         self.hold_back = max((len(string) - 1 for string in params.stop_strings), default=0)  # characters
         self.text = ""
-        self.pieces: list[str] = []  # the new text that each token gave out
-        self.finish_reason: FinishReason | None = None
+        self.pieces: list[Piece] = []
         self._stream = tokenizer.stream()
         self._num_given = 0  # characters
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.pieces[-1].finish_reason if self.pieces else None
 
     def push(self, token_id: int) -> None:
         """One more token."""
@@ -40,17 +53,16 @@ class IncrementalDetokenizer:
         ends = [at for string in self.params.stop_strings if (at := text.find(string)) >= 0]
         if ends:
             text, reason = text[: min(ends)], "stop"
-        self.text, self.finish_reason = text, reason
-        self._give(0 if reason else self.hold_back)
+        self.text = text
+        self._give(reason)
 
-    def close(self) -> None:
+    def close(self, reason: FinishReason) -> None:
         """No token follows: give out what was held back."""
-        try:
+        with suppress(Exception):  # the tokenizer may be what failed
             self.text += self._stream.finish()
-        finally:
-            self._give(0)
+        self._give(reason)
 
-    def _give(self, hold_back: int) -> None:
-        end = max(self._num_given, len(self.text) - hold_back)
-        self.pieces.append(self.text[self._num_given : end])
-        self._num_given = end
+    def _give(self, reason: FinishReason | None) -> None:
+        start, end = self._num_given, len(self.text) - (0 if reason else self.hold_back)
+        self._num_given = max(start, end)
+        self.pieces.append(Piece(self.text[start : self._num_given], reason))

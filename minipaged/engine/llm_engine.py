@@ -180,8 +180,8 @@ class LLMEngine:
                 seq.detokenizer.push(token.token_id)
         except Exception as error:  # it fails this sequence only
             seq.error = repr(error)
-        if seq.aborted or seq.error is not None:
-            seq.detokenizer.close()
+        if seq.error is not None or (seq.aborted and not seq.finish_reason):
+            seq.detokenizer.close("abort" if seq.error is None else "error")
 
     def _retire(self, request: Request) -> None:
         """Move a finished request from `requests` to `totals`, in one line, so that it is counted once."""

@@ -170,10 +170,7 @@ class Sequence:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        if self.error is not None:
-            return "error"
-        ended = self.detokenizer.finish_reason if self.detokenizer else None
-        return ended or ("abort" if self.aborted else None)
+        return self.detokenizer.finish_reason if self.detokenizer else None
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens at positions start to end - 1, prompt and output as one."""
@@ -192,8 +189,7 @@ class Sequence:
         given = self.detokenizer.pieces if self.detokenizer else []
         for i in range(start, len(given)):
             token_id = self.outputs[i].token_id if i < len(self.outputs) else None
-            reason = self.finish_reason if i + 1 == len(given) else None
-            yield StreamOutput(self.request_id, self.index, given[i], token_id, reason)
+            yield StreamOutput(self.request_id, self.index, given[i].text, token_id, given[i].finish_reason)
 
     def completion(self) -> CompletionOutput:
         """The sample so far."""
