@@ -23,6 +23,8 @@ import torch
 from numba import config, njit
 from numba.core import event
 
+from minipaged.cdiv import cdiv
+
 # Sums may be taken in another order and a * b + c rounded once. Infinities and NaN stay what they are: a score of -inf
 # is used, and a NaN that was read must show. Without the GIL, other threads of Python run meanwhile.
 OPTIONS: dict[str, Any] = {
@@ -84,7 +86,7 @@ def in_threads(loop: Callable[..., None], count: int, *arguments: Any, least: in
     Any number of threads may call this at once. The caller works too, and waits for no thread that has not begun.
     """
     num_threads = torch.get_num_threads()
-    size = max(least, -(-count // (PIECES * num_threads)))
+    size = max(least, cdiv(count, PIECES * num_threads))
     if num_threads == 1 or count <= size:
         loop(0, count, *arguments)
         return

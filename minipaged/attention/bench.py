@@ -24,7 +24,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-os.environ["GOMP_SPINCOUNT"] = "0"  # before torch is imported: OpenMP looks at it once
+if __name__ == "__main__":  # and not where a notebook takes a function from here
+    os.environ["GOMP_SPINCOUNT"] = "0"  # before torch is imported: OpenMP looks at it once
 
 import torch
 from rich.console import Console

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipaged.attention.paged import gather, paged_attention_gathered
+from minipaged.cdiv import cdiv
 
 Run = Callable[[], Tensor]
 
@@ -115,7 +116,7 @@ def flex(batch: Batch) -> Run:
     pages = PagedAttention(num_blocks, block_size, num_seqs, device="cpu")
     pages.page_table[:, :max_blocks] = batch.block_tables
     for seq, seq_len in enumerate(batch.seq_lens.tolist()):
-        count = -(-seq_len // block_size)
+        count = cdiv(seq_len, block_size)
         pages.physical_to_logical[seq, batch.block_tables[seq, :count].long()] = torch.arange(count)
 
     def within(seq: Tensor, head: Tensor, query: Tensor, position: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from minipaged.attention.checks import check_paged_attention, check_write_kv
 from minipaged.attention.contiguous import causal_attention
 from minipaged.attention.paged import gather, paged_attention_gathered
 from minipaged.attention.paged import write_kv as write_kv_by_index
+from minipaged.cdiv import cdiv
 from minipaged.compiling import BITS, array_of, can_compile, compiled, in_threads, inlined
 from minipaged.compiling_helpers import add_weighted, exp, scores, widen
 
@@ -72,7 +73,7 @@ def paged_attention(
         max_query_len = max(counts[counts <= MOST_QUERIES].tolist(), default=0)
         gathered = (counts > MOST_QUERIES).nonzero().flatten().tolist()
     if rows := query.shape[1] // key_cache.shape[1] * max_query_len:
-        max_parts = -(-block_tables.shape[1] * key_cache.shape[2] // PART_SLOTS)
+        max_parts = cdiv(block_tables.shape[1] * key_cache.shape[2], PART_SLOTS)
         parts = max_parts, len(seq_lens), key_cache.shape[1], rows
         m_l_acc = np.empty(parts, q.dtype), np.empty(parts, q.dtype), np.empty((*parts, query.shape[2]), q.dtype)
         table, lens, starts = (array_of(tensor.to(torch.int32).contiguous()) for tensor in tables)

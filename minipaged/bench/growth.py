@@ -110,10 +110,9 @@ def _decode(model: Any, cache: str, batch: int, context: int) -> tuple[float, in
     requests = [llm.add_request({"prompt_token_ids": [100 + i] * context}, params) for i in range(batch)]
     while not all(request.seqs[0].outputs for request in requests):
         llm.step()
-    blocks, seconds, tokens, slots = llm.blocks, [], 0, 0
+    seconds, tokens, slots = [], 0, 0
     for _ in range(NEW):
-        tokens = sum(table.num_tokens for table in blocks.tables.values())
-        slots = (blocks.num_blocks - blocks.num_free) * blocks.block_size
+        tokens, slots = llm.blocks.num_stored_tokens, llm.blocks.num_slots_used
         start = time.perf_counter()
         llm.step()
         seconds.append(time.perf_counter() - start)

@@ -61,10 +61,8 @@ def ours(cache: str, model: str, dtype: str, caching: bool = False, static: bool
                 requests.append(llm.add_request(prompt, params))
             for seq in llm.step():
                 first.setdefault(seq.request_id, time.perf_counter() - start)
-            blocks = llm.blocks
             if len(llm.scheduler.running) == len(prompts):
-                reserved = (blocks.num_blocks - blocks.num_free) * blocks.block_size
-                held.append(sum(table.num_tokens for table in blocks.tables.values()) / reserved)
+                held.append(llm.blocks.num_stored_tokens / llm.blocks.num_slots_used)
             step += 1
         seconds = time.perf_counter() - start
         after = llm.metrics()

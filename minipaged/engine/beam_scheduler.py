@@ -123,7 +123,7 @@ class BeamScheduler:
 
     def schedule(self) -> SchedulerOutput:
         """The tokens of the next step: of every beam of every search that runs, within the budget."""
-        output = SchedulerOutput()
+        output = SchedulerOutput(max_num_batched_tokens=self.max_num_batched_tokens)
         place = 0
         while place < len(self.running):  # slots for the newest token of each beam, first to last
             if self._grow(self.running[place], output):
@@ -136,12 +136,10 @@ class BeamScheduler:
                 break
             self.running.append(self.waiting.popleft())
         for search in self.running:
-            left = self.max_num_batched_tokens - output.total_num_scheduled_tokens
             # The beams of a search choose together: unless all can reach their ends, each leaves its last token.
-            hold = sum(beam.num_uncomputed_tokens for beam in search.beams) > left
+            leave = sum(beam.num_uncomputed_tokens for beam in search.beams) > output.budget
             for beam in search.beams:
-                output.schedule(beam, min(beam.num_uncomputed_tokens - hold, left))
-                left = self.max_num_batched_tokens - output.total_num_scheduled_tokens
+                output.schedule(beam, leave=int(leave))
         return output
 
     def update_from_output(self, output: SchedulerOutput) -> list[Search]:

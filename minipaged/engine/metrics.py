@@ -66,7 +66,7 @@ class Metrics:
     def of(cls, scheduler: Scheduler, unfinished: Iterable[Request], totals: "Totals", stats: "StepStats") -> "Metrics":
         """The view of an engine with this scheduler, these requests and these sums."""
         pool, host = scheduler.blocks.device, scheduler.blocks.host
-        used = pool.num_blocks - pool.num_free
+        used = scheduler.blocks.num_used
         cached = pool.num_unused if isinstance(pool, PrefixCache) else 0
         return cls(
             num_blocks=pool.num_blocks,

@@ -94,11 +94,12 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose the tokens of the next step and allocate their slots. Empty only if nothing is unfinished."""
-        output = SchedulerOutput()
+        output = SchedulerOutput(max_num_batched_tokens=self.max_num_batched_tokens)
         self._make_room(output)
         for seq in sorted(self.running, key=lambda seq: seq.num_uncomputed_tokens > 1):  # decodes first
-            output.schedule(seq, min(seq.num_uncomputed_tokens, self._budget(output)))
-        if not output.preempted:  # a preempted sequence does not return in the same step
+            output.schedule(seq)
+        # A preempted sequence does not return in the same step.
+        if self.waiting and output.budget and len(self.running) < self.max_num_seqs and not output.preempted:
             self._admit(output)
         return output
 
@@ -139,22 +140,19 @@ class Scheduler:
         self.counts[mode] += 1
         self.waiting.appendleft(seq)
 
-    def _budget(self, output: SchedulerOutput) -> int:
-        return self.max_num_batched_tokens - output.total_num_scheduled_tokens
-
     # ---- waiting sequences enter ---------------------------------------------------------------------------------
 
     def _admit(self, output: SchedulerOutput) -> None:
         """Admit waiting sequences, in their order. Samples that will fork keep their places, and a slot each."""
-        computing = {key for seq in self.running if self.waiting for key in self._keys(seq, len(seq))}
+        computing = {key for seq in self.running for key in self._keys(seq)}
         delayed: list[Sequence] = []
         while self.waiting and len(self.running) + len(delayed) < self.max_num_seqs:
             seq = self.waiting[0]
             if seq.params.n > 1 and any(self._has_prompt_of(other, seq) for other in self.running):
                 delayed.append(self.waiting.popleft())
-            elif self._budget(output) and self._enter(seq, computing, output):
+            elif output.budget and self._enter(seq, computing, output):
                 self.running.append(self.waiting.popleft())
-                output.schedule(seq, min(seq.num_uncomputed_tokens, self._budget(output)))
+                output.schedule(seq)
             else:
                 break
         self.waiting.extendleft(reversed(delayed))
@@ -184,17 +182,19 @@ class Scheduler:
         cached = self.blocks.get_computed_blocks(seq.tokens(0, len(seq)), seq.cache_salt)
         prefix = max(cached, shared, key=lambda found: found.num_tokens)
         seq.num_computed = prefix.num_tokens
-        if any(key in computing for key in self._keys(seq, len(seq) - 1)[:1]):  # its last token is computed in any case
-            return False
+        keys = self._keys(seq)
+        if keys and keys[0] in computing and seq.num_computed + self.blocks.block_size < len(seq):
+            return False  # it is found in the next step; but the last token is computed in any case
         copies = self.blocks.allocate_slots(seq.seq_id, len(seq), prefix, reserve)
         if copies is None:
             return False
-        computing.update(self._keys(seq, len(seq)))
+        computing.update(keys)
         self.counts.update(looked_up=len(seq), found=cached.num_tokens)
         return True
 
-    def _keys(self, seq: Sequence, end: int) -> list[bytes]:
-        """The keys of the full blocks among the first `end` tokens that are not computed yet."""
-        if seq.num_computed // self.blocks.block_size >= end // self.blocks.block_size:
+    def _keys(self, seq: Sequence) -> list[bytes]:
+        """The keys of a sequence's full blocks that are not computed yet."""
+        first = seq.num_computed // self.blocks.block_size
+        if not self.blocks.enable_prefix_caching or first >= len(seq) // self.blocks.block_size:
             return []
-        return self.blocks.block_keys(seq.tokens(0, end), seq.cache_salt)[seq.num_computed // self.blocks.block_size :]
+        return self.blocks.block_keys(seq.tokens(0, len(seq)), seq.cache_salt)[first:]

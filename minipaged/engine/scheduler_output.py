@@ -20,9 +20,17 @@ class SchedulerOutput:
     total_num_scheduled_tokens: int = 0
     sampled: dict[Sequence, int] = field(default_factory=dict)  # whose next token is due -> its row of the logits
     preempted: dict[Sequence, str] = field(default_factory=dict)  # how: "recompute" or "swap"
+    max_num_batched_tokens: int = 0  # tokens that the step may compute
 
-    def schedule(self, seq: Sequence, count: int) -> None:
-        """Compute `count` tokens of a sequence; if they reach its end, its next token is due."""
+    @property
+    def budget(self) -> int:
+        """Tokens that the step has room for still."""
+        return self.max_num_batched_tokens - self.total_num_scheduled_tokens
+
+    def schedule(self, seq: Sequence, leave: int = 0) -> None:
+        """Compute the tokens of a sequence but the last `leave` ones, as many as the budget allows. If they reach its
+        end, its next token is due."""
+        count = min(seq.num_uncomputed_tokens - leave, self.budget)
         if count > 0:
             self.num_scheduled_tokens[seq] = count
             self.total_num_scheduled_tokens += count
@@ -34,5 +42,5 @@ def cache_computed(blocks: BlockManager, output: SchedulerOutput) -> None:
     """The step has run: K and V of its tokens are in the cache, and blocks that they filled can be found."""
     for seq, count in output.num_scheduled_tokens.items():
         seq.num_computed += count
-        if seq.num_computed % blocks.block_size < count:
+        if blocks.enable_prefix_caching and seq.num_computed % blocks.block_size < count:
             blocks.cache_blocks(seq.seq_id, seq.tokens(0, seq.num_computed), seq.cache_salt)

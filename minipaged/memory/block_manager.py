@@ -88,6 +88,21 @@ class BlockManager:
         """Blocks that can be allocated now, those that only the prefix cache holds among them."""
         return self.device.num_free
 
+    @property
+    def num_used(self) -> int:
+        """Blocks that tables on the device name."""
+        return self.num_blocks - self.num_free
+
+    @property
+    def num_slots_used(self) -> int:
+        """Slots in the blocks in use, written or not."""
+        return self.num_used * self.block_size
+
+    @property
+    def num_stored_tokens(self) -> int:
+        """Tokens that the sequences have slots for, on the device or the host; in a shared block, once for each."""
+        return sum(table.num_tokens for table in self.tables.values())
+
     def blocks(self, seq_id: str) -> list[int]:
         """The block table of a sequence: the physical block of each logical block. Empty if it has none."""
         table = self.tables.get(seq_id)

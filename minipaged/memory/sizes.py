@@ -14,6 +14,7 @@ Sources stand with the constants. GiB is 2^30 bytes, MiB is 2^20, KiB is 2^10.
 
 from typing import NamedTuple
 
+from minipaged.cdiv import cdiv
 from minipaged.memory.page_table import AddressLayout
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -90,7 +91,7 @@ def block_table_cost(shape: KVShape, pool_bytes: int, block_size: int = 16) -> B
     if pool_bytes < block_bytes:
         raise ValueError(f"pool_bytes ({pool_bytes}) is less than one block of {shape.name} ({block_bytes} bytes)")
     num_blocks = pool_bytes // block_bytes
-    seq_entries = -(-shape.max_model_len // block_size)
+    seq_entries = cdiv(shape.max_model_len, block_size)
     return BlockTableCost(
         num_slots=pool_bytes // shape.token_bytes,
         num_blocks=num_blocks,

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minipaged.cdiv import cdiv
 from minipaged.compiling import DTYPES, array_of, compiled, in_threads
 from minipaged.compiling_helpers import computed, exp, number, rounded
 from minipaged.model.batch import ForwardBatch, KVCache
@@ -91,7 +92,7 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
 
 def _rows(numbers: int) -> int:
     """How many rows of so many numbers are worth another thread."""
-    return -(-_PIECE // numbers)
+    return cdiv(_PIECE, numbers)
 
 
 # ---- the loops -------------------------------------------------------------------------------------------------------

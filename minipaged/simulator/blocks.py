@@ -8,6 +8,7 @@ Figures 18 and 19 of the paper, and what block tables cost beside the pool, whic
 
 from collections.abc import Sequence
 
+from minipaged.cdiv import cdiv
 from minipaged.memory.page_table import AddressLayout
 from minipaged.memory.sizes import (
     ENTRY_BYTES,
@@ -101,7 +102,7 @@ def table_bytes(seeds: Sequence[int]) -> Experiment:
                 rows.append(Row(f"{shape.name}, blocks of {size}: of the pool", "millionths", curve[-1][1]))
         curves[shape.name] = curve
     # A sequence of 500 tokens, the mean that (a) finds in a running request, in blocks of 16: 32 pages of 128.
-    num_pages = -(-500 // 16)
+    num_pages = cdiv(500, 16)
     for name, bits in (("one level", (7,)), ("two levels", (3, 4)), ("three levels", (3, 2, 2))):
         layout = AddressLayout(bits, 4, ENTRY_BYTES)
         rows.append(Row(f"500 tokens of 2,048, {name}", "bytes", layout.dense_bytes(num_pages)))

@@ -144,7 +144,7 @@ def paged_account(memory: BlockManager, running: list[Sequence], num_slots: int)
         to_come = len(seq.prompt_token_ids) + seq.params.max_tokens - num_tokens
         reserved += min(empty, to_come)
         rounding += max(0, empty - to_come)
-    in_use = (memory.num_blocks - memory.num_free) * memory.block_size
+    in_use = memory.num_slots_used
     return MemoryAccount(
         held=in_use - reserved - rounding,
         reserved=reserved,

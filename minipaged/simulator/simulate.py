@@ -172,7 +172,7 @@ def _look(server: Server, totals: Totals, seconds: float, account: bool, count_b
         memory = server.memory
         assert not isinstance(memory, ReservedMemory), "a run is not made of blocks, and has one owner"
         totals.tables += seconds * sum(memory.blocks_for(memory.num_tokens(seq.seq_id)) for seq in running)
-        totals.distinct += seconds * (memory.num_blocks - memory.num_free)
+        totals.distinct += seconds * memory.num_used
 
 
 def _close(entry: list[float], clock: float, latencies: "array[float]") -> bool:

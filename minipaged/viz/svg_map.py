@@ -4,6 +4,7 @@ A  1100 tokens   [  0][  1][  2] ...          the block table: the physical bloc
 pool         0   [A][A][A][+][B][.] ...       +: shared, #: no owner but kept, empty: free
 """
 
+from minipaged.cdiv import cdiv
 from minipaged.viz import svg_parts as parts
 from minipaged.viz.colours import SHARED, colours
 from minipaged.viz.snapshot import Owner, Snapshot
@@ -33,7 +34,7 @@ def to_map(snapshot: Snapshot) -> str:
             drawn.append(parts.box(x, y + row * ROW, TABLE_CELL, ROW, "mp-empty", 0))
             place = snapshot.place(seq, logical)
             drawn.append(parts.words(x + TABLE_CELL / 2, y + row * ROW + 16, place, "", "middle", TABLE_CELL))
-        y += -(-snapshot.num_logical(seq) // TABLE_ROW) * ROW + 10
+        y += cdiv(snapshot.num_logical(seq), TABLE_ROW) * ROW + 10
     blocks = snapshot.by_block()
     count = f"Physical blocks: {len(blocks)} of {snapshot.num_blocks} in use, {snapshot.num_free} free"
     drawn.append(parts.words(MARGIN, y + 14, count, "mp-strong"))

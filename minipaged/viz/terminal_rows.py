@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from minipaged.cdiv import cdiv
 from minipaged.viz.colours import SHARED, colours
 from minipaged.viz.snapshot import Owner, Snapshot
 from minipaged.viz.words import joined, visible
@@ -130,7 +131,7 @@ class Rows:
         if not self.in_slots:
             if any(shown):
                 return Text("│").append(fit(joined(words), self.box_width), style=on_colour).append("│")
-            bar = -(-fill * self.box_width // size)
+            bar = cdiv(fill * self.box_width, size)
             row = Text("│").append("█" * bar, style=colour or "dim")
             return row.append("░" * (self.box_width - bar), style="dim").append("│")
         row = Text("│")

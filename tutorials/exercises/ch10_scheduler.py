@@ -111,9 +111,6 @@ class Scheduler:
     def _preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
         raise NotImplementedError("ch10: Scheduler._preempt")
 
-    def _budget(self, output: SchedulerOutput) -> int:
-        return self.max_num_batched_tokens - output.total_num_scheduled_tokens
-
     # ---- waiting sequences enter ---------------------------------------------------------------------------------
 
     def _admit(self, output: SchedulerOutput) -> None:
@@ -129,8 +126,9 @@ class Scheduler:
         """Blocks for all tokens of a waiting sequence, unless too few are free, or its next block is being computed."""
         raise NotImplementedError("ch10: Scheduler._enter")
 
-    def _keys(self, seq: Sequence, end: int) -> list[bytes]:
-        """The keys of the full blocks among the first `end` tokens that are not computed yet."""
-        if seq.num_computed // self.blocks.block_size >= end // self.blocks.block_size:
+    def _keys(self, seq: Sequence) -> list[bytes]:
+        """The keys of a sequence's full blocks that are not computed yet."""
+        first = seq.num_computed // self.blocks.block_size
+        if not self.blocks.enable_prefix_caching or first >= len(seq) // self.blocks.block_size:
             return []
-        return self.blocks.block_keys(seq.tokens(0, end), seq.cache_salt)[seq.num_computed // self.blocks.block_size :]
+        return self.blocks.block_keys(seq.tokens(0, len(seq)), seq.cache_salt)[first:]
