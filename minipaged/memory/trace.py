@@ -52,16 +52,12 @@ class Trace:
     """A list of events that is checked as it grows. Invariant: `step` never falls from one event to the next."""
 
     def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0):
-        for name, value, least in (
-            ("num_blocks", num_blocks, 1),
-            ("block_size", block_size, 1),
-            ("num_host_blocks", num_host_blocks, 0),
-        ):
+        sizes = {"num_blocks": num_blocks, "block_size": block_size, "num_host_blocks": num_host_blocks}
+        for name, value in sizes.items():
+            least = 0 if name == "num_host_blocks" else 1
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.num_host_blocks = num_host_blocks
+        self.num_blocks, self.block_size, self.num_host_blocks = num_blocks, block_size, num_host_blocks
         self.step = 0  # the engine counts it up; script runners too
         self.events: list[Event] = []
 
@@ -80,13 +76,8 @@ class Trace:
         self.events.append({"event": event, "step": self.step, **fields})
 
     def header(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "version": VERSION,
-            "num_blocks": self.num_blocks,
-            "block_size": self.block_size,
-            "num_host_blocks": self.num_host_blocks,
-        }
+        sizes = {"num_blocks": self.num_blocks, "block_size": self.block_size, "num_host_blocks": self.num_host_blocks}
+        return {"schema": SCHEMA, "version": VERSION, **sizes}
 
     def dumps(self) -> str:
         """The trace as JSON Lines: the header, then one line an event. viz/trace_file.py reads it back."""
