@@ -9,16 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from minipaged.memory.page_table import (
-    X86_32,
-    X86_64,
-    AddressLayout,
-    FlatPageTable,
-    MultiLevelPageTable,
-    PageFault,
-)
-from minipaged.memory.process import OutOfFrames, PhysicalMemory, Process
-from minipaged.memory.sizes import (
+from minipaged.memory.address_space import OutOfFrames, PhysicalMemory, Process
+from minipaged.memory.kv_cache_size import (
     GIB,
     KIB,
     LLAMA_3_8B,
@@ -30,6 +22,14 @@ from minipaged.memory.sizes import (
     block_table_cost,
     block_table_layout,
     layer_block_bytes,
+)
+from minipaged.memory.page_table import (
+    X86_32,
+    X86_64,
+    AddressLayout,
+    FlatPageTable,
+    MultiLevelPageTable,
+    PageFault,
 )
 
 pytestmark = pytest.mark.ch05

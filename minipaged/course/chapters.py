@@ -155,8 +155,8 @@ CHAPTERS = {
                     ),
                 ),
                 Exercise(
-                    "ch05_process.py",
-                    "minipaged.memory.process",
+                    "ch05_address_space.py",
+                    "minipaged.memory.address_space",
                     30,
                     given=("PhysicalMemory.__init__", "Process.__init__"),
                 ),
@@ -186,7 +186,7 @@ CHAPTERS = {
             "paged attention",
             ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
             (
-                Exercise("ch07_paged_attention.py", "minipaged.attention.paged", 40, note=_SHAPES),
+                Exercise("ch07_paged_attention.py", "minipaged.attention.gathered", 40, note=_SHAPES),
                 Exercise("ch07_online_softmax.py", "minipaged.attention.online_softmax", 40, note=_SHAPES),
                 Exercise(
                     "ch07_paged_cache.py",

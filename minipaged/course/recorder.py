@@ -40,7 +40,7 @@ WATCHED = {  # classes whose methods make a script
     "minipaged.memory.block_manager": ("BlockManager",),
     "minipaged.memory.reservation": ("BuddyAllocator", "ReservationPool"),
     "minipaged.memory.page_table": ("AddressLayout", "FlatPageTable", "MultiLevelPageTable"),
-    "minipaged.memory.process": ("PhysicalMemory", "Process"),
+    "minipaged.memory.address_space": ("PhysicalMemory", "Process"),
     "minipaged.engine.scheduler": ("Scheduler",),
     "minipaged.kvcache.contiguous": ("ContiguousCache",),
     "minipaged.kvcache.paged": ("PagedCache",),

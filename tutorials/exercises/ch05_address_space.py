@@ -9,7 +9,7 @@ A frame is free when no page table entry names it. That is the whole rule of sha
 A frame is cleared before it is handed out, so that no process reads what another one left there.
 """
 
-# Exercise ch05_process, about 30 minutes. Write what raises
+# Exercise ch05_address_space, about 30 minutes. Write what raises
 # NotImplementedError, in this order, and run `minipaged check 5` after each step:
 #
 #   1. PhysicalMemory.num_free
@@ -26,7 +26,7 @@ A frame is cleared before it is handed out, so that no process reads what anothe
 #   12. Process.store
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
-# Made from minipaged/memory/process.py by minipaged/course/generate.py.
+# Made from minipaged/memory/address_space.py by minipaged/course/generate.py.
 
 from collections import deque
 
