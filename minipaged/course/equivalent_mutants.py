@@ -51,7 +51,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "minipaged/memory/prefix_cache.py",
         "continue",
-    ): "no block is findable behind one that is not: a leaf goes before its parent",
+    ): "no block is cached behind one that is not: a leaf goes before its parent",
     (
         "minipaged/memory/prefix_cache.py",
         "if table.allocator != self or table.block_size != self.block_size:",

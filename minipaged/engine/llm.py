@@ -54,7 +54,7 @@ class LLM(LLMEngine):
     and cache; by default float32, and "cuda" where there is such a device. dtype "auto" is float32 or bfloat16,
     whichever is the faster here. A loaded model has its own, and another is refused.
 
-    enable_prefix_caching: full blocks of the paged cache stay findable by their tokens. preemption: what happens to the
+    enable_prefix_caching: full blocks of the paged cache are found by their tokens. preemption: what happens to the
     latest sequence when the pool runs out: "recompute" or, with the paged cache, "swap" to num_host_blocks blocks of
     the host's memory (by default as many as the pool has). watermark: the share of the pool that stays free when a
     sequence enters. trace: True keeps every change of ownership in `llm.trace`; a path also saves it there at the end
@@ -256,8 +256,8 @@ class LLM(LLMEngine):
         number = next(self._request_ids)
         # Without a seed of its own, a request draws from the engine's seed and its number.
         seed = params.seed if params.seed is not None else self.seed + 7919 * (number + 1)
-        text, salt = (prompt, None) if isinstance(prompt, str) else (None, prompt.get("cache_salt"))
-        seqs = [Sequence(str(number), index, token_ids, params, seed, salt) for index in range(params.n)]
+        text, cache_salt = (prompt, None) if isinstance(prompt, str) else (None, prompt.get("cache_salt"))
+        seqs = [Sequence(str(number), index, token_ids, params, seed, cache_salt) for index in range(params.n)]
         return Request(str(number), text, seqs, time.perf_counter())
 
     def _encode(self, prompt: Prompt) -> list[int]:

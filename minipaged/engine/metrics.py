@@ -40,7 +40,7 @@ class Metrics:
 
     num_blocks: int
     num_blocks_used: int  # named by a table
-    num_blocks_cached: int  # named by no table, and findable by the prefix cache until they are needed
+    num_blocks_cached: int  # named by no table, and in the prefix cache until they are evicted
     num_blocks_free: int  # neither
     num_host_blocks: int
     num_host_blocks_used: int
@@ -67,7 +67,7 @@ class Metrics:
         """The view of an engine with this scheduler, these requests and these sums."""
         pool, host = scheduler.blocks.device, scheduler.blocks.host
         used = scheduler.blocks.num_used
-        cached = pool.num_unused if isinstance(pool, PrefixCache) else 0
+        cached = pool.num_evictable if isinstance(pool, PrefixCache) else 0
         return cls(
             num_blocks=pool.num_blocks,
             num_blocks_used=used,
