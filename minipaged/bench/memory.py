@@ -1,6 +1,6 @@
-"""Chapters 6 and 9. What a block costs to manage: nanoseconds an operation, from 10^3 to 10^6 blocks.
+"""What a block costs to manage: nanoseconds an operation, from 10^3 to 10^6 blocks. `make bench-memory`, or
 
-    python -m minipaged.memory.bench
+    python -m minipaged.bench.memory
 
 Every operation is O(1) a block, so each row should be flat. Where one still rises, that is the machine's doing: the
 bookkeeping of 10^6 blocks does not fit into its caches, and blocks that are all over the pool miss them. So a plain

@@ -1,4 +1,4 @@
-"""What `bench.py` measures beside ours: attention on memory that is not paged, and PyTorch's own through a page table.
+"""What `attention.py` measures beside ours: memory that is not paged, and PyTorch's own attention through a page table.
 
 Each is a function without arguments over a `Batch`, set up outside the measurement, that returns
 [num_seqs, num_heads, head_dim].
