@@ -94,7 +94,7 @@ _CACHE = (
     "# head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None."
 )
 _OF_BLOCK_MANAGERS = ("in_use_exactly", "can_ever_fit", "fork_of_a_slab")  # tests in chapter 3's file
-_POOL = ("ReservationPool.__init__", "ReservationPool.num_slots", "ReservationPool.num_requests")
+_POOL = ("ReservationPool.__init__", "ReservationPool.num_requests", "ReservationPool.num_free")
 
 CHAPTERS = {
     chapter.number: chapter

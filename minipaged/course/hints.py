@@ -181,9 +181,9 @@ HINTS: dict[int, tuple[Topic, ...]] = {
         Topic(
             r"",
             (
-                "Which of your sums was not brought up to date?",
+                "What does the pool keep of each request, and which call changes it?",
                 "A request ends with what it holds now, which need not be its final length.",
-                "allocate adds prompt_len tokens, append adds n, free takes away num_tokens, final_len and asked.",
+                "allocate stores prompt_len tokens, append n more, and free removes the request from the records.",
             ),
         ),
     ),
