@@ -148,10 +148,9 @@ CHAPTERS = {
                         "PageFault",
                         "AddressLayout.__post_init__",
                         "AddressLayout._check_count",
-                        "FlatPageTable.__init__",
                         "MultiLevelPageTable.__init__",
-                        "_check_free",
-                        "_check_mapped",
+                        "MultiLevelPageTable.check_unmapped",
+                        "FlatPageTable.__init__",
                     ),
                 ),
                 Exercise(

@@ -89,7 +89,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "minipaged/memory/address_space.py",
         "if self._mappings[frame] <= 0:",
-    ): "a count never falls below 0: `_check_in_use` saw to it",
+    ): "a count never falls below 0: `_in_use` saw to it",
     (
         "minipaged/memory/trace.py",
         'if fields.get("schema") != SCHEMA or fields.get("version") is not VERSION:',

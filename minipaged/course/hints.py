@@ -220,8 +220,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             (
                 "What must have changed after a call that raised?",
                 "Nothing. A page without a frame is a PageFault when it is read, and a ValueError when it is unmapped.",
-                "Call _check_free or _check_mapped first; Process.map takes a frame only when the page is known to "
-                "be free.",
+                "Call check_unmapped first in map; Process.map takes a frame only when the page is known to be free.",
             ),
         ),
         Topic(
