@@ -37,12 +37,12 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "a set is never larger than what it is made of",
     (
         "minipaged/memory/swap.py",
-        'device, host = (block, new[block]) if event >= "swap_out" else (new[block], block)',
-    ): 'of the two names, "swap_in" is the smaller',
+        "device, host = (block, new[block]) if target == self.host else (new[block], block)",
+    ): "a pool is equal to itself alone",
     (
         "minipaged/memory/swap.py",
-        'device, host = (block, new[block]) if event is "swap_out" else (new[block], block)',
-    ): _SAME_OBJECT,
+        'event = "swap_out" if target == self.host else "swap_in"',
+    ): "a pool is equal to itself alone",
     ("minipaged/memory/swap.py", "if device == host:"): "a pool is equal to itself alone",
     (
         "minipaged/memory/swap.py",
