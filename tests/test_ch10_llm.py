@@ -400,8 +400,8 @@ def test_a_second_turn_of_a_chat_computes_only_what_is_new():
 @pytest.mark.parametrize("salts", [("a", "b"), (None, "a"), ("", None)])
 def test_unequal_salts_share_nothing(salts):
     llm = engine()
-    for salt in salts:
-        prompt = {"prompt_token_ids": list(range(12)), **({} if salt is None else {"cache_salt": salt})}
+    for cache_salt in salts:
+        prompt = {"prompt_token_ids": list(range(12)), **({} if cache_salt is None else {"cache_salt": cache_salt})}
         llm.generate(prompt, SamplingParams(max_tokens=1))
     assert llm.metrics().prefix_tokens_found == 0
 

@@ -85,7 +85,7 @@ def run(script, trace):
                 table = tables[name] = BlockTable(cache, 2, seq=name, trace=trace)
                 table.append_shared(cache.match([1] * argument))
                 seen.append(table.append_tokens(argument - table.num_tokens))
-                cache.insert(table, [1] * argument)
+                cache.cache_blocks(table, [1] * argument)
             elif verb == "swap":
                 seen.append((swap.swap_out if table.allocator is cache else swap.swap_in)([table]))
             elif verb == "release":
@@ -97,7 +97,7 @@ def run(script, trace):
         except OutOfBlocks as error:
             seen.append(str(error))
         seen.append([(name, table.num_tokens, table.blocks) for name, table in tables.items()])
-        seen.append((cache.num_free, cache.num_findable, host.num_free))
+        seen.append((cache.num_free, cache.num_evictable, host.num_free))
     return seen
 
 
@@ -133,7 +133,7 @@ def test_what_each_verb_records():
     child = table.fork(seq="B")
     ((source, target),) = child.append_tokens(1)
     trace.step = 2
-    cache.insert(table, [5, 6, 7])
+    cache.cache_blocks(table, [5, 6, 7])
     ((_, host_first), (_, host_second)) = Swap(cache, BlockAllocator(4)).swap_out([table])
     table.release()
     child.truncate(2)
@@ -164,7 +164,7 @@ def test_a_twin_records_nothing():
     first = tables[0].blocks[0]
     del trace.events[:]
     for table in tables:
-        cache.insert(table, [5, 6, 7])
+        cache.cache_blocks(table, [5, 6, 7])
     assert trace.events == [{"event": "cache", "step": 0, "block": first}]
 
 

@@ -224,10 +224,10 @@ class LLM(LLMEngine):
                 self.scheduler.check(len(token_ids), params.max_tokens)
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from error
-            number, salt = self._num_requests + i, None if isinstance(prompt, str) else prompt.get("cache_salt")
+            number, cache_salt = self._num_requests + i, None if isinstance(prompt, str) else prompt.get("cache_salt")
             # Without a seed of its own, a request draws from the engine's seed and its number.
             seed = params.seed if params.seed is not None else self.seed + 7919 * (number + 1)
-            seqs = [Sequence(str(number), index, token_ids, params, seed, salt) for index in range(params.n)]
+            seqs = [Sequence(str(number), index, token_ids, params, seed, cache_salt) for index in range(params.n)]
             text = prompt if isinstance(prompt, str) else None
             requests.append(Request(str(number), text, seqs, time.perf_counter()))
         self._num_requests += len(requests)

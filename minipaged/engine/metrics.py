@@ -98,7 +98,7 @@ class Metrics(Stats):
     @classmethod
     def of(cls, stats: Stats, scheduler: Scheduler, unfinished: Iterable[Request]) -> "Metrics":
         pool, host, counts = scheduler.blocks.device, scheduler.blocks.host, scheduler.counts
-        cached = pool.num_unused if isinstance(pool, PrefixCache) else 0
+        cached = pool.num_evictable if isinstance(pool, PrefixCache) else 0
         num_tokens = sum(len(seq.outputs) for request in unfinished for seq in request.seqs)
         return cls(
             **vars(stats) | {"num_tokens_generated": stats.num_tokens_generated + num_tokens},

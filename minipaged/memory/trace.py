@@ -34,7 +34,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "fork": ("seq", "parent", "count"),  # after its shares: seq has the first count tokens of parent
     "write": ("seq", "start", "count"),  # K and V of positions start .. start + count - 1 are stored; seq ends there
     "free": ("seq", "logical", "block"),  # seq names the block no more; with no owner left it is free, or cached
-    "cache": ("block",),  # the block is full and findable by its tokens, also with no owner, until it is evicted
+    "cache": ("block",),  # the block is full and found by its tokens, also with no owner, until it is evicted
     "evict": ("block",),  # a cached block with no owner is forgotten, and free
     "swap_out": ("seq", "logical", "block", "host_block"),  # seq names the host block, and the device block no more
     "swap_in": ("seq", "logical", "block", "host_block"),  # seq names the device block, and the host block no more
