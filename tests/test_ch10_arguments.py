@@ -172,10 +172,11 @@ def test_a_damaged_weight_ends_the_request_with_its_reason():
     top_p=st.sampled_from([5e-324, 1e-300, 1e-30, 1e-9, 0.5, 1.0]),
     top_k=st.sampled_from([-1, 1, 3, 50]),
     min_p=st.sampled_from([0.0, 0.5, 1.0]),
+    spread=st.sampled_from([0.0, 0.1, 30.0]),
     seed=st.integers(0, 99),
 )
-def test_the_likeliest_token_always_stays(top_p, top_k, min_p, seed):
-    logits = torch.randn(1, 11, generator=torch.Generator().manual_seed(seed)) * 30
+def test_the_likeliest_token_always_stays(top_p, top_k, min_p, spread, seed):
+    logits = torch.randn(1, 11, generator=torch.Generator().manual_seed(seed)) * spread
     found = probabilities(logits, [SamplingParams(temperature=1.0, top_p=top_p, top_k=top_k, min_p=min_p)])[0]
     assert found.sum() == pytest.approx(1.0) and found[logits[0].argmax()] > 0
 
