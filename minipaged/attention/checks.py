@@ -1,8 +1,7 @@
 """What paged attention refuses before it reads or writes: each message names the argument and the numbers.
 
-Shapes, dtypes and devices are known on the host. What is *in* a tensor (block numbers, lengths) may lie on a GPU, and
-to look at it is to wait for the GPU: `numbers=False` leaves that out. (The kernels refuse more, strides among it, and
-look at numbers only if asked: kernels/checks.py.)
+Shapes, dtypes and devices are known on the host. The numbers *in* a tensor (blocks, lengths) may lie on a GPU, and to
+read them is to wait for the GPU: `numbers=False` leaves them unchecked. (kernels/checks.py also checks strides.)
 """
 
 import torch

@@ -33,6 +33,7 @@ from rich.table import Table
 
 from minipaged.attention.compiled import paged_attention
 from minipaged.bench.attention_peers import Batch, Run, bandwidth_floor, flex, gathered, one_by_one, padded
+from minipaged.cdiv import cdiv
 from minipaged.processor import processor
 
 NUM_SEQS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 9, 3, 64, 16
@@ -52,7 +53,7 @@ def make_batch(dtype: torch.dtype, pool: str) -> Batch:
     if pool == "shared prefix":
         shared = SHARED_TOKENS // BLOCK_SIZE  # blocks
         seq_lens = seq_lens.clamp(min=SHARED_TOKENS)
-    counts = -(-seq_lens // BLOCK_SIZE)
+    counts = torch.tensor([cdiv(seq_len, BLOCK_SIZE) for seq_len in seq_lens.tolist()])
     in_use = shared + int((counts - shared).sum())
     num_blocks = 4 * in_use if pool == "three quarters free" else in_use
     order = torch.randperm(num_blocks, generator=generator)
