@@ -24,25 +24,24 @@ Orca (Oracle, Pow2, Max), over a buddy allocator. The buddy system itself: Knuth
 #   2. BuddyAllocator.num_free_for
 #   3. BuddyAllocator.allocate
 #   4. BuddyAllocator.free
-#   5. reserve_max
-#   6. reserve_pow2
-#   7. reserve_oracle
-#   8. MemoryAccount.internal
-#   9. MemoryAccount.external_and_others
-#   10. ReservationPool.num_tokens
-#   11. ReservationPool.reservation
-#   12. ReservationPool.can_allocate
-#   13. ReservationPool.allocate
-#   14. ReservationPool.append
-#   15. ReservationPool.free
-#   16. ReservationPool.account
+#   5. MemoryAccount.internal
+#   6. MemoryAccount.external_and_others
+#   7. ReservationPool.num_tokens
+#   8. ReservationPool.reservation
+#   9. ReservationPool.can_allocate
+#   10. ReservationPool.allocate
+#   11. ReservationPool.append
+#   12. ReservationPool.free
+#   13. ReservationPool.account
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # Made from minipaged/memory/reservation.py by minipaged/course/generate.py.
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
+
+POLICIES = ("max", "pow2", "oracle")
 
 
 class OutOfSlots(RuntimeError):
@@ -82,27 +81,6 @@ class BuddyAllocator:
         raise NotImplementedError("ch04: BuddyAllocator.free")
 
 
-Policy = Callable[[int, int, int], int]  # (prompt_len, output_len, max_model_len) -> slots to ask for
-
-
-def reserve_max(prompt_len: int, output_len: int, max_model_len: int) -> int:
-    """Orca (Max): as long as the model allows. The one policy that needs no future, and so the real one."""
-    raise NotImplementedError("ch04: reserve_max")
-
-
-def reserve_pow2(prompt_len: int, output_len: int, max_model_len: int) -> int:
-    """Orca (Pow2): a good guess. The prompt exactly, the output rounded up to a power of two (25 -> 32)."""
-    raise NotImplementedError("ch04: reserve_pow2")
-
-
-def reserve_oracle(prompt_len: int, output_len: int, max_model_len: int) -> int:
-    """Orca (Oracle): exactly the final length, which no system knows. No contiguous system can do better."""
-    raise NotImplementedError("ch04: reserve_oracle")
-
-
-POLICIES: dict[str, Policy] = {"max": reserve_max, "pow2": reserve_pow2, "oracle": reserve_oracle}
-
-
 class MemoryAccount(NamedTuple):
     """Where every slot of the pool is, at one moment. Invariant: sum(account) is the number of slots of the pool."""
 
@@ -136,8 +114,8 @@ class _Request:
 class ReservationPool:
     """Requests in one pool, each in one contiguous run of slots that is reserved from its arrival until it is freed.
 
-    `policy` is "max", "pow2" or "oracle". `output_len` is the real one, known from the workload: pow2, oracle and the
-    account need the future.
+    `policy` is "max", "pow2" or "oracle": see `reservation`. `output_len` is the real one, known from the workload:
+    pow2, oracle and the account need the future.
     Invariant, for each request: tokens stored <= final length <= slots asked for <= slots of its block.
     """
 
@@ -164,7 +142,12 @@ class ReservationPool:
         raise NotImplementedError("ch04: ReservationPool.num_tokens")
 
     def reservation(self, prompt_len: int, output_len: int) -> int:
-        """Slots that the policy asks for, before the allocator rounds. Raises ValueError for what can never run."""
+        """Slots that the policy asks for, before the allocator rounds. Raises ValueError for what can never run.
+
+        max       as long as the model allows: the one policy that needs no future, and so the real one
+        pow2      a good guess: the prompt exactly, and the output rounded up to a power of two (25 -> 32)
+        oracle    exactly the final length, which no system knows: no contiguous system can do better
+        """
         raise NotImplementedError("ch04: ReservationPool.reservation")
 
     def can_allocate(self, prompt_len: int, output_len: int) -> bool:
