@@ -82,7 +82,7 @@ def computed(x, like):
 
 @exactly
 def number(x):
-    """An element of an array, as the number that it stands for."""
+    """The value of an element of an array."""
     if isinstance(x, np.uint16):
         return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
     if isinstance(x, np.int16):

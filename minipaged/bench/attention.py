@@ -3,9 +3,9 @@
     python -m minipaged.bench.attention [--json FILE] [--runs N] [--threads N] [--no-flex]
 
 One layer of SmolLM2's shape (9 heads on 3 KV heads of 64), 32 sequences with contexts of 128 to 2,048 tokens in blocks
-of 16 that lie anywhere in the pool. Everyone answers the same batch; each answer is held against float64 first. All are
-measured in turn, in an order that changes, so that a noisy moment does not hit one alone and nobody always follows the
-same neighbour. The best of the runs says what the code can do, the median and the range how quiet the machine was.
+of 16 that lie anywhere in the pool. All answer the same batch, and each answer is first compared with float64. They are
+measured in turn, in an order that changes, so that a noisy moment does not hit one alone, and none always follows the
+same other one. The best of the runs says what the code can do, the median and the range how quiet the machine was.
 
 Idle threads sleep at once here (`minipaged/__init__.py` says why): else those of a peer's last product would take a
 core from whatever is measured next.
@@ -98,7 +98,7 @@ def truth(batch: Batch) -> torch.Tensor:
 def median_times(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Milliseconds of every run, all in turn, after one round that does not count.
 
-    Each round has another order: what runs leaves the caches and the clock of the processor to whoever comes next.
+    Each round has another order: each run changes the caches and the clock of the processor for the next one.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     order, rng = list(runs), random.Random(0)

@@ -15,7 +15,7 @@ from minipaged.memory.page_table import MultiLevelPageTable
 
 
 class OutOfFrames(RuntimeError):
-    """No free frame. Nothing was changed: the caller may unmap a page, or swap one out, and ask again."""
+    """No frame is free. Nothing was changed: the caller may unmap a page, or swap one out, and retry."""
 
 
 class PhysicalMemory:

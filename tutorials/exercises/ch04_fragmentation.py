@@ -45,7 +45,7 @@ POLICIES = ("max", "pow2", "oracle")
 
 
 class OutOfSlots(RuntimeError):
-    """No free block is large enough. Nothing was changed: the caller may free or wait, and ask again."""
+    """No free block is large enough. Nothing was changed: the caller may free slots or wait, and retry."""
 
 
 class BuddyAllocator:
