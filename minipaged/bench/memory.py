@@ -2,9 +2,10 @@
 
     python -m minipaged.bench.memory
 
-Every operation is O(1) a block, so each row should be flat. A row that still rises shows the machine: the bookkeeping of
-10^6 blocks does not fit into its caches, and scattered blocks miss them. So a plain allocator is measured in the same
-run, in turn with ours: a deque of free blocks, a set of used ones and a dictionary of reference counts, without checks.
+Every operation is O(1) a block, so each row should be flat. If one still rises, the machine is the reason: the
+bookkeeping of 10^6 blocks does not fit into its caches, and scattered blocks miss them. So a plain allocator is
+measured in the same run, in turn with ours: a deque of free blocks, a set of used ones and a dictionary of reference
+counts, without checks.
 """
 
 import gc
