@@ -15,10 +15,10 @@ from alone import alone as answer_alone
 from alone import beams_alone
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.cdiv import cdiv
-from minipaged.memory.trace import Trace
 from minipaged.model.load import load_model
 from minipaged.model.tokenizer import TextTokenizer
 from minipaged.viz.replay import at
+from minipaged.viz.trace_file import load_trace
 
 pytestmark = pytest.mark.ch10
 
@@ -479,7 +479,7 @@ def test_a_run_is_saved_as_a_trace(tmp_path):
     path = tmp_path / "run.jsonl"
     llm = engine(trace=path, num_blocks=8, preemption="swap", num_host_blocks=8)
     llm.generate(["abcdefg", "hijklmn", "opqrstu"], SamplingParams(max_tokens=9, ignore_eos=True))
-    saved = Trace.load(path)
+    saved = load_trace(path)
     kinds = {event["event"] for event in saved.events}
     assert kinds >= {"allocate", "write", "free", "schedule", "preempt", "swap_out", "swap_in", "finish", "cache"}
     assert saved.num_host_blocks == 8

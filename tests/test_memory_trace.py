@@ -12,6 +12,7 @@ from minipaged.memory.block_table import BlockTable
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.swap import Swap
 from minipaged.memory.trace import EVENTS, VERSION, Trace
+from minipaged.viz.trace_file import load_trace, read_trace
 from sharing_model import PagedMemoryMachine
 from trace_model import Replay
 
@@ -57,7 +58,7 @@ class TracedMachine(PagedMemoryMachine):
 
     def teardown(self):
         if hasattr(self, "trace"):
-            again = Trace.loads(self.trace.dumps())
+            again = read_trace(self.trace.dumps().splitlines())
             assert again.events == self.trace.events and again.header() == self.trace.header()
 
 
@@ -114,11 +115,11 @@ def test_a_trace_survives_json_lines(script, tmp_path_factory):
     trace = Trace(6, 2, 3)
     run(script, trace)
     trace.record("write", seq="A", start=0, count=1, tokens=["\u2028 a line break of its own", "\n"])
-    for again in (Trace.loads(trace.dumps()), Trace.loads(trace.dumps().splitlines(keepends=True))):
+    for again in (read_trace(trace.dumps().splitlines()), read_trace(trace.dumps().splitlines(keepends=True))):
         assert (again.events, again.header(), again.step) == (trace.events, trace.header(), trace.step)
     path = tmp_path_factory.mktemp("trace") / "trace.jsonl"
     trace.save(path)
-    assert Trace.load(path).events == trace.events
+    assert load_trace(path).events == trace.events
     assert len(path.read_text(encoding="utf-8").split("\n")) == len(trace.events) + 2, "a header, and one line an event"
 
 
@@ -266,11 +267,11 @@ HEADER = {"schema": "minipaged.trace", "version": 2, "num_blocks": 2, "block_siz
 )
 def test_a_damaged_trace_names_the_line(line, lines):
     with pytest.raises(ValueError, match=f"line {line} "):
-        Trace.loads("\n".join(lines))
+        read_trace(lines)
 
 
 def test_a_header_is_read_and_written_as_it_is():
-    assert Trace.loads(json.dumps(HEADER)).header() == HEADER
+    assert read_trace([json.dumps(HEADER)]).header() == HEADER
 
 
 def test_a_step_that_falls_behind_the_last_one_is_refused():
@@ -285,4 +286,4 @@ def test_a_step_that_falls_behind_the_last_one_is_refused():
 
 def test_an_empty_trace():
     with pytest.raises(ValueError, match="empty"):
-        Trace.loads("\n\n")
+        read_trace(["", ""])

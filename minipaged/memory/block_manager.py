@@ -94,11 +94,6 @@ class BlockManager:
         return self.num_blocks - self.num_free
 
     @property
-    def num_slots_used(self) -> int:
-        """Slots in the blocks in use, written or not."""
-        return self.num_used * self.block_size
-
-    @property
     def num_stored_tokens(self) -> int:
         """Tokens that the sequences have slots for, on the device or the host; in a shared block, once for each."""
         return sum(table.num_tokens for table in self.tables.values())

@@ -144,7 +144,7 @@ def paged_account(memory: BlockManager, running: list[Sequence], num_slots: int)
         to_come = len(seq.prompt_token_ids) + seq.params.max_tokens - num_tokens
         reserved += min(empty, to_come)
         rounding += max(0, empty - to_come)
-    in_use = memory.num_slots_used
+    in_use = memory.num_used * memory.block_size
     return MemoryAccount(
         held=in_use - reserved - rounding,
         reserved=reserved,
