@@ -105,15 +105,10 @@ class MemoryAccount(NamedTuple):
 
     held: int  # K and V of a token are stored here
     reserved: int  # empty now; its request will fill it before it ends
-    over_reserved: int  # asked for by the policy, and never to be filled
-    rounding: int  # added by the allocator to reach a power of two, and never to be filled
+    over_reserved: int  # internal fragmentation: asked for by the policy, and never to be filled
+    rounding: int  # internal fragmentation: added by the allocator to reach a power of two, and never to be filled
     external: int  # free, in pieces too small for the next request, although all free slots together would suffice
     free: int  # the other free slots
-
-    @property
-    def internal(self) -> int:
-        """Internal fragmentation: in the block of a request, and never filled."""
-        return self.over_reserved + self.rounding
 
     @property
     def external_and_others(self) -> int:
@@ -148,10 +143,6 @@ class ReservationPool:
         self._requests: dict[Hashable, _Request] = {}
 
     @property
-    def num_requests(self) -> int:
-        return len(self._requests)
-
-    @property
     def num_free(self) -> int:
         """Free slots, wherever they lie."""
         return self._allocator.num_free
@@ -164,7 +155,7 @@ class ReservationPool:
         """Slots that the policy asks for, before the allocator rounds. Raises ValueError for what can never run.
 
         max       as long as the model allows: the one policy that needs no future, and so the real one
-        pow2      a good guess: the prompt exactly, and the output rounded up to a power of two (25 -> 32)
+        pow2      a good guess: the prompt exactly, the output rounded up to a power of two (25 -> 32), at most max
         oracle    exactly the final length, which no system knows: no contiguous system can do better
         """
         if prompt_len < 1 or output_len < 1:

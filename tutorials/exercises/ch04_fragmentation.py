@@ -24,15 +24,14 @@ Orca (Oracle, Pow2, Max), over a buddy allocator. The buddy system itself: Knuth
 #   2. BuddyAllocator.num_free_for
 #   3. BuddyAllocator.allocate
 #   4. BuddyAllocator.free
-#   5. MemoryAccount.internal
-#   6. MemoryAccount.external_and_others
-#   7. ReservationPool.num_tokens
-#   8. ReservationPool.reservation
-#   9. ReservationPool.can_allocate
-#   10. ReservationPool.allocate
-#   11. ReservationPool.append
-#   12. ReservationPool.free
-#   13. ReservationPool.account
+#   5. MemoryAccount.external_and_others
+#   6. ReservationPool.num_tokens
+#   7. ReservationPool.reservation
+#   8. ReservationPool.can_allocate
+#   9. ReservationPool.allocate
+#   10. ReservationPool.append
+#   11. ReservationPool.free
+#   12. ReservationPool.account
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # Made from minipaged/memory/reservation.py by minipaged/course/generate.py.
@@ -86,15 +85,10 @@ class MemoryAccount(NamedTuple):
 
     held: int  # K and V of a token are stored here
     reserved: int  # empty now; its request will fill it before it ends
-    over_reserved: int  # asked for by the policy, and never to be filled
-    rounding: int  # added by the allocator to reach a power of two, and never to be filled
+    over_reserved: int  # internal fragmentation: asked for by the policy, and never to be filled
+    rounding: int  # internal fragmentation: added by the allocator to reach a power of two, and never to be filled
     external: int  # free, in pieces too small for the next request, although all free slots together would suffice
     free: int  # the other free slots
-
-    @property
-    def internal(self) -> int:
-        """Internal fragmentation: in the block of a request, and never filled."""
-        raise NotImplementedError("ch04: MemoryAccount.internal")
 
     @property
     def external_and_others(self) -> int:
@@ -129,10 +123,6 @@ class ReservationPool:
         self._requests: dict[Hashable, _Request] = {}
 
     @property
-    def num_requests(self) -> int:
-        return len(self._requests)
-
-    @property
     def num_free(self) -> int:
         """Free slots, wherever they lie."""
         return self._allocator.num_free
@@ -145,7 +135,7 @@ class ReservationPool:
         """Slots that the policy asks for, before the allocator rounds. Raises ValueError for what can never run.
 
         max       as long as the model allows: the one policy that needs no future, and so the real one
-        pow2      a good guess: the prompt exactly, and the output rounded up to a power of two (25 -> 32)
+        pow2      a good guess: the prompt exactly, the output rounded up to a power of two (25 -> 32), at most max
         oracle    exactly the final length, which no system knows: no contiguous system can do better
         """
         raise NotImplementedError("ch04: ReservationPool.reservation")
