@@ -434,7 +434,11 @@ def test_what_does_not_fit_is_refused_by_name(name, wrong, said):
         (paged_prefill, {"rows": 24}, "rows must be a power of two from 16, got 24"),
         (paged_prefill, {"rows": 16, "query": torch.zeros(3, 40, 8)}, "group of 20 query heads, got 16"),
         (paged_prefill, {"query": torch.zeros(3, 400, 8)}, "at most 128 may share one"),
-        (paged_prefill, {"key_cache": torch.zeros(6, 2, 2, 257)}, "head_dim 257"),
+        (
+            paged_prefill,
+            {"query": torch.zeros(3, 4, 257), **dict.fromkeys(("key_cache", "value_cache"), torch.zeros(6, 2, 2, 257))},
+            "head_dim 257",
+        ),
     ],
 )
 def test_what_a_launcher_cannot_do_is_refused(launcher, options, said):
