@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the kernels need Triton, which runs on Linux")
 
 import minipaged.kernels
+from minipaged.cdiv import cdiv
 from minipaged.kernels import attention, copy_blocks, paged_attention, write_kv
 from minipaged.kernels.paged_decode import paged_decode
 from minipaged.kernels.paged_decode_split import MAX_SPLITS, MIN_TOKENS, choose_num_splits, paged_decode_split
@@ -219,7 +220,7 @@ def test_a_query_without_context_gives_zero(drawn, data):
 def fixed_batch(heads, kv_heads, head_dim, block_size, seq_lens, num_queries, dtype=torch.float32):
     """A batch of given shape over permuted blocks; one block belongs to nobody."""
     rng = np.random.default_rng(0)
-    counts = [-(-n // block_size) for n in seq_lens]
+    counts = [cdiv(n, block_size) for n in seq_lens]
     blocks = torch.from_numpy(rng.permutation(sum(counts) + 1)).to(torch.int32)
     tables = torch.full((len(seq_lens), max(counts)), -1, dtype=torch.int32)
     caches = torch.full((2, len(blocks), kv_heads, block_size, head_dim), torch.nan, dtype=dtype)

@@ -1,8 +1,8 @@
 """What paged attention refuses before it reads or writes: each message names the argument and the numbers.
 
-Shapes, dtypes and devices are known on the host. What is *in* a tensor (block numbers, lengths) may lie on a GPU, and
-to look at it is to wait for the GPU: `numbers=False` leaves that out. The kernels of chapter 8 look at numbers only if
-asked, and refuse more (strides, sizes): what `check_kernel_memory` and the functions above it say.
+Shapes, dtypes and devices are known on the host. The numbers *in* a tensor (blocks, lengths) may lie on a GPU, and to
+read them is to wait for the GPU: `numbers=False` leaves them unchecked. The kernels of chapter 8 read them only if asked,
+and refuse more (strides, sizes): `check_kernel_memory` and the functions above it.
 """
 
 from collections.abc import Sequence
@@ -51,10 +51,9 @@ def check_paged_attention(
     sequence has one query."""
     check_caches(key_cache, value_cache)
     num_blocks, num_kv_heads, block_size, head_dim = key_cache.shape
-    check(
-        query.dim() == 3 and query.shape[2] == head_dim,
-        f"query must be [num_tokens, num_heads, head_dim = {head_dim}], got {list(query.shape)}",
-    )
+    shape = list(query.shape)
+    query_layout = f"[num_tokens, num_heads, head_dim = {head_dim}]"
+    check(len(shape) == 3 and shape[2] == head_dim, f"query must be {query_layout}, got {shape}")
     num_heads = query.shape[1]
     heads = f"query has {num_heads} heads, which is not a multiple of the cache's {num_kv_heads} KV heads"
     check(num_heads > 0 and num_heads % num_kv_heads == 0, heads)
@@ -180,11 +179,8 @@ def check_caches(key_cache: Tensor, value_cache: Tensor) -> None:
 
 def check_value_cache(key_cache: Tensor, value_cache: Tensor) -> None:
     """One shape, dtype and device for both."""
-    check(
-        value_cache.shape == key_cache.shape and value_cache.dtype == key_cache.dtype,
-        f"value_cache must be as key_cache ({list(key_cache.shape)}, {key_cache.dtype}), "
-        f"got {list(value_cache.shape)}, {value_cache.dtype}",
-    )
+    shape = list(key_cache.shape)
+    check(list(value_cache.shape) == shape, f"value_cache must be {shape} as key_cache, got {list(value_cache.shape)}")
     check_like_cache("value_cache", value_cache, key_cache)
 
 
