@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-all test-slow test-machines test-durations test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels notebooks notebooks-strip reproduce pictures traces measured site serve test-site clean bugs mutation exercises
+.PHONY: help demo test test-all test-slow test-machines test-durations test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels colab-check notebooks notebooks-strip reproduce pictures traces measured site serve test-site clean bugs mutation exercises
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -64,11 +64,14 @@ bench-attention: $(READY) ## what paging costs a decode step's attention, beside
 bench-engine: $(READY) ## what the scheduler costs, alone and as a share of a step of the real model
 	@$(BIN)/minipaged bench engine
 
-kernels-compile: $(READY) ## compile every Triton kernel for four GPUs, with none in the machine: registers, spills, loads
-	@$(BIN)/python -m minipaged.bench.kernel_report --targets sm_80,sm_90,sm_100,gfx942
+kernels-compile: $(READY) ## compile every Triton kernel for five GPUs, with none in the machine: registers, spills, loads
+	@$(BIN)/python -m minipaged.bench.kernel_report --targets sm_75,sm_80,sm_90,sm_100,gfx942
 
 bench-kernels: $(READY) ## check the kernels and, where there is a GPU, time them beside their peers
 	@$(BIN)/minipaged bench kernels
+
+colab-check: $(READY) ## on a GPU: the suite of chapter 8, the benchmark, and a table to paste into an issue
+	@$(BIN)/python -m minipaged.bench.colab_check
 
 notebooks: $(VENV)/.tutorials ## run all notebooks from fresh kernels, two at a time
 	@$(BIN)/python tutorials/run_notebooks.py
@@ -101,7 +104,7 @@ measured: $(READY) ## run the benchmarks that this machine can run, and keep the
 	@$(BIN)/minipaged bench memory | tee docs/measured/memory.txt
 	@$(BIN)/minipaged bench attention --json docs/measured/attention.json
 	@$(BIN)/minipaged bench engine | tee docs/measured/engine.txt
-	@$(BIN)/python -m minipaged.bench.kernel_report --targets sm_80,sm_90,sm_100,gfx942 | tee docs/measured/kernels-compile.txt
+	@$(BIN)/python -m minipaged.bench.kernel_report --targets sm_75,sm_80,sm_90,sm_100,gfx942 | tee docs/measured/kernels-compile.txt
 	@$(BIN)/minipaged bench kernels --json docs/measured/kernels.json
 
 # Notebooks are run where they, or the code they use, have changed; what ran is kept in build/site.

@@ -23,7 +23,7 @@ COMMANDS = {
     "memory": ".venv/bin/minipaged bench memory | tee docs/measured/memory.txt",
     "engine": ".venv/bin/minipaged bench engine | tee docs/measured/engine.txt",
     "kernels-compile": (
-        ".venv/bin/python -m minipaged.bench.kernel_report --targets sm_80,sm_90,sm_100,gfx942 "
+        ".venv/bin/python -m minipaged.bench.kernel_report --targets sm_75,sm_80,sm_90,sm_100,gfx942 "
         "| tee docs/measured/kernels-compile.txt"
     ),
     "kernels": ".venv/bin/minipaged bench kernels --json docs/measured/kernels.json",
