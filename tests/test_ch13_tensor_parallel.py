@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from dataclasses import fields, replace
 from functools import cache
-from multiprocessing import Pipe
 
 import gguf
 import pytest
@@ -21,15 +20,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import rank_threads
 from alone import alone
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.distributed import launch, table
-from minipaged.distributed.group import thread_groups
+from minipaged.distributed.launch import WorkerError
 from minipaged.distributed.load import from_transformer, open_source, slice_of
-from minipaged.distributed.message import decode, encode, message_bytes
+from minipaged.distributed.message import decode, encode
 from minipaged.distributed.shares import local_config, shares, step_traffic, weight_bytes
-from minipaged.distributed.team import Team, WorkerError
-from minipaged.distributed.worker import serve
 from minipaged.engine.beam_scheduler import Search
 from minipaged.engine.beam_search import choose
 from minipaged.engine.scheduler_output import SchedulerOutput
@@ -90,8 +88,8 @@ def batches(draw):
 @given(pairs, pairs, pairs, batches())
 def test_a_step_comes_through_as_it_was_and_costs_what_the_formula_says(out, back, copies, batch):
     output = SchedulerOutput(out, back, copies)
-    message = encode(output, batch)
-    found_output, found = decode(message)
+    header, body = encode(output, batch)
+    found_output, found = decode(header, body)
     assert found_output == output
     for field in fields(ForwardBatch):
         ours, theirs = getattr(batch, field.name), getattr(found, field.name)
@@ -99,12 +97,12 @@ def test_a_step_comes_through_as_it_was_and_costs_what_the_formula_says(out, bac
             assert theirs == ours, field.name
         else:
             assert theirs.dtype == ours.dtype and torch.equal(theirs, ours), field.name
-    # docs/tensor_parallel.md: 4 + 4 (9 + 3 T + 2 S + S B + E + 2 C)
+    # docs/tensor_parallel.md: 4 (9 + 3 T + 2 S + S B + E + 2 C)
     (seqs, blocks), ends = batch.block_tables.shape, len(batch.logits_rows)
     numbers = 9 + 3 * len(batch.token_ids) + 2 * seqs + seqs * blocks + ends + 2 * len(out + back + copies)
-    assert len(message) == message_bytes(output, batch) == 4 + 4 * numbers
+    assert header.nbytes + body.nbytes == 4 * numbers
     with pytest.raises(ValueError, match="was announced"):
-        decode(message[:-4])
+        decode(header, body[:-1])
 
 
 # ---- slices of files -------------------------------------------------------------------------------------------------
@@ -152,15 +150,7 @@ def tiny():
 
 @pytest.fixture
 def ranks_are_threads(monkeypatch):
-    def spawn(size):
-        groups, connections = thread_groups(size), {}
-        for rank in range(1, size):
-            connections[rank], theirs = Pipe()
-            arguments = (theirs, rank, size, lambda _timeout, _device, rank=rank: groups[rank])
-            threading.Thread(target=serve, args=arguments, daemon=True).start()
-        return Team(size, connections, {}, lambda _timeout, _device: groups[0])
-
-    monkeypatch.setattr(launch, "spawn", spawn)
+    monkeypatch.setattr(launch, "spawn", rank_threads.spawn)
 
 
 PROMPTS = [[7, 7, 1, 2, 3, 4, 5, 6], [7, 7, 1, 2, 3, 4, 9], [200] * 5, [7, 7, 1, 2, 3, 4, 5, 6, 100], [1], [3, 4, 5]]
@@ -346,21 +336,6 @@ def test_the_table_of_the_page_is_counted_and_a_false_formula_is_refused(ranks_a
         table.main(["tiny", "3"])
 
 
-def test_a_rank_that_fails_is_named_with_its_reason(ranks_are_threads, monkeypatch):
-    from minipaged.distributed import worker
-
-    original = worker.load_slice
-
-    def failing(name, rank, *arguments):
-        if rank == 2:
-            raise ValueError("the disk is on fire")
-        return original(name, rank, *arguments)
-
-    monkeypatch.setattr(worker, "load_slice", failing)
-    with pytest.raises(WorkerError, match="rank 2 failed: ValueError: the disk is on fire"):
-        LLM("tiny", dtype="float64", tensor_parallel_size=3)
-
-
 HANG = 600  # seconds, at least ten times what a busy machine needs
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -368,7 +343,12 @@ HANG = 600  # seconds, at least ten times what a busy machine needs
 
 def started(size, **settings):
     llm = LLM("tiny", dtype="float64", tensor_parallel_size=size, num_blocks=64, **settings)
-    return llm, {rank: process.pid for rank, process in llm.runner.team.processes.items()}
+    return llm, pids_of(llm)
+
+
+def pids_of(llm):
+    """rank -> process, of all but rank 0."""
+    return {number + 1: pid for number, pid in llm.runner.ranks.processes.pids().items()}
 
 
 def wait_until_gone(pid):
@@ -404,6 +384,29 @@ def test_three_processes_write_the_same_tokens_hold_their_shares_and_exchange_wh
     assert not any(is_alive(pid) for pid in pids.values()), "a worker outlived the LLM"
 
 
+FAILING = """
+import sys
+from minipaged.distributed import worker
+from minipaged.engine.runner import Runner
+
+def fails(*arguments):
+    raise ValueError("the disk is on fire")
+
+if sys.argv[2] == "2":
+    where, name = {where}
+    setattr(where, name, fails)
+worker.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("where", ['(worker, "load_slice")', '(Runner, "run")'])
+def test_a_rank_that_fails_is_named_with_its_reason(monkeypatch, where):
+    monkeypatch.setattr(launch, "WORKER", ("-c", FAILING.replace("{where}", where)))
+    with pytest.raises(WorkerError, match="rank 2 failed: ValueError: the disk is on fire"):
+        llm, _ = started(3)
+        llm.generate("hi")
+
+
 BLOWS = [(1, signal.SIGKILL, "died .signal 9"), (2, signal.SIGSTOP, "did not answer")]
 
 
@@ -425,7 +428,7 @@ SCRIPT = """
 import sys, time
 from minipaged import LLM, SamplingParams
 llm = LLM("tiny", tensor_parallel_size=2, num_blocks=64)
-print(llm.runner.team.processes[1].pid, flush=True)
+print(llm.runner.ranks.processes.pids()[0], flush=True)
 while sys.argv[1] != "exit":
     llm.generate("abc", SamplingParams(max_tokens=100, ignore_eos=True))
     print("written", flush=True)

@@ -1,16 +1,20 @@
 """Chapter 13. Rank 0: the runner of chapter 10 with one line more: it sends each step to all other ranks first.
 
-    schedule  ->  forward_batch  ->  tell all ranks  ->  run, all ranks at once  ->  logits at rank 0  ->  sample
+    schedule  ->  forward_batch  ->  send to all ranks  ->  run, all ranks at once  ->  logits at rank 0  ->  sample
 
 Only rank 0 has a scheduler, block tables, sequences, a tokenizer and samplers. So there is nothing that ranks could
 disagree about: the others get block numbers and tokens, and no request.
 """
 
+import json
+import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +22,26 @@ import torch
 from torch import Tensor
 
 from minipaged.distributed import launch
-from minipaged.distributed.group import CollectiveError, Group
-from minipaged.distributed.layers import parallelise
-from minipaged.distributed.load import RankModel, load_slice
-from minipaged.distributed.message import encode
-from minipaged.distributed.team import Team, WorkerError
-from minipaged.distributed.worker import rank_device, report
+from minipaged.distributed.group import CollectiveError
+from minipaged.distributed.launch import Ranks, WorkerError
+from minipaged.distributed.load import load_slice
+from minipaged.distributed.message import HEADER_LENGTH, encode
+from minipaged.distributed.worker import Links, link, rank_device, report, serve
 from minipaged.engine.cache_config import CacheConfig
 from minipaged.engine.runner import Runner
 from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.model.batch import ForwardBatch
 from minipaged.model.load import Model, default_device, named_dtype
 
+GRACE_SECONDS = 2.0  # after a collective failed: for a process to have ended, and then for all ranks to meet
+REPORT = torch.zeros(HEADER_LENGTH, dtype=torch.int32)  # a step of no token
+
 
 class ShardedModel:
-    """A model that is to be divided: rank 0's part of it, and what others need to load theirs."""
+    """A model that is to be divided: rank 0's part of it, and what others need to load theirs.
+
+    On the other ranks that torchrun started, this is where they serve rank 0, and end.
+    """
 
     def __init__(
         self,
@@ -65,10 +74,14 @@ class ShardedModel:
                 "ask for fewer ranks, or for device='cpu'"
             )
         name = str(Path(model).resolve()) if Path(model).exists() else str(model)  # a worker may stand elsewhere
-        self.size, self.is_torchrun, self.timeout = size, world > 1, timeout
+        self.ranks = launch.torchrun() if world > 1 else None
+        if self.ranks is not None and rank > 0:
+            serve(self.ranks.store, rank, size)
+            sys.exit()
+        self.size, self.timeout = size, timeout
         dtype = named_dtype(dtype or "float32", device)  # decided here: two ranks might measure otherwise
-        self.order = {"do": "load", "model": name, "dtype": dtype, "seed": seed, "device": device}
-        self.loaded: RankModel = load_slice(name, rank, size, dtype, seed, rank_device(device, rank))
+        self.order = {"model": name, "dtype": dtype, "seed": seed, "device": device, "timeout": timeout}
+        self.loaded = load_slice(name, 0, size, dtype, seed, rank_device(device, 0))
 
     @property
     def model(self) -> Model:
@@ -77,26 +90,22 @@ class ShardedModel:
 
 
 class ParallelRunner(Runner):
-    """Invariant: between two calls of `run` all ranks have run the same steps, or the team is closed for good."""
+    """Invariant: between two calls of `run` all ranks have run the same steps, or they are gone for good."""
 
     def __init__(self, sharded: ShardedModel, cache_config: CacheConfig):
         super().__init__(sharded.loaded.transformer, cache_config)
         self.sharded = sharded
-        self.team: Team | None = None
-        self.group: Group | None = None
-        self.over: Exception = ValueError("this engine has not started its other ranks")  # why there is no team
+        self.ranks: Ranks | None = None
+        self.links: Links | None = None
+        self.over: Exception = ValueError("this engine has not started its other ranks")  # why there are no links
 
     def start(self) -> None:
         """Start the others, and wait until each has loaded its slice and all are connected. Raises WorkerError."""
-        sharded, timeout = self.sharded, self.sharded.timeout
-        self.team = launch.torchrun() if sharded.is_torchrun else launch.spawn(sharded.size)
+        sharded = self.sharded
+        self.ranks = ranks = sharded.ranks or launch.spawn(sharded.size)
         with self._or_close():
-            self.team.tell({**sharded.order, "cache_config": asdict(self.cache_config)})
-            self.team.answers(launch.START_SECONDS)
-            self.team.tell({"do": "connect", "timeout": timeout})
-            self.group = self.team.connect(timeout, self.device)
-            self.team.answers(timeout)
-            parallelise(self.transformer, sharded.loaded.share, sharded.loaded.config.vocab_size, self.group)
+            ranks.load({**sharded.order, "cache_config": asdict(self.cache_config)})
+            self.links = link(self, sharded.loaded, ranks.store, 0, sharded.size, sharded.timeout)
 
     def run(self, output: SchedulerOutput, batch: ForwardBatch) -> Tensor:
         """One step on all ranks. Returns logits [num_sampled, vocab_size].
@@ -104,44 +113,66 @@ class ParallelRunner(Runner):
         Raises WorkerError, which names the rank, where one died, failed, or let the others wait for too long. Then all
         of them are gone, and every later step raises it too.
         """
-        team = self._open()
+        links = self._open()
         with _interrupts_wait(), self._or_close():
-            team.tell(encode(output, batch))
+            links.send(*encode(output, batch))
             return super().run(output, batch)
 
     def reports(self) -> list[dict[str, Any]]:
         """What each rank holds and exchanged, by rank: see `worker.report`."""
-        team = self._open()
-        assert self.group
-        team.tell({"do": "report"})
-        answers = team.answers(launch.START_SECONDS)
-        return [report(self, self.group), *(answers[rank] for rank in sorted(answers))]
+        links = self._open()
+        with _interrupts_wait(), self._or_close():
+            links.send(REPORT)
+            links.meet(timedelta(seconds=self.sharded.timeout))
+            others = [links.store.get(f"report of rank {rank}") for rank in range(1, self.sharded.size)]
+        return [report(self, links.group), *map(json.loads, others)]
 
     def close(self) -> None:
         """End the workers. Also done when this object goes, and at the interpreter's end."""
-        if self.team is not None:
-            self.team.close()
-            self.team, self.over = None, ValueError("this engine was closed, and has no other ranks any more")
+        if self.ranks is not None:
+            self._end(ValueError("this engine was closed, and has no other ranks any more"))
 
-    def _open(self) -> Team:
-        if self.team is None:
+    def _open(self) -> Links:
+        if self.links is None:
             raise self.over
-        return self.team
+        return self.links
+
+    def _end(self, why: Exception) -> None:
+        if self.links is not None:
+            self.links.close()
+        if self.ranks is not None:
+            self.ranks.close()
+        self.ranks, self.links, self.over = None, None, why
 
     @contextmanager
     def _or_close(self) -> Iterator[None]:
-        """An exception inside leaves ranks at different places: then the team is closed, and none goes on."""
-        assert self.team is not None
+        """An exception inside leaves ranks at different places: then all are ended, and none goes on."""
         try:
             yield
-        except BaseException as error:
-            team, self.team = self.team, None
-            found = team.blame(str(error)) if isinstance(error, CollectiveError) else error
-            team.close(kill=True)
-            self.over = found if isinstance(found, WorkerError) else WorkerError(f"rank 0 failed in a step: {found!r}")
-            if found is error:
-                raise
+        except CollectiveError as error:
+            found = self._failed(str(error))
+            self._end(found)
             raise found from error
+        except BaseException as error:
+            self._end(error if isinstance(error, WorkerError) else WorkerError(f"rank 0 failed in a step: {error!r}"))
+            raise
+
+    def _failed(self, what: str) -> WorkerError:
+        """Which rank is to blame that `what` happened: one that has ended, or else one that does not come to meet."""
+        assert self.ranks
+        if error := self.ranks.ended(GRACE_SECONDS):
+            return error
+        try:
+            if self.links is not None:
+                with suppress(CollectiveError):
+                    self.links.send(REPORT)
+                self.links.meet(timedelta(seconds=GRACE_SECONDS))
+        except CollectiveError as error:
+            if late := re.search(r"Ranks? ([\d, ]+) failed", str(error)):
+                return WorkerError(
+                    f"rank {late[1]} did not answer: stopped, or at work for longer than the timeout ({what})"
+                )
+        return WorkerError(f"ranks lost each other: {what}")
 
 
 @contextmanager
