@@ -26,18 +26,21 @@ class CollectiveError(RuntimeError):
 class Group:
     """Invariant: all ranks call the same methods in the same order with the same shapes, or none returns.
 
-    It is a group of its own and not torch's default one: one process may hold several. Made when all ranks are there.
-    timeout: seconds that a collective waits for the others.
+    It is a group of its own and not torch's default one: a process may hold several. Each rank makes one, and waits for
+    the others there. timeout: seconds that a collective waits for the others.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: float, device: torch.device | str = "cpu"):
+    def __init__(self, store: Store, rank: int, size: int, timeout: float, device: str | torch.device = "cpu"):
         self.rank, self.size = rank, size
         self.calls = Counter[str]()  # "all_reduce", "gather" -> how often
         self.bytes = Counter[str]()  # and bytes of the tensors that this rank brought
         self._backend: Any = None
-        if size > 1:
-            with collective("connecting"):
-                self._backend = nccl_or_gloo(store, rank, size, timeout, torch.device(device))
+        if torch.device(device).type == "cuda":
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else no rank learns that the time is up
+            limit: Any = timedelta(seconds=timeout)
+            self._backend = dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, limit)
+        elif size > 1:
+            self._backend = gloo(PrefixStore("gloo", store), rank, size, timeout)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place. Raises CollectiveError."""
@@ -56,7 +59,7 @@ class Group:
         return outputs
 
     def close(self) -> None:
-        """Hang up: a collective that the others are in, or begin, fails for them at once."""
+        """Hang up: a collective in which others wait for this rank fails for them at once."""
         self._backend = None
 
     @contextmanager
@@ -67,24 +70,16 @@ class Group:
             yield
 
 
-def nccl_or_gloo(store: Store, rank: int, size: int, timeout: float, device: torch.device) -> Any:
-    limit = timedelta(seconds=timeout)
-    if device.type == "cuda":
-        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else no rank learns that the time is up
-        return dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, limit)  # type: ignore[arg-type]
-    return gloo(PrefixStore("gloo", store), rank, size, limit)
-
-
-def gloo(store: Store, rank: int, size: int, limit: timedelta) -> dist.ProcessGroupGloo:
-    """Ranks on this host meet on its loopback address, which needs no name server; torchrun's may be on other hosts."""
-    options = dist.ProcessGroupGloo._Options()
-    options._timeout = limit
-    is_one_host = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"  # torchrun's count of hosts
-    make_device = dist.ProcessGroupGloo.create_device
-    options._devices = [
-        make_device(hostname="127.0.0.1") if is_one_host else dist.ProcessGroupGloo.create_default_device()
-    ]
-    return dist.ProcessGroupGloo(store, rank, size, options)
+def gloo(store: Store, rank: int, size: int, timeout: float) -> Any:
+    """torch's collectives between processes. Ranks of one host meet on its loopback address."""
+    backend: Any = dist.ProcessGroupGloo
+    options = backend._Options()
+    options._timeout = timedelta(seconds=timeout)
+    is_one_host = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"  # torchrun's number of hosts
+    device = backend.create_device(hostname="127.0.0.1") if is_one_host else backend.create_default_device()
+    options._devices = [device]
+    with collective("connecting"):
+        return backend(store, rank, size, options)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     spawn()      for LLM(tensor_parallel_size=2): this process is rank 0 and starts the others
     torchrun()   torchrun started all of them, and looks after them
 
-Ranks meet at torch's key-value store: a file in a private folder, or torchrun's server. Rank 0 puts there what to load.
+Ranks meet at torch's key-value store: a file in a private folder, or torchrun's server. Rank 0 says there what to load.
 """
 
 import json
@@ -13,11 +13,9 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 from torch.distributed.rendezvous import rendezvous
 
-WORKER = ("-m", "minipaged.distributed.worker")  # behind it: file of the store, rank, size
+WORKER = ("-m", "minipaged.distributed.worker")  # behind it: the store's file, rank, size
 START_SECONDS = 120.0  # for a worker to import torch and to load its slice
 
 
@@ -44,7 +42,7 @@ class Ranks:
         self.close = weakref.finalize(self, _end, os.getpid(), processes, folder)
 
     def load(self, order: dict[str, Any]) -> None:
-        """Tell all ranks what to load, and wait until they have. Raises WorkerError where one cannot."""
+        """Say what to load, and wait until all have. Raises WorkerError where one cannot."""
         self.store.set("order", json.dumps(order))
         deadline = time.monotonic() + START_SECONDS
         while missing := [rank for rank in range(1, self.size) if not self.store.check([f"rank {rank} has loaded"])]:
@@ -55,18 +53,16 @@ class Ranks:
             time.sleep(0.02)
 
     def ended(self, seconds: float) -> WorkerError | None:
-        """The rank that ended first, if one does within so many seconds, and why. All others are ended then."""
+        """What ended the first rank that failed, if one does within so many seconds; all others are ended then."""
         result = self.processes.wait(seconds, 0.02) if self.processes else None
-        if result is None:
+        if result is None or not result.failures:
             return None
-        if not result.failures:
-            return WorkerError("the other ranks ended by themselves")
         first = min(result.failures.values(), key=lambda failure: failure.timestamp)
+        said: Any = first.message  # a dictionary where the rank wrote it
+        why = f"failed: {said['message'] if isinstance(said, dict) else f'exit code {first.exitcode}'}"
         if first.exitcode < 0:
-            return WorkerError(f"rank {first.local_rank + 1} died (signal {-first.exitcode})")
-        said: Any = first.message  # a dictionary where the rank itself wrote it
-        why = said["message"] if isinstance(said, dict) else f"exit code {first.exitcode}"
-        return WorkerError(f"rank {first.local_rank + 1} failed: {why}")
+            why = f"died (signal {-first.exitcode})"
+        return WorkerError(f"rank {first.local_rank + 1} {why}")
 
 
 def spawn(size: int) -> Ranks:
@@ -74,32 +70,25 @@ def spawn(size: int) -> Ranks:
     folder = Path(tempfile.mkdtemp(prefix="minipaged-"))  # readable by this user alone
     threads = max(1, torch.get_num_threads() // size)
     env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    # Its messages say again what our errors say, and count our ranks from 0.
+    args = {i: (*WORKER, folder / "store", i + 1, size) for i in range(size - 1)}
+    logs = DefaultLogsSpecs(str(folder / "logs"), redirects=Std.OUT)
+    # Its messages say what our errors say, and count our ranks from 0.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    try:
-        with _signals_as_they_are():
-            processes = start_processes(
-                "minipaged",
-                sys.executable,
-                {i: (*WORKER, folder / "store", i + 1, size) for i in range(size - 1)},
-                {i: dict(env) for i in range(size - 1)},
-                DefaultLogsSpecs(str(folder / "logs"), redirects=Std.OUT),
-            )
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with ThreadPoolExecutor(1) as thread:  # in the main thread it would replace the program's signal handlers
+        processes = thread.submit(
+            start_processes, "minipaged", sys.executable, args, {i: dict(env) for i in args}, logs
+        ).result()
     return Ranks(FileStore(str(folder / "store"), size), size, processes, folder)
 
 
 def torchrun_rank_and_size() -> tuple[int, int]:
-    """(0, 1) where torchrun did not start this process, or no other with it."""
+    """(0, 1) where torchrun did not start this process."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def torchrun() -> Ranks:
-    """The ranks that torchrun started."""
     store, _, size = next(rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
     return Ranks(PrefixStore("minipaged", store), size)
 
@@ -108,16 +97,3 @@ def _end(owner: int, processes: PContext | None, folder: Path | None) -> None:
     if os.getpid() == owner and processes and folder:  # and not a fork of rank 0's process
         processes.close(signal.SIGKILL)  # a stopped one too; a worker has nothing to save
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _signals_as_they_are() -> Iterator[None]:
-    """`start_processes` is made for a program that does nothing else, and takes the signals that would end it."""
-    names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {name: signal.getsignal(name) for name in names}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for name, handler in before.items():
-                signal.signal(name, handler)

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from minipaged.distributed import launch
-from minipaged.distributed.group import CollectiveError
+from minipaged.distributed.group import CollectiveError, collective
 from minipaged.distributed.launch import Ranks, WorkerError
 from minipaged.distributed.load import load_slice
 from minipaged.distributed.message import HEADER_LENGTH, encode
-from minipaged.distributed.worker import Links, link, rank_device, report, serve
+from minipaged.distributed.worker import Links, rank_device, report, serve
 from minipaged.engine.cache_config import CacheConfig
 from minipaged.engine.runner import Runner
 from minipaged.engine.scheduler_output import SchedulerOutput
@@ -34,7 +34,6 @@ from minipaged.model.batch import ForwardBatch
 from minipaged.model.load import Model, default_device, named_dtype
 
 GRACE_SECONDS = 2.0  # after a collective failed: for a process to have ended, and then for all ranks to meet
-REPORT = torch.zeros(HEADER_LENGTH, dtype=torch.int32)  # a step of no token
 
 
 class ShardedModel:
@@ -78,9 +77,9 @@ class ShardedModel:
         if self.ranks is not None and rank > 0:
             serve(self.ranks.store, rank, size)
             sys.exit()
-        self.size, self.timeout = size, timeout
+        self.size = size
         dtype = named_dtype(dtype or "float32", device)  # decided here: two ranks might measure otherwise
-        self.order = {"model": name, "dtype": dtype, "seed": seed, "device": device, "timeout": timeout}
+        self.order: dict[str, Any] = {"model": name, "dtype": dtype, "seed": seed, "device": device, "timeout": timeout}
         self.loaded = load_slice(name, 0, size, dtype, seed, rank_device(device, 0))
 
     @property
@@ -97,15 +96,17 @@ class ParallelRunner(Runner):
         self.sharded = sharded
         self.ranks: Ranks | None = None
         self.links: Links | None = None
-        self.over: Exception = ValueError("this engine has not started its other ranks")  # why there are no links
+        self.over: Exception = ValueError("this engine has not started its other ranks")  # why there are none
+        self.num_reports = 0
 
     def start(self) -> None:
         """Start the others, and wait until each has loaded its slice and all are connected. Raises WorkerError."""
-        sharded = self.sharded
-        self.ranks = ranks = sharded.ranks or launch.spawn(sharded.size)
+        sharded, size = self.sharded, self.sharded.size
+        with _interrupts_wait():
+            self.ranks = ranks = sharded.ranks or launch.spawn(size)
         with self._or_close():
             ranks.load({**sharded.order, "cache_config": asdict(self.cache_config)})
-            self.links = link(self, sharded.loaded, ranks.store, 0, sharded.size, sharded.timeout)
+            self.links = Links(self, sharded.loaded, ranks.store, 0, size, sharded.order["timeout"])
 
     def run(self, output: SchedulerOutput, batch: ForwardBatch) -> Tensor:
         """One step on all ranks. Returns logits [num_sampled, vocab_size].
@@ -113,66 +114,62 @@ class ParallelRunner(Runner):
         Raises WorkerError, which names the rank, where one died, failed, or let the others wait for too long. Then all
         of them are gone, and every later step raises it too.
         """
-        links = self._open()
+        links, _ = self._open()
         with _interrupts_wait(), self._or_close():
-            links.send(*encode(output, batch))
+            for tensor in encode(output, batch):
+                links.broadcast(tensor)
             return super().run(output, batch)
 
     def reports(self) -> list[dict[str, Any]]:
         """What each rank holds and exchanged, by rank: see `worker.report`."""
-        links = self._open()
-        with _interrupts_wait(), self._or_close():
-            links.send(REPORT)
-            links.meet(timedelta(seconds=self.sharded.timeout))
-            others = [links.store.get(f"report of rank {rank}") for rank in range(1, self.sharded.size)]
-        return [report(self, links.group), *map(json.loads, others)]
+        links, ranks = self._open()
+        self.num_reports += 1
+        with _interrupts_wait(), self._or_close(), collective("reports"):
+            links.broadcast(torch.tensor([0, self.num_reports] + [0] * (HEADER_LENGTH - 2), dtype=torch.int32))
+            names = [f"report {self.num_reports} of rank {rank}" for rank in range(1, ranks.size)]
+            ranks.store.wait(names, timedelta(seconds=self.sharded.order["timeout"]))
+            return [report(self, links), *(json.loads(ranks.store.get(name)) for name in names)]
 
     def close(self) -> None:
         """End the workers. Also done when this object goes, and at the interpreter's end."""
-        if self.ranks is not None:
-            self._end(ValueError("this engine was closed, and has no other ranks any more"))
+        self._end(ValueError("this engine was closed, and has no other ranks any more"))
 
-    def _open(self) -> Links:
-        if self.links is None:
+    def _open(self) -> tuple[Links, Ranks]:
+        if self.links is None or self.ranks is None:
             raise self.over
-        return self.links
-
-    def _end(self, why: Exception) -> None:
-        if self.links is not None:
-            self.links.close()
-        if self.ranks is not None:
-            self.ranks.close()
-        self.ranks, self.links, self.over = None, None, why
+        return self.links, self.ranks
 
     @contextmanager
     def _or_close(self) -> Iterator[None]:
         """An exception inside leaves ranks at different places: then all are ended, and none goes on."""
         try:
             yield
-        except CollectiveError as error:
-            found = self._failed(str(error))
-            self._end(found)
-            raise found from error
         except BaseException as error:
-            self._end(error if isinstance(error, WorkerError) else WorkerError(f"rank 0 failed in a step: {error!r}"))
-            raise
+            found = self._culprit(error) if isinstance(error, CollectiveError) else error
+            self._end(found if isinstance(found, WorkerError) else WorkerError(f"rank 0 failed in a step: {found!r}"))
+            if found is error:
+                raise
+            raise found from error
 
-    def _failed(self, what: str) -> WorkerError:
-        """Which rank is to blame that `what` happened: one that has ended, or else one that does not come to meet."""
-        assert self.ranks
-        if error := self.ranks.ended(GRACE_SECONDS):
-            return error
+    def _culprit(self, error: CollectiveError) -> WorkerError:
+        """The rank that has ended, or else the one that does not come to the meeting."""
+        if self.ranks and (ended := self.ranks.ended(GRACE_SECONDS)):
+            return ended
         try:
-            if self.links is not None:
-                with suppress(CollectiveError):
-                    self.links.send(REPORT)
+            if self.links:
                 self.links.meet(timedelta(seconds=GRACE_SECONDS))
-        except CollectiveError as error:
-            if late := re.search(r"Ranks? ([\d, ]+) failed", str(error)):
-                return WorkerError(
-                    f"rank {late[1]} did not answer: stopped, or at work for longer than the timeout ({what})"
-                )
-        return WorkerError(f"ranks lost each other: {what}")
+        except CollectiveError as missing:
+            if named := re.search(r"Ranks? ([\d, ]+) failed", str(missing)):
+                why = f"stopped, or at work for longer than the timeout ({error})"
+                return WorkerError(f"rank {named[1]} did not answer: {why}")
+        return WorkerError(f"ranks lost each other: {error}")
+
+    def _end(self, why: Exception) -> None:
+        if self.links:
+            self.links.close()
+        if self.ranks:
+            self.ranks.close()
+            self.ranks, self.links, self.over = None, None, why
 
 
 @contextmanager

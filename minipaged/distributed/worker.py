@@ -7,7 +7,6 @@ there may be no request, and ends when rank 0 hangs up, for whatever reason.
 import json
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -27,68 +26,55 @@ from minipaged.engine.runner import Runner
 NO_LIMIT = timedelta(days=1_000)
 
 
-@dataclass
-class Links:
-    """One rank's two ways to the others: steps come through `steps`, and a step's sums and scores through `group`."""
+class Links(Group):
+    """One rank's ways to the others: for the steps, for what each step exchanges, and to meet when one of these fails.
 
-    steps: dist.ProcessGroupGloo
-    group: Group
-    store: Store
+    Made when its part of a model is loaded, and joins it to the others' parts.
+    """
 
-    def close(self) -> None:
-        """Hang up."""
-        del self.steps
-        self.group.close()
+    def __init__(self, runner: Runner, loaded: RankModel, store: Store, rank: int, size: int, timeout: float):
+        super().__init__(store, rank, size, timeout, runner.device)
+        self._steps, self._meeting = (gloo(PrefixStore(name, store), rank, size, timeout) for name in ("step", "meet"))
+        parallelise(runner.transformer, loaded.share, loaded.config.vocab_size, self)
 
-    def send(self, *tensors: Tensor) -> None:
-        """From rank 0 to all others, one by one: one that is stopped keeps no other from its message."""
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's int32 tensor, on every rank."""
+        options = dist.BroadcastOptions()
+        if self.rank > 0:
+            options.timeout = NO_LIMIT
         with collective("sending a step"):
-            for rank in range(1, self.group.size):
-                for tensor in tensors:
-                    self.steps.send([tensor], rank, 0).wait()
-
-    def receive(self, length: int) -> Tensor:
-        """From rank 0, int32 [length]."""
-        tensor = torch.empty(length, dtype=torch.int32)
-        with collective("waiting for a step"):
-            self.steps.recv([tensor], 0, 0).wait(NO_LIMIT)
+            self._steps.broadcast([tensor], options).wait()
         return tensor
 
-    def meet(self, limit: timedelta) -> None:
-        """Wait until all ranks call this. Raises CollectiveError: at rank 0 it names the ranks that have not."""
+    def meet(self, limit: timedelta = NO_LIMIT) -> None:
+        """Hang up, but wait until all ranks do. Raises CollectiveError; on rank 0 it names those that do not."""
+        self._backend = self._steps = None
         with collective("meeting"):
-            self.steps.monitored_barrier(limit, True)
+            self._meeting.monitored_barrier(limit, True)
+
+    def close(self) -> None:
+        self._backend = self._steps = self._meeting = None
 
 
-def link(runner: Runner, loaded: RankModel, store: Store, rank: int, size: int, timeout: float) -> Links:
-    """Join a rank's part of a model to the others. Returns when all ranks do."""
-    with collective("connecting"):
-        steps = gloo(PrefixStore("steps", store), rank, size, timedelta(seconds=timeout))
-    group = Group(store, rank, size, timeout, runner.device)
-    parallelise(runner.transformer, loaded.share, loaded.config.vocab_size, group)
-    return Links(steps, group, store)
-
-
-@record  # torch's launcher says why a rank failed
+@record  # torch's launcher reads why a rank failed
 def serve(store: Store, rank: int, size: int) -> None:
     """The life of a worker."""
     order = json.loads(store.get("order"))
     loaded = load_slice(order["model"], rank, size, order["dtype"], order["seed"], rank_device(order["device"], rank))
     runner = Runner(loaded.transformer, CacheConfig(**order["cache_config"]))
     store.set(f"rank {rank} has loaded", "")
-    links = link(runner, loaded, store, rank, size, order["timeout"])
-    while True:
-        try:
-            header = links.receive(HEADER_LENGTH)
-            if header[0] == 0:
-                store.set(f"report of rank {rank}", json.dumps(report(runner, links.group)))
-                links.meet(NO_LIMIT)
-                continue
-            body = links.receive(sum(body_sizes(header)))
-        except CollectiveError:
-            return  # rank 0 has hung up
-        with suppress(CollectiveError):  # rank 0 sees it too, and asks all ranks for a report
-            runner.run(*decode(header, body, runner.device))
+    links = Links(runner, loaded, store, rank, size, order["timeout"])
+    try:
+        while True:
+            header = links.broadcast(torch.empty(HEADER_LENGTH, dtype=torch.int32))
+            if header[0] > 0:
+                body = links.broadcast(torch.empty(sum(body_sizes(header)), dtype=torch.int32))
+                runner.run(*decode(header, body, runner.device))
+            else:
+                store.set(f"report {header[1]} of rank {rank}", json.dumps(report(runner, links)))
+    except CollectiveError:
+        with suppress(CollectiveError):  # rank 0 is gone, or asks who is there
+            links.meet()
 
 
 def report(runner: Runner, group: Group) -> dict[str, Any]:
@@ -105,9 +91,7 @@ def report(runner: Runner, group: Group) -> dict[str, Any]:
 
 def rank_device(device: str, rank: int) -> str:
     """Each rank has a GPU of its own: "cuda" on rank 1 is "cuda:1". On several hosts, of its own host."""
-    if not device.startswith("cuda"):
-        return device
-    return f"cuda:{rank % max(1, torch.cuda.device_count())}"
+    return f"cuda:{rank % max(1, torch.cuda.device_count())}" if device.startswith("cuda") else device
 
 
 def main(arguments: list[str]) -> None:
