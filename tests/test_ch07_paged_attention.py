@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.attention import compiled, paged, paged_attention_gathered, paged_attention_online
+from minipaged.attention import compiled, gathered, paged_attention_gathered, paged_attention_online
 from minipaged.kvcache import PagedCache
 from minipaged.model.batch import make_batch
 from minipaged.model.transformer import ModelConfig
@@ -30,7 +30,7 @@ FORMS = {
     "online": paged_attention_online,
     "compiled": compiled.paged_attention,
 }
-WRITES = {"indexed": paged.write_kv, "compiled": compiled.write_kv}
+WRITES = {"indexed": gathered.write_kv, "compiled": compiled.write_kv}
 every_form = pytest.mark.parametrize("attend", FORMS.values(), ids=FORMS.keys())
 every_write = pytest.mark.parametrize("write_kv", WRITES.values(), ids=WRITES.keys())
 

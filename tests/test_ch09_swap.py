@@ -240,13 +240,13 @@ def test_nothing_to_move():
     assert memory.device.num_free == 7
 
 
-def test_a_prefix_stays_findable_on_the_device():
+def test_a_prefix_stays_cached_on_the_device():
     """Swapped out, a sequence leaves its full blocks to be found. Swapped in, it has others, and those stay."""
     cache = PrefixCache(8, 2)
     swap = Swap(cache, BlockAllocator(8))
     table = BlockTable(cache, 2)
     table.append_tokens(5)
-    cache.insert(table, [1, 2, 3, 4, 5])
+    cache.cache_blocks(table, [1, 2, 3, 4, 5])
     swap.swap_out([table])
     assert cache.num_free == 8
     found = cache.match([1, 2, 3, 4, 5])
@@ -254,7 +254,7 @@ def test_a_prefix_stays_findable_on_the_device():
     swap.swap_in([table])
     own = table.blocks
     assert cache.num_free == 5 and not {*own} & {*found}
-    cache.insert(table, [1, 2, 3, 4, 5])
+    cache.cache_blocks(table, [1, 2, 3, 4, 5])
     assert (table.blocks, cache.match([1, 2, 3, 4, 5])) == (own, found)
     assert cache.num_free == 5
 
@@ -263,7 +263,7 @@ def test_a_swapped_out_prefix_goes_leaf_first():
     cache = PrefixCache(4, 1)
     table = BlockTable(cache, 1)
     table.append_tokens(4)
-    cache.insert(table, [1, 2, 3, 4])
+    cache.cache_blocks(table, [1, 2, 3, 4])
     Swap(cache, BlockAllocator(4)).swap_out([table])
     for left in (3, 2, 1, 0):
         BlockTable(cache, 1).append_tokens(1)

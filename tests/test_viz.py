@@ -29,6 +29,7 @@ from minipaged.viz.snapshot import Snapshot
 from minipaged.viz.svg import Picture, to_svg
 from minipaged.viz.svg_parts import CHAR_WIDTH
 from minipaged.viz.terminal import draw
+from minipaged.viz.trace_file import read_trace
 from minipaged.viz.words import in_words, visible
 
 SCRIPTS = Path(__file__).parent.parent / "tutorials" / "traces"
@@ -184,7 +185,7 @@ def test_a_fork_sees_no_more_than_its_parent_where_a_third_sees_more():
 @given(scripts())
 def test_after_a_reset_the_pools_are_empty_and_the_same_events_may_follow(script):
     trace = run_script(script)
-    twice = Trace.loads(trace.dumps())
+    twice = read_trace(trace.dumps().splitlines())
     twice.record("reset")
     number = len(twice.events)
     for event in trace.events:

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-import torch
-
 from minipaged.cdiv import cdiv
-from minipaged.model.transformer import ModelConfig
+from minipaged.model.transformer import Transformer
 
 DEFAULT_POOL_BYTES = 1 << 30  # K and V of all layers; the system commits a page of it when it is first written
 CACHES = ("contiguous", "paged")
@@ -40,8 +38,7 @@ def check_cache(cache: str) -> None:
 
 
 def make_cache_config(
-    config: ModelConfig,
-    weights: torch.Tensor,
+    transformer: Transformer,
     *,
     cache: str,
     backend: str,
@@ -55,6 +52,7 @@ def make_cache_config(
 ) -> CacheConfig:
     """Fill in what was left open. Raises ValueError for an argument that does not fit the others or the model."""
     check_cache(cache)
+    config, weights = transformer.config, transformer.embed_tokens.weight
     for name, value, known in (("backend", backend, BACKENDS), ("preemption", preemption, PREEMPTIONS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -66,8 +64,7 @@ def make_cache_config(
             raise ValueError(f"{name} must be at least 1, got {size}")
     if num_host_blocks is not None and preemption != "swap":
         raise ValueError(f"num_host_blocks is for preemption 'swap', and preemption is {preemption!r}")
-    if max_model_len is None:
-        max_model_len = config.max_position
+    max_model_len = config.max_position if max_model_len is None else max_model_len
     if not 2 <= max_model_len <= config.max_position:
         raise ValueError(f"max_model_len must be 2 to {config.max_position}, got {max_model_len}")
     if num_blocks is None:
@@ -82,6 +79,6 @@ def make_cache_config(
         num_blocks, block_size = num_blocks * block_size // max_model_len, max_model_len
     if backend == "auto":
         backend = "triton" if weights.device.type == "cuda" and find_spec("triton") else "torch"
-    num_host_blocks = (num_host_blocks or num_blocks) if preemption == "swap" else 0
+    host = (num_host_blocks or num_blocks) if preemption == "swap" else 0
     caching = enable_prefix_caching and cache == "paged"
-    return CacheConfig(cache, backend, block_size, num_blocks, num_host_blocks, max_model_len, caching)
+    return CacheConfig(cache, backend, block_size, num_blocks, host, max_model_len, caching)

@@ -2,28 +2,21 @@
 
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from minipaged.engine.beam_scheduler import BeamSearchParams, Search
+from minipaged.engine.beam_scheduler import BeamSearchParams
 from minipaged.engine.beam_search import beam_search
 from minipaged.engine.cache_config import CACHES, make_cache_config
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.runner import Runner
 from minipaged.engine.scheduler import Scheduler
-from minipaged.engine.sequence import (
-    Request,
-    RequestOutput,
-    SamplingParams,
-    Sequence,
-    StreamOutput,
-)
+from minipaged.engine.sequence import Request, RequestOutput, SamplingParams, Sequence, StreamOutput
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.trace import Trace
 from minipaged.model.load import Model, default_device, load_model
@@ -97,17 +90,11 @@ class LLM(LLMEngine):
             sharded = ShardedModel(model, tensor_parallel_size, dtype, seed, device, distributed_timeout)
             model = sharded.model
         elif not isinstance(model, Model):
-            model = load_model(model, dtype or "float32", seed, device or default_device())
-        transformer, tokenizer = model
+            device = device or default_device()
+        transformer, tokenizer = load_model(model, dtype, seed, device)
         self.config, self.seed = sharded.loaded.config if sharded else transformer.config, seed
-        weights = transformer.embed_tokens.weight
-        dtype = None if dtype == "auto" else dtype
-        for name, wanted, has in (("dtype", dtype, str(weights.dtype)[6:]), ("device", device, str(weights.device))):
-            if wanted is not None and wanted not in (has, has.partition(":")[0]):
-                raise ValueError(f"{name} {wanted!r} was asked for, and the loaded model has {has!r}")
         cache_config = make_cache_config(
-            transformer.config,
-            weights,
+            transformer,
             cache=cache,
             backend=backend,
             block_size=block_size,
@@ -132,7 +119,7 @@ class LLM(LLMEngine):
             blocks, cache_config.max_model_len, max_num_seqs, max_num_batched_tokens, watermark=watermark
         )
         super().__init__(scheduler, runner, tokenizer)
-        self._request_ids = count()
+        self._num_requests = 0
         runner.start()  # the last thing: where an argument was wrong, no process was started
 
     def close(self) -> None:
@@ -197,22 +184,11 @@ class LLM(LLMEngine):
         `generate`. Other requests wait meanwhile, and keep their blocks."""
         params = params or BeamSearchParams()
         requests = self._make_requests(prompts, SamplingParams(max_tokens=params.max_tokens))
-        end_tokens = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            end_tokens |= self.tokenizer.eos_token_ids
-        searches = [
-            Search(params, request.seqs, end_tokens, self.scheduler.max_model_len - len(request.seqs[0]))
-            for request in requests
-        ]
         try:
-            with _progress(progress, params.max_tokens * len(searches)) as advance:
-                beam_search(self, searches, lambda: advance(1))
+            with _progress(progress, params.max_tokens * len(requests)) as advance:
+                return beam_search(self, requests, params, lambda: advance(1))
         finally:
             self._save_trace()
-        return [
-            RequestOutput(request.request_id, request.prompt, search.prompt_token_ids, search.outputs(self.tokenizer))
-            for request, search in zip(requests, searches, strict=True)
-        ]
 
     # ---- one request -------------------------------------------------------------------------------------------
 
@@ -241,24 +217,21 @@ class LLM(LLMEngine):
     def _make_requests(self, prompts: Prompts, params: SamplingParams | None) -> list[Request]:
         """Requests that are not queued yet: either all prompts are accepted or none."""
         params = params or SamplingParams()
-        items: Iterable[Prompt] = [prompts] if isinstance(prompts, str | dict) else prompts
-        checked = []
-        for number, prompt in enumerate(items):
+        requests = []
+        for i, prompt in enumerate([prompts] if isinstance(prompts, str | dict) else prompts):
             try:
                 token_ids = self._encode(prompt)
                 self.scheduler.check(len(token_ids), params.max_tokens)
             except ValueError as error:
-                raise ValueError(f"prompt {number}: {error}") from error
-            checked.append((prompt, token_ids))
-        return [self._make_request(prompt, token_ids, params) for prompt, token_ids in checked]
-
-    def _make_request(self, prompt: Prompt, token_ids: list[int], params: SamplingParams) -> Request:
-        number = next(self._request_ids)
-        # Without a seed of its own, a request draws from the engine's seed and its number.
-        seed = params.seed if params.seed is not None else self.seed + 7919 * (number + 1)
-        text, salt = (prompt, None) if isinstance(prompt, str) else (None, prompt.get("cache_salt"))
-        seqs = [Sequence(str(number), index, token_ids, params, seed, salt) for index in range(params.n)]
-        return Request(str(number), text, seqs, time.perf_counter())
+                raise ValueError(f"prompt {i}: {error}") from error
+            number, cache_salt = self._num_requests + i, None if isinstance(prompt, str) else prompt.get("cache_salt")
+            # Without a seed of its own, a request draws from the engine's seed and its number.
+            seed = params.seed if params.seed is not None else self.seed + 7919 * (number + 1)
+            seqs = [Sequence(str(number), index, token_ids, params, seed, cache_salt) for index in range(params.n)]
+            text = prompt if isinstance(prompt, str) else None
+            requests.append(Request(str(number), text, seqs, time.perf_counter()))
+        self._num_requests += len(requests)
+        return requests
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -281,10 +254,8 @@ class LLM(LLMEngine):
 def _progress(wanted: bool | None, total: int) -> Iterator[Callable[[int], None]]:
     """A bar of tokens, where there is a terminal or it is wanted; yields what to call with the number of new ones."""
     console = Console(stderr=True)
-    if not (console.is_terminal if wanted is None else wanted):
-        yield lambda number: None
-        return
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    hidden = not (console.is_terminal if wanted is None else wanted)
+    columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total)
         yield lambda number: bar.advance(task, number)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from minipaged.engine.detokenizer import IncrementalDetokenizer
-from minipaged.engine.metrics import Metrics, StepStats, Totals
+from minipaged.engine.metrics import Metrics, Stats
 from minipaged.engine.runner import Runner, forward_batch
 from minipaged.engine.sampling import sample
 from minipaged.engine.scheduler import Scheduler
@@ -41,8 +41,7 @@ class LLMEngine:
         self.scheduler, self.runner, self.tokenizer = scheduler, runner, tokenizer
         self.blocks, self.trace = scheduler.blocks, scheduler.blocks.trace
         self.requests: dict[str, Request] = {}  # state: every unfinished request, in the order of arrival
-        self.totals = Totals()  # state: the requests that are gone
-        self.stats = StepStats()
+        self.stats = Stats()  # state
         self._aborting: Items[Request] = ()  # state: what an abort has still to remove
         self._changing = False
 
@@ -80,7 +79,8 @@ class LLMEngine:
                 self.scheduler.update_from_output(output)
                 updated = time.perf_counter()
                 self._append(sample(_rows(logits, list(output.sampled.values())), list(output.sampled)), output)
-                self.stats = self.stats.plus(output, scheduled - start + updated - ran, time.perf_counter() - start)
+                seconds = scheduled - start + updated - ran, time.perf_counter() - start
+                self.stats = self.stats.after_step(output, *seconds)
         return list(output.sampled)
 
     def _append(self, tokens: list[Token | Exception], output: SchedulerOutput) -> None:
@@ -131,7 +131,7 @@ class LLMEngine:
 
     def metrics(self) -> Metrics:
         """What the engine did so far, and how it stands now."""
-        return Metrics.of(self.scheduler, self.requests.values(), self.totals, self.stats)
+        return Metrics.of(self.stats, self.scheduler, self.requests.values())
 
     # ---- the state, and what is derived from it ------------------------------------------------------------------
 
@@ -184,9 +184,9 @@ class LLMEngine:
             seq.detokenizer.close("abort" if seq.error is None else "error")
 
     def _retire(self, request: Request) -> None:
-        """Move a finished request from `requests` to `totals`, in one line, so that it is counted once."""
+        """Move a finished request from `requests` to `stats`, in one line, so that it is counted once."""
         if request.finished:
-            self.totals, _ = self.totals.plus(request), self.requests.pop(request.request_id)
+            self.stats, _ = self.stats.after_request(request), self.requests.pop(request.request_id)
 
     def _detokenizer(self, seq: Sequence) -> IncrementalDetokenizer:
         room = self.scheduler.max_model_len - len(seq.prompt_token_ids)

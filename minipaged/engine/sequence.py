@@ -53,26 +53,20 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n}")
-        if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 1 and self.top_k != -1:
-            raise ValueError(f"top_k must be at least 1, or -1 for all tokens, got {self.top_k}")
-        if not 0.0 <= self.min_p <= 1.0:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if not 0.0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be above 0 (1 changes nothing), got {self.repetition_penalty}")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if self.n > 1 and self.temperature == 0.0:
-            raise ValueError(f"n = {self.n} samples at temperature 0 would all be the same: give a temperature above 0")
-        if "" in self.stop_strings:
-            raise ValueError("a stop string must not be empty: every text contains it")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise ValueError(f"logprobs must be 0 or more, got {self.logprobs}")
+        for name, fits, takes in (
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", 0.0 <= self.temperature < math.inf, "0 or more"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]"),
+            ("top_k", self.top_k >= 1 or self.top_k == -1, "at least 1, or -1 for all tokens"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "above 0 (1 changes nothing)"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("n", self.n == 1 or self.temperature > 0.0, "1 at temperature 0, where all samples would be the same"),
+            ("stop", "" not in self.stop_strings, "made of strings that are not empty"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} must be {takes}, got {getattr(self, name)!r}")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ Source: the PagedAttention paper, section 4.1.
 # Shapes: docs/design.md, section 3. Sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1 of
 # query, perhaps none; its last query stands at position seq_lens[s] - 1. What no token owns is never read.
 # The promised errors: call check_write_kv or check_paged_attention (minipaged/attention/checks.py) first.
-# Made from minipaged/attention/paged.py by minipaged/course/generate.py.
+# Made from minipaged/attention/gathered.py by minipaged/course/generate.py.
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
-"""Chapter 7. What paging costs a decode step's attention: `make bench-attention`, or
+"""What paging costs the attention of a decode step: `make bench-attention`, or
 
-    python -m minipaged.attention.bench [--json FILE] [--runs N] [--threads N] [--no-flex]
+    python -m minipaged.bench.attention [--json FILE] [--runs N] [--threads N] [--no-flex]
 
 One layer of SmolLM2's shape (9 heads on 3 KV heads of 64), 32 sequences with contexts of 128 to 2,048 tokens in blocks
 of 16 that lie anywhere in the pool. Everyone answers the same batch; each answer is held against float64 first. All are
@@ -31,8 +31,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.attention.bench_peers import Batch, Run, bandwidth_floor, flex, gathered, one_by_one, padded
 from minipaged.attention.compiled import paged_attention
+from minipaged.bench.attention_peers import Batch, Run, bandwidth_floor, flex, gathered, one_by_one, padded
 from minipaged.processor import processor
 
 NUM_SEQS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 9, 3, 64, 16
@@ -147,7 +147,7 @@ def measure(dtype: torch.dtype, pool: str, repeats: int, with_flex: bool, consol
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m minipaged.attention.bench", description=(__doc__ or "").split("\n")[0]
+        prog="python -m minipaged.bench.attention", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--runs", type=int, default=15, help="runs of each, at least 5 (15)")
