@@ -70,7 +70,7 @@ def slice_of(source: Source, share: Share, dtype: torch.dtype) -> Transformer:
 
 
 def _cuts(config: ModelConfig, share: Share) -> dict[str, Cut]:
-    """A tensor's name, without its layer -> this rank's rows and columns of it. What has no name here is not divided."""
+    """A tensor's name, without its layer -> this rank's rows and columns of it. Others are not divided."""
     head_dim = config.head_dim
     words, part = slice(share.vocab.start, share.vocab.stop), slice(share.inner.start, share.inner.stop)
     q = slice(share.heads.start * head_dim, share.heads.stop * head_dim)

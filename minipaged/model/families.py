@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.model.gguf_file import GGUFFile, ModelFileError, gguf_field
-from minipaged.model.transformer import ModelConfig
+from minipaged.model.transformer import MAX_POSITION, ModelConfig
 
 FAMILIES: dict[str, dict[str, bool]] = {
     "llama": {},
@@ -52,15 +52,13 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     if get("expert_count", 0):
         raise ModelFileError(f"architecture {family!r} with experts is not supported")
     tokens = gguf_field(file, "tokenizer.ggml.tokens")
-    num_heads, hidden_size, num_layers = get("attention.head_count"), get("embedding_length"), get("block_count")
-    for name, value in (("head_count", num_heads), ("embedding_length", hidden_size), ("block_count", num_layers)):
-        if not isinstance(value, int) or value < 1:
-            raise ModelFileError(f"field {name} must be a whole number, at least 1, got {value!r}")
+    names = ("attention.head_count", "embedding_length", "block_count", "context_length")
+    num_heads, hidden_size, num_layers, context = (_counted(name, get(name)) for name in names)
     head_dim = get("attention.key_length", hidden_size // num_heads)
     for name, dims in (("rope.dimension_count", "turns"), ("attention.value_length", "keeps as values")):
         if (found := get(name, head_dim)) != head_dim:
             raise ModelFileError(f"the model {dims} {found} of {head_dim} dimensions of a head: only all are supported")
-    theta, context = get("rope.freq_base", 10_000.0), get("context_length")
+    theta = get("rope.freq_base", 10_000.0)
     scaling = {
         "rope_type": get("rope.scaling.type", "none"),
         "factor": get("rope.scaling.factor", 1.0),
@@ -105,9 +103,8 @@ def config_from_json(path: Path) -> ModelConfig:
         _check_family("model_type", family := get("model_type"))
         if fields.get("attention_bias") or fields.get("mlp_bias") or fields.get("hidden_act", "silu") != "silu":
             raise ModelFileError("further biases, and activations other than silu, are not supported")
-        heads, hidden, layers, context = (
-            get(name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers", "max_position_embeddings")
-        )
+        names = ("num_attention_heads", "hidden_size", "num_hidden_layers", "max_position_embeddings")
+        heads, hidden, layers, context = (_counted(name, get(name)) for name in names)
         head_dim = hidden // heads if (head_dim := fields.get("head_dim")) is None else head_dim
         rope = {**(fields.get("rope_parameters") or {}), **(fields.get("rope_scaling") or {})}
         theta = rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
@@ -183,9 +180,15 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def _check_family(what: str, family: Any) -> None:
-    if family not in FAMILIES:
-        why = f" ({_NOT_SUPPORTED[family]})" if family in _NOT_SUPPORTED else ""
+    if str(family) not in FAMILIES:
+        why = f" ({_NOT_SUPPORTED[family]})" if str(family) in _NOT_SUPPORTED else ""
         raise ModelFileError(f"{what} {family!r} is not supported{why}: {', '.join(FAMILIES)} are")
+
+
+def _counted(name: str, value: Any) -> int:
+    if not isinstance(value, int) or not 1 <= value <= MAX_POSITION:
+        raise ModelFileError(f"{name} must be a whole number, 1 to {MAX_POSITION:,}, got {value!r}")
+    return value
 
 
 def _no_rope_layers(fields: dict[str, Any], num_layers: int) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ _ADD_BOS = ("llama-bpe", "tekken")  # where the file does not say
 def tokenizer_from_gguf(file: GGUFFile) -> TextTokenizer:
     """Raises ModelFileError, with its name, for a kind that is not supported."""
     kind, splitter = gguf_field(file, "tokenizer.ggml.model"), gguf_field(file, "tokenizer.ggml.pre", "default")
-    if kind not in ("llama", "gpt2") or (kind == "gpt2" and splitter not in _SPLITTERS):
+    if kind not in ("llama", "gpt2") or (kind == "gpt2" and str(splitter) not in _SPLITTERS):
         raise ModelFileError(f"tokenizer {kind!r} with pre-tokenizer {splitter!r} is not supported")
     tokens, types = gguf_field(file, "tokenizer.ggml.tokens"), gguf_field(file, "tokenizer.ggml.token_type")
     try:

@@ -2,7 +2,8 @@
 
 Both come as a `Source`: configuration, names and shapes at once, and numbers tensor by tensor, under the names that
 Hugging Face gives. Shapes are checked against the configuration. Then `build_transformer` stacks the numbers as
-`Transformer` holds them, part after part, so that of no weight there are two copies for long. Pickled files are never opened: they can run code.
+`Transformer` holds them, part after part, so that of no weight there are two copies for long. Pickled files are never
+opened: they can run code.
 """
 
 from collections.abc import Callable, Iterator
