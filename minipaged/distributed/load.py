@@ -17,35 +17,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minipaged.distributed.shares import Share, local_config, shares
 from minipaged.model import fetch
+from minipaged.model.gguf_file import ModelFileError
 from minipaged.model.load import DTYPES, Model, checked, named_dtype, quicken, tiny_transformer
-from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from minipaged.model.load import open_source as open_files
+from minipaged.model.tokenizer import TextTokenizer
+from minipaged.model.tokenizer_files import byte_tokenizer
 from minipaged.model.transformer import ModelConfig, Transformer
-from minipaged.model.weights import (
-    ModelFileError,
-    build_transformer,
-    config_from_gguf,
-    config_from_json,
-    halves_from_pairs,
-    hugging_face_name,
-    open_gguf,
-)
-
-ALL = slice(None)
-Cut = tuple[slice, slice]  # rows, columns
-
-
-class Source(NamedTuple):
-    """Where weights come from: names and shapes at once, numbers when they are asked for."""
-
-    config: ModelConfig
-    shapes: dict[str, tuple[int, ...]]  # Hugging Face's name -> shape of the whole tensor
-    read: Callable[[str, Cut], Tensor]
-    tokenizer: Callable[[], TextTokenizer]
+from minipaged.model.weights import ALL, Cut, Source, build_transformer, check_shapes
 
 
 class RankModel(NamedTuple):
@@ -74,40 +56,34 @@ def load_slice(name: str | Path, rank: int, size: int, dtype: str, seed: int, de
 
 def slice_of(source: Source, share: Share, dtype: torch.dtype) -> Transformer:
     """The part of a model that a share names. Raises ModelFileError for a tensor that is missing, odd, or left over."""
-    local = local_config(source.config, share)
-    wanted = _cuts(source.config, share)
-    tensors = {}
-    for name, shape in source.shapes.items():
+    check_shapes(source.config, source.shapes)  # of the whole: a slice of a tensor that is too large would look right
+    local, cuts = local_config(source.config, share), _cuts(source.config, share)
+
+    def read(name: str) -> Tensor:
         kind = name.rpartition("layers.")[2].partition(".")[2] if ".layers." in name else name
-        expected, cut = wanted.get(kind, (shape, (ALL, ALL)))
-        if shape != expected:  # held against the whole: a slice of a tensor that is too large would look right
-            raise ModelFileError(
-                f"tensor {name} has shape {list(shape)}, the model's configuration asks for {list(expected)}"
-            )
-        tensors[name] = source.read(name, cut)
-    transformer = build_transformer(local, tensors, dtype)
+        return source.read(name, cuts.get(kind, (ALL, ALL)))
+
+    transformer = build_transformer(local, read, dtype)
     # The batch has tokens of the whole vocabulary.
     transformer.config = replace(local, vocab_size=source.config.vocab_size)
     return transformer
 
 
-def _cuts(config: ModelConfig, share: Share) -> dict[str, tuple[tuple[int, ...], Cut]]:
-    """A tensor's name, without its layer -> the shape of the whole, and this rank's rows and columns of it."""
-    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+def _cuts(config: ModelConfig, share: Share) -> dict[str, Cut]:
+    """A tensor's name, without its layer -> this rank's rows and columns of it. Others are not divided."""
+    head_dim = config.head_dim
     words, part = slice(share.vocab.start, share.vocab.stop), slice(share.inner.start, share.inner.stop)
     q = slice(share.heads.start * head_dim, share.heads.stop * head_dim)
     kv = slice(share.kv_heads.start * head_dim, share.kv_heads.stop * head_dim)
+    rows = {"q": q, "k": kv, "v": kv}
     return {
-        "model.embed_tokens.weight": ((config.vocab_size, hidden), (words, ALL)),
-        "lm_head.weight": ((config.vocab_size, hidden), (words, ALL)),
-        "self_attn.q_proj.weight": ((q_size, hidden), (q, ALL)),
-        "self_attn.k_proj.weight": ((kv_size, hidden), (kv, ALL)),
-        "self_attn.v_proj.weight": ((kv_size, hidden), (kv, ALL)),
-        "self_attn.o_proj.weight": ((hidden, q_size), (ALL, q)),
-        "mlp.gate_proj.weight": ((inner, hidden), (part, ALL)),
-        "mlp.up_proj.weight": ((inner, hidden), (part, ALL)),
-        "mlp.down_proj.weight": ((hidden, inner), (ALL, part)),
+        "model.embed_tokens.weight": (words, ALL),
+        "lm_head.weight": (words, ALL),
+        **{f"self_attn.{c}_proj.{kind}": (rows[c], ALL) for c in "qkv" for kind in ("weight", "bias")},
+        "self_attn.o_proj.weight": (ALL, q),
+        "mlp.gate_proj.weight": (part, ALL),
+        "mlp.up_proj.weight": (part, ALL),
+        "mlp.down_proj.weight": (ALL, part),
     }
 
 
@@ -118,14 +94,7 @@ def open_source(name: str | Path, seed: int = 0) -> Source:
     """Of "tiny", "smollm2-135m", a GGUF file or a folder with safetensors. Raises ValueError for anything else."""
     if name == "tiny":
         return from_transformer(tiny_transformer(torch.float64, seed), byte_tokenizer)
-    path = fetch.fetch() if name == "smollm2-135m" else Path(name).expanduser()
-    if path.is_dir() and (path / "config.json").is_file():
-        return _from_folder(path)
-    if path.is_file():
-        return _from_gguf(path)
-    raise ValueError(
-        f"unknown model {str(name)!r}: take 'smollm2-135m', 'tiny', a GGUF file, or a folder with safetensors"
-    )
+    return open_files(fetch.fetch() if name == "smollm2-135m" else name)
 
 
 def from_transformer(transformer: Transformer, tokenizer: Callable[[], TextTokenizer]) -> Source:
@@ -155,47 +124,13 @@ def from_transformer(transformer: Transformer, tokenizer: Callable[[], TextToken
             f"{theirs}mlp.down_proj.weight": state[f"{ours}down_proj.weight"],
         }
 
+        if config.qkv_bias:
+            biases = state[f"{ours}qkv_proj.bias"].split(sizes)
+            tensors |= {f"{theirs}self_attn.{c}_proj.bias": bias for c, bias in zip("qkv", biases, strict=True)}
+        if config.qk_norm:
+            tensors |= {f"{theirs}self_attn.{c}_norm.weight": state[f"{ours}{c}_norm.weight"] for c in "qk"}
+
     def read(name: str, cut: Cut) -> Tensor:
         return tensors[name].detach()[cut[: tensors[name].dim()]].clone()
 
     return Source(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, read, tokenizer)
-
-
-def _from_gguf(path: Path) -> Source:
-    file = open_gguf(path)
-    try:
-        config = config_from_gguf(file)
-        names = {hugging_face_name(name): name for name in file.tensors}
-    except ValueError as error:
-        raise ModelFileError(f"{path}: {error}") from error
-
-    def read(name: str, cut: Cut) -> Tensor:
-        tensor = torch.from_numpy(file.tensor(names[name], *cut))
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # a whole number of heads, each permuted by itself
-            tensor = halves_from_pairs(tensor, len(tensor) // config.head_dim, config.head_dim)
-        return tensor
-
-    # GGUF counts from the fastest dimension on.
-    shapes = {name: tuple(int(n) for n in reversed(file.tensors[theirs].shape)) for name, theirs in names.items()}
-    return Source(config, shapes, read, lambda: tokenizer_from_gguf(file))
-
-
-def _from_folder(path: Path) -> Source:
-    config = config_from_json(path / "config.json")
-    shapes, slices = {}, {}
-    for part in sorted(path.glob("*.safetensors")):
-        try:
-            file = safe_open(part, framework="pt")
-            for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                slices[name] = file.get_slice(name)
-                shapes[name] = tuple(slices[name].get_shape())
-        except (SafetensorError, ValueError, TypeError) as error:
-            raise ModelFileError(f"{part} ({part.stat().st_size:,} bytes) is damaged or cut short: {error}") from error
-    if not shapes:
-        raise ModelFileError(f"{path} holds no *.safetensors file")
-
-    def read(name: str, cut: Cut) -> Tensor:
-        numbers: Tensor = slices[name][cut[: len(shapes[name])]]
-        return numbers.contiguous()
-
-    return Source(config, shapes, read, lambda: tokenizer_from_folder(path))
