@@ -16,6 +16,7 @@ from functools import cache
 
 import gguf
 import pytest
+import ranks_table
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,9 +24,9 @@ from hypothesis import strategies as st
 import rank_threads
 from alone import alone
 from minipaged import LLM, BeamSearchParams, SamplingParams
-from minipaged.distributed import launch, table
+from minipaged.distributed import launch
 from minipaged.distributed.launch import WorkerError
-from minipaged.distributed.load import from_transformer, open_source, slice_of
+from minipaged.distributed.load import slice_of
 from minipaged.distributed.message import decode, encode
 from minipaged.distributed.shares import local_config, shares, step_traffic, weight_bytes
 from minipaged.engine.beam_scheduler import Search
@@ -33,8 +34,9 @@ from minipaged.engine.beam_search import choose
 from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.engine.sequence import Sequence, Token
 from minipaged.model.batch import ForwardBatch, make_batch
-from minipaged.model.load import TINY, load_model, tiny_transformer
+from minipaged.model.load import TINY, load_model, open_source, tiny_transformer
 from minipaged.model.recompute import next_logits
+from minipaged.model.weights import source_from_transformer
 from minipaged.simulator.replicas import POLICIES, Workload, simulate_replicas
 from model_files import SMALL, TOKENS, random_weights, transformer_of, write_folder, write_gguf
 
@@ -125,7 +127,7 @@ def test_slices_of_a_file_are_slices_of_its_model(tmp_path, kind, size):
     whole = load_model(path).transformer
     if kind in ("safetensors", "F32"):
         assert torch.equal(whole.layers[0].qkv_proj.weight, transformer_of(model, weights).layers[0].qkv_proj.weight)
-    from_file, in_memory = open_source(path), from_transformer(whole, lambda: None)
+    from_file, in_memory = open_source(path), source_from_transformer(whole, lambda: None)
     for share in shares(model, size):
         ours, theirs = (slice_of(source, share, torch.float32).state_dict() for source in (from_file, in_memory))
         assert ours.keys() == theirs.keys()
@@ -136,7 +138,7 @@ def test_slices_of_a_file_are_slices_of_its_model(tmp_path, kind, size):
 def test_a_tensor_larger_than_the_configuration_says_is_refused(tmp_path):
     weights = random_weights(DIVISIBLE)
     write_folder(tmp_path / "m", replace(DIVISIBLE, intermediate_size=64), weights)
-    with pytest.raises(ValueError, match=r"down_proj.weight has shape \[32, 96\].*\[32, 64\]"):
+    with pytest.raises(ValueError, match=r"gate_proj.weight has shape \[96, 32\].*\[64, 32\]"):
         LLM(tmp_path / "m", tensor_parallel_size=2)
 
 
@@ -237,7 +239,7 @@ def model_with(tmp_path_factory):
             return "tiny"
         heads, kv_heads = HEADS[kind]
         shape = replace(TINY, vocab_size=len(TOKENS), num_heads=heads, num_kv_heads=kv_heads)
-        source = from_transformer(tiny_transformer(torch.float64, 1, shape), lambda: None)
+        source = source_from_transformer(tiny_transformer(torch.float64, 1, shape), lambda: None)
         folder = tmp_path_factory.mktemp("model")
         weights = {name: source.read(name, (slice(None), slice(None))).numpy() for name in source.shapes}
         write_folder(folder, shape, weights, torch.float64)
@@ -328,12 +330,12 @@ def test_ctrl_c_in_a_step_is_raised_after_it_and_the_ranks_go_on(ranks_are_threa
 
 
 def test_the_table_of_the_page_is_counted_and_a_false_formula_is_refused(ranks_are_threads, monkeypatch, capsys):
-    assert table.main(["tiny", "1", "3"]) == 0
+    assert ranks_table.main(["tiny", "1", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 1 + 3 and lines[3].startswith("| 3 | 0 | 0 | 0 | ")
-    monkeypatch.setattr(table, "weight_bytes", lambda config, dtype: weight_bytes(config, dtype) + 4)
+    monkeypatch.setattr(ranks_table, "weight_bytes", lambda config, dtype: weight_bytes(config, dtype) + 4)
     with pytest.raises(ValueError, match="rank 0 of 3: weight_bytes is 32128, and the formula says 32132"):
-        table.main(["tiny", "3"])
+        ranks_table.main(["tiny", "3"])
 
 
 HANG = 600  # seconds, at least ten times what a busy machine needs

@@ -8,6 +8,8 @@ All are int32. The batch is sent as it is, so that every rank computes the very 
 costs 6 numbers and its row of the block tables.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,16 +17,15 @@ from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.model.batch import ForwardBatch
 
 HEADER_LENGTH = 8
+INT64 = ("token_ids", "positions", "slot_mapping", "logits_rows")  # of a batch; a slot fits in an int32
+TENSORS = ("token_ids", "positions", "query_start_loc", "seq_lens", "block_tables", "slot_mapping", "logits_rows")
 
 
 def encode(output: SchedulerOutput, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
     """Header and body of a step: the copies of `output`, and the batch."""
     plans = (output.swap_out, output.swap_in, output.copies)
     sizes = (len(batch.token_ids), *batch.block_tables.shape, len(batch.logits_rows), batch.max_query_len)
-    tensors = [batch.token_ids, batch.positions, batch.query_start_loc, batch.seq_lens]
-    tensors += [batch.block_tables, batch.slot_mapping, batch.logits_rows]
-    # A slot fits in an int32: 2^31 tokens are terabytes of K and V.
-    parts = [tensor.flatten().to("cpu", torch.int32) for tensor in tensors]
+    parts = [getattr(batch, name).flatten().to("cpu", torch.int32) for name in TENSORS]
     parts += [torch.tensor(plan, dtype=torch.int32).flatten() for plan in plans]
     return torch.tensor([*sizes, *map(len, plans)], dtype=torch.int32), torch.cat(parts)
 
@@ -42,17 +43,11 @@ def decode(header: Tensor, body: Tensor, device: torch.device | str = "cpu") -> 
     sizes = body_sizes(header)
     if len(body) != sum(sizes):
         raise ValueError(f"a step of {sum(sizes)} numbers was announced, and {len(body)} came")
-    tokens, positions, starts, seq_lens, tables, slots, rows, *plans = body.split(sizes)
-    long = {"device": device, "dtype": torch.int64}
-    batch = ForwardBatch(
-        token_ids=tokens.to(**long),
-        positions=positions.to(**long),
-        query_start_loc=starts.to(device),
-        seq_lens=seq_lens.to(device),
-        block_tables=tables.view(header[1], header[2]).to(device),
-        slot_mapping=slots.to(**long),
-        logits_rows=rows.to(**long),
-        max_query_len=int(header[4]),
-    )
-    swap_out, swap_in, copies = ([(a, b) for a, b in plan.view(-1, 2).tolist()] for plan in plans)
-    return SchedulerOutput(swap_out=swap_out, swap_in=swap_in, copies=copies), batch
+    *parts, out, back, copies = body.split(sizes)
+    tensors = dict(zip(TENSORS, parts, strict=True))
+    tensors |= {name: tensors[name].long() for name in INT64}
+    tensors["block_tables"] = tensors["block_tables"].view(header[1], header[2])
+    batch = ForwardBatch(**{name: t.to(device) for name, t in tensors.items()}, max_query_len=int(header[4]))
+    plans = {"swap_out": out, "swap_in": back, "copies": copies}
+    pairs: dict[str, Any] = {name: [(a, b) for a, b in plan.view(-1, 2).tolist()] for name, plan in plans.items()}
+    return SchedulerOutput(**pairs), batch

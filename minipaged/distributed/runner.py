@@ -37,49 +37,42 @@ GRACE_SECONDS = 2.0  # after a collective failed: for a process to have ended, a
 
 
 class ShardedModel:
-    """A model that is to be divided: rank 0's part of it, and what others need to load theirs.
-
-    On the other ranks that torchrun started, this is where they serve rank 0, and end.
-    """
+    """A model that is to be divided: rank 0's part of it, and what others need to load theirs. On other ranks that
+    torchrun started, this is where they serve rank 0, and end."""
 
     def __init__(
-        self,
-        model: str | Path | Model,
-        size: int,
-        dtype: str | None,
-        seed: int,
-        device: str | None,
-        timeout: float = 60.0,
+        self, model: str | Path | Model, size: int, dtype: str | None, seed: int, device: str | None, timeout: float
     ):
         """timeout: seconds that a rank may let the others wait, once all are there.
 
         Raises ValueError where the model, the ranks or the devices do not go together. Starts nothing."""
-        if isinstance(model, Model):
-            raise ValueError(
-                f"tensor_parallel_size {size} needs the model's name, file or folder: each rank loads its own slice, "
-                "and what is loaded already lies in one process"
-            )
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"tensor_parallel_size must be a whole number, at least 1, got {size!r}")
-        if not 0.0 < timeout < 1e6:
-            raise ValueError(f"distributed_timeout must be a number of seconds above 0, got {timeout!r}")
         rank, world = launch.torchrun_rank_and_size()
-        if world > 1 and world != size:
-            raise ValueError(f"torchrun started {world} processes, and tensor_parallel_size is {size}")
         device = device or default_device()
-        if device.startswith("cuda") and world == 1 and torch.cuda.device_count() < size:
-            raise ValueError(
-                f"tensor_parallel_size {size} needs as many GPUs, and there are {torch.cuda.device_count()}: "
-                "ask for fewer ranks, or for device='cpu'"
-            )
+        gpus = size if world > 1 or not device.startswith("cuda") else torch.cuda.device_count()
+        asked = f"tensor_parallel_size {size}"
+        for is_wrong, why in (
+            (
+                isinstance(model, Model),
+                f"{asked} needs the model's name, file or folder: each rank loads its own slice",
+            ),
+            (not isinstance(size, int) or size < 1, f"tensor_parallel_size must be at least 1, got {size!r}"),
+            (not 0.0 < timeout < 1e6, f"distributed_timeout must be a number of seconds above 0, got {timeout!r}"),
+            (world not in (1, size), f"torchrun started {world} processes, and tensor_parallel_size is {size}"),
+            (
+                gpus < size,
+                f"{asked} needs as many GPUs, and there are {gpus}: take fewer ranks, or device='cpu'",
+            ),
+        ):
+            if is_wrong:
+                raise ValueError(why)
+        assert not isinstance(model, Model)
         name = str(Path(model).resolve()) if Path(model).exists() else str(model)  # a worker may stand elsewhere
-        self.ranks = launch.torchrun() if world > 1 else None
-        if self.ranks is not None and rank > 0:
+        self.size, self.timeout, self.ranks = size, timeout, launch.torchrun() if world > 1 else None
+        if self.ranks and rank > 0:
             serve(self.ranks.store, rank, size)
             sys.exit()
-        self.size = size
         dtype = named_dtype(dtype or "float32", device)  # decided here: two ranks might measure otherwise
-        self.order: dict[str, Any] = {"model": name, "dtype": dtype, "seed": seed, "device": device, "timeout": timeout}
+        self.order = {"model": name, "dtype": dtype, "seed": seed, "device": device, "timeout": timeout}
         self.loaded = load_slice(name, 0, size, dtype, seed, rank_device(device, 0))
 
     @property
@@ -106,7 +99,7 @@ class ParallelRunner(Runner):
             self.ranks = ranks = sharded.ranks or launch.spawn(size)
         with self._or_close():
             ranks.load({**sharded.order, "cache_config": asdict(self.cache_config)})
-            self.links = Links(self, sharded.loaded, ranks.store, 0, size, sharded.order["timeout"])
+            self.links = Links(self, sharded.loaded, ranks.store, 0, size, sharded.timeout)
 
     def run(self, output: SchedulerOutput, batch: ForwardBatch) -> Tensor:
         """One step on all ranks. Returns logits [num_sampled, vocab_size].
@@ -127,7 +120,7 @@ class ParallelRunner(Runner):
         with _interrupts_wait(), self._or_close(), collective("reports"):
             links.broadcast(torch.tensor([0, self.num_reports] + [0] * (HEADER_LENGTH - 2), dtype=torch.int32))
             names = [f"report {self.num_reports} of rank {rank}" for rank in range(1, ranks.size)]
-            ranks.store.wait(names, timedelta(seconds=self.sharded.order["timeout"]))
+            ranks.store.wait(names, timedelta(seconds=self.sharded.timeout))
             return [report(self, links), *(json.loads(ranks.store.get(name)) for name in names)]
 
     def close(self) -> None:

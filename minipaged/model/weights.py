@@ -114,6 +114,20 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def source_from_transformer(transformer: Transformer, tokenizer: Callable[[], TextTokenizer]) -> Source:
+    """A model that is in memory, under the names of files."""
+    state, tensors = transformer.state_dict(), dict[str, Tensor]()
+    for part, stacks in layout(transformer.config):
+        for ours, named in stacks.items():
+            rows = state[f"{part}.{ours}"].split([shape[0] for _, shape in named])
+            tensors |= {name: tensor for (name, _), tensor in zip(named, rows, strict=True)}
+
+    def read(name: str, cut: Cut) -> Tensor:
+        return tensors[name][cut[: tensors[name].dim()]].clone()
+
+    return Source(transformer.config, {name: tuple(t.shape) for name, t in tensors.items()}, read, tokenizer)
+
+
 def layout(config: ModelConfig) -> Iterator[tuple[str, dict[str, list[tuple[str, tuple[int, ...]]]]]]:
     """The parts of a Transformer, in order: name of the module, and of each of its weights the tensors that are stacked
     in it, with their shapes."""
