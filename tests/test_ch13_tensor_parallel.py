@@ -6,13 +6,16 @@ starts as can be: each takes seconds.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache
+from pathlib import Path
 
 import gguf
 import pytest
@@ -407,6 +410,41 @@ def test_a_rank_that_fails_is_named_with_its_reason(monkeypatch, where):
     with pytest.raises(WorkerError, match="rank 2 failed: ValueError: the disk is on fire"):
         llm, _ = started(3)
         llm.generate("hi")
+
+
+def listening():
+    """Ports of this machine where somebody accepts connections."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {int(row[1].partition(":")[2], 16) for row in rows if row[3] == "0A"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the ports of ranks are looked up as Linux shows them")
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 4096])
+def test_a_stranger_who_connects_to_every_port_disturbs_nothing(said):
+    before, over, met = listening(), threading.Event(), {}
+
+    def knock():
+        while not over.is_set():
+            for port in listening() - before - met.keys():
+                with suppress(OSError):
+                    met[port] = socket.create_connection(("127.0.0.1", port), 1.0)
+                    met[port].sendall(said)
+                    if port % 2:
+                        met[port].close()
+
+    stranger = threading.Thread(target=knock)
+    stranger.start()
+    try:
+        llm, _ = started(3)
+        assert answers(llm, GREEDY) == without_a_cache(tiny(), GREEDY)
+        llm.close()
+    finally:
+        over.set()
+        stranger.join()
+        for connection in met.values():
+            connection.close()
+    assert met, "no port was found"
 
 
 BLOWS = [(1, signal.SIGKILL, "died .signal 9"), (2, signal.SIGSTOP, "did not answer")]
