@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -125,6 +125,9 @@ class ParallelRunner(Runner):
 
     def close(self) -> None:
         """End the workers. Also done when this object goes, and at the interpreter's end."""
+        if self.links and self.ranks and not self.ranks.processes:
+            with suppress(CollectiveError):
+                self.links.broadcast(torch.full((HEADER_LENGTH,), -1, dtype=torch.int32))  # goodbye
         self._end(ValueError("this engine was closed, and has no other ranks any more"))
 
     def _open(self) -> tuple[Links, Ranks]:
@@ -158,10 +161,10 @@ class ParallelRunner(Runner):
         return WorkerError(f"ranks lost each other: {error}")
 
     def _end(self, why: Exception) -> None:
-        if self.links:
-            self.links.close()
         if self.ranks:
             self.ranks.close()
+            if self.links:
+                self.links.close()
             self.ranks, self.links, self.over = None, None, why
 
 

@@ -1,7 +1,7 @@
 """Chapter 13. What ranks 1, 2, ... do: load a slice, then run every step that rank 0 describes. They hold no allocator.
 
-A step in which no token is computed asks for a report instead. A worker waits for the next step without a limit, since
-there may be no request, and ends when rank 0 hangs up, for whatever reason.
+A step of no token asks for a report instead, and one of -1 says goodbye. A worker waits for the next step without a
+limit, since there may be no request, and ends when rank 0 hangs up, for whatever reason.
 """
 
 import json
@@ -65,8 +65,7 @@ def serve(store: Store, rank: int, size: int) -> None:
     store.set(f"rank {rank} has loaded", "")
     links = Links(runner, loaded, store, rank, size, order["timeout"])
     try:
-        while True:
-            header = links.broadcast(torch.empty(HEADER_LENGTH, dtype=torch.int32))
+        while (header := links.broadcast(torch.empty(HEADER_LENGTH, dtype=torch.int32)))[0] >= 0:
             if header[0] > 0:
                 body = links.broadcast(torch.empty(sum(body_sizes(header)), dtype=torch.int32))
                 runner.run(*decode(header, body, runner.device))
