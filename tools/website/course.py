@@ -15,6 +15,7 @@ class Chapter:
     title: str  # where no notebook gives one yet
     modules: tuple[str, ...]  # glob patterns from the root; the first file found is shown open
     players: tuple[str, ...] = ()  # of docs/traces/
+    command: str = ""  # in the place of an exercise
 
     @property
     def page(self) -> str:
@@ -26,7 +27,7 @@ class Chapter:
 
     @property
     def suites(self) -> list[Path]:
-        return sorted((ROOT / "tests").glob(f"test_ch{self.number:02d}_*.py"))
+        return [ROOT / "tests" / suite for suite in course_map()[self.number].suites]
 
     def sources(self) -> list[Path]:
         found = [path for pattern in self.modules for path in sorted(ROOT.glob(pattern))]
@@ -34,7 +35,8 @@ class Chapter:
 
 
 CHAPTERS = tuple(
-    Chapter(chapter.number, chapter.title, chapter.modules, chapter.players) for chapter in course_map().values()
+    Chapter(chapter.number, chapter.title, chapter.modules, chapter.players, chapter.command)
+    for chapter in course_map().values()
 )
 
 
