@@ -477,9 +477,10 @@ while sys.argv[1] != "exit":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["exit", signal.SIGINT, signal.SIGKILL])
-def test_however_rank_0_ends_its_worker_does(how):
+def test_however_rank_0_ends_its_worker_does_and_nothing_is_left(how, tmp_path):
     rank_0 = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(how)],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         # A shell that runs us in the background lets its children ignore Ctrl-C, and a terminal does not.
@@ -492,6 +493,7 @@ def test_however_rank_0_ends_its_worker_does(how):
     _, errors = rank_0.communicate(timeout=HANG)
     assert (b"KeyboardInterrupt" in errors) == (how == signal.SIGINT), errors
     wait_until_gone(pid)
+    assert not list(tmp_path.glob("minipaged-*"))
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ limit, since there may be no request, and ends when rank 0 hangs up, for whateve
 """
 
 import json
+import shutil
 import sys
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +98,7 @@ def rank_device(device: str, rank: int) -> str:
 def main(arguments: list[str]) -> None:
     path, rank, size = arguments
     serve(FileStore(path, int(size)), int(rank), int(size))
+    shutil.rmtree(Path(path).parent, ignore_errors=True)  # rank 0 does, unless it was killed
 
 
 if __name__ == "__main__":
