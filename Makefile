@@ -83,7 +83,7 @@ bugs: $(READY) ## kill every planted bug with its chapter's suite, and print the
 	@$(BIN)/python -m minipaged.course.prove
 
 mutation: $(VENV)/.mutation ## change our code one operator at a time: does a suite notice? (hours; MODULES="block_table swap")
-	@$(BIN)/python -m minipaged.course.mutation $(MODULES)
+	@$(BIN)/python tools/mutation.py $(MODULES)
 
 exercises: $(READY) ## make the exercises from the reference again
 	@$(BIN)/python -m minipaged.course.generate

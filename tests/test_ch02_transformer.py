@@ -163,9 +163,9 @@ class Recorder(RecomputeCache):
     def __init__(self):
         self.calls = []
 
-    def attend(self, layer, query, key, value, batch):
+    def attend(self, layer, query, key, value, batch, sliding_window=None):
         self.calls.append((layer, query.shape, key.shape, value.shape, batch))
-        return super().attend(layer, query, key, value, batch)
+        return super().attend(layer, query, key, value, batch, sliding_window)
 
 
 @given(model=models(), data=st.data())
