@@ -65,7 +65,7 @@ bench-engine: $(READY) ## what the scheduler costs, alone and as a share of a st
 	@$(BIN)/python -m minipaged.engine.bench
 
 kernels-compile: $(READY) ## compile every Triton kernel for four GPUs, with none in the machine: registers, spills, loads
-	@$(BIN)/python -m minipaged.kernels.compile --targets sm_80,sm_90,sm_100,gfx942
+	@$(BIN)/python -m minipaged.bench.kernel_report --targets sm_80,sm_90,sm_100,gfx942
 
 bench-kernels: $(READY) ## check the kernels and, where there is a GPU, time them beside their peers
 	@$(BIN)/python -m minipaged.kernels.bench
@@ -101,7 +101,7 @@ measured: $(READY) ## run the benchmarks that this machine can run, and keep the
 	@$(BIN)/python -m minipaged.bench.memory | tee docs/measured/memory.txt
 	@$(BIN)/python -m minipaged.bench.attention --json docs/measured/attention.json
 	@$(BIN)/python -m minipaged.engine.bench | tee docs/measured/engine.txt
-	@$(BIN)/python -m minipaged.kernels.compile --targets sm_80,sm_90,sm_100,gfx942 | tee docs/measured/kernels-compile.txt
+	@$(BIN)/python -m minipaged.bench.kernel_report --targets sm_80,sm_90,sm_100,gfx942 | tee docs/measured/kernels-compile.txt
 	@$(BIN)/python -m minipaged.kernels.bench --json docs/measured/kernels.json
 
 # Notebooks are run where they, or the code they use, have changed; what ran is kept in build/site.

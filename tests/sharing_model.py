@@ -252,7 +252,7 @@ class PagedMemoryMachine(SwapMachine, PrefixMachine):
 
     def check_swap(self, group, move, source, target, allocator):
         """A swap-in may evict, as an append may."""
-        needed, free = self.swap.blocks_needed([sequence.table for sequence in group]), self.num_unkept()
+        needed, free = len({block for sequence in group for block in sequence.table.blocks}), self.num_unkept()
         moved = super().check_swap(group, move, source, target, allocator)
         self.check_evictions(max(0, needed - free) if moved and allocator is self.allocator else 0)
         return moved

@@ -55,7 +55,9 @@ class Refusing(tuple):
 
 
 def refusing(residue):
-    return SamplingParams(max_tokens=8, ignore_eos=True, stop_token_ids=Refusing([residue]))
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    vars(params)["stop_token_ids"] = Refusing([residue])  # a user cannot: they are checked, and kept as numbers
+    return params
 
 
 class Failing:

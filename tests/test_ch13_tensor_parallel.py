@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 import rank_threads
 from alone import alone
 from minipaged import LLM, BeamSearchParams, SamplingParams
+from minipaged.cdiv import cdiv
 from minipaged.distributed import launch
 from minipaged.distributed.launch import WorkerError
 from minipaged.distributed.load import slice_of
@@ -84,7 +85,7 @@ def batches(draw):
     starts = [draw(st.integers(0, 9)) for _ in tokens]
     tables = []
     for start, new in zip(starts, tokens, strict=True):
-        needed = -(-(start + len(new)) // block_size)
+        needed = cdiv(start + len(new), block_size)
         tables.append(draw(st.lists(st.integers(0, 99), min_size=needed, max_size=needed + 3)))
     sampled = sorted(draw(st.sets(st.integers(0, len(tokens) - 1))))
     return make_batch(tokens, starts, tables, block_size, sampled=sampled)

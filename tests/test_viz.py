@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from minipaged.cdiv import cdiv
 from minipaged.memory.trace import EVENTS, Trace
 from minipaged.viz.colours import colours
 from minipaged.viz.export import MAPS, apply_changes, maps_of, to_json
@@ -417,7 +418,7 @@ def test_the_svg_is_sound_and_names_every_sequence_and_every_block_in_use(trace)
 
 @given(st.lists(st.sampled_from(HOSTILE) | st.text(), min_size=1, max_size=8), st.sampled_from((1, 4, 16)))
 def test_hostile_text_is_only_text_in_an_svg(words, block_size):
-    blocks = list(range(-(-len(words) // block_size)))
+    blocks = list(range(cdiv(len(words), block_size)))
     name = words[0]
     snapshot = Snapshot(8, block_size, {name: blocks}, {name: len(words)}, texts={name: words})
     root = svg_is_sound(to_svg(snapshot))

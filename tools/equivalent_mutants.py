@@ -115,8 +115,4 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "finite = new_maximum.masked_fill(new_maximum == -torch.inf, -1.0)",
     ): "any finite number will do: exp(-inf) is 0",
     ("minipaged/attention/gathered.py", "if rows.start >= rows.stop:"): "a checked query_start_loc never falls",
-    (
-        "minipaged/memory/kv_cache_size.py",
-        "return self.block_bytes // ENTRY_BYTES",
-    ): "a block is of whole entries: K and V, of 2 bytes each",
 }

@@ -106,7 +106,7 @@ def _best_of_three(run: Run) -> float:
 def flex(batch: Batch) -> Run:
     """torch's flex_attention through a page table of its experimental PagedAttention, compiled (needs a C++ compiler).
 
-    It wants the pool as [1, num_kv_heads, num_blocks * block_size, head_dim], hence a copy, made beforehand.
+    It needs the pool as [1, num_kv_heads, num_blocks * block_size, head_dim], hence a copy, made beforehand.
     """
     from torch.nn.attention.experimental._paged_attention import PagedAttention
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

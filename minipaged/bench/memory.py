@@ -2,10 +2,10 @@
 
     python -m minipaged.bench.memory
 
-Every operation is O(1) a block, so each row should be flat. Where one still rises, that is the machine's doing: the
-bookkeeping of 10^6 blocks does not fit into its caches, and blocks that are all over the pool miss them. So a plain
-allocator is measured in the same run, in turn with ours: a deque of free blocks, a set of used ones and a dictionary
-of reference counts, with no check of what it is given.
+Every operation is O(1) a block, so each row should be flat. If one still rises, the machine is the reason: the
+bookkeeping of 10^6 blocks does not fit into its caches, and scattered blocks miss them. So a plain allocator is
+measured in the same run, in turn with ours: a deque of free blocks, a set of used ones and a dictionary of reference
+counts, without checks.
 """
 
 import gc
@@ -30,7 +30,7 @@ clock = time.perf_counter_ns
 
 
 class PlainAllocator:
-    """What one would write first."""
+    """The allocator that one would write first."""
 
     def __init__(self, num_blocks: int):
         self.free_blocks = deque(range(num_blocks))

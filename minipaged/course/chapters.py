@@ -96,7 +96,6 @@ _CACHE = (
     "# head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None."
 )
 _OF_BLOCK_MANAGERS = ("in_use_exactly", "can_ever_fit", "fork_of_a_slab")  # tests in chapter 3's file
-_POOL = ("ReservationPool.__init__", "ReservationPool.num_requests", "ReservationPool.num_free")
 
 CHAPTERS = {
     chapter.number: chapter
@@ -135,7 +134,14 @@ CHAPTERS = {
             4,
             "fragmentation",
             ("test_ch04_fragmentation.py",),
-            (Exercise("ch04_fragmentation.py", "minipaged.memory.reservation", 60, given=("_Request", *_POOL)),),
+            (
+                Exercise(
+                    "ch04_fragmentation.py",
+                    "minipaged.memory.reservation",
+                    60,
+                    given=("_Request", "ReservationPool.__init__", "ReservationPool.num_free"),
+                ),
+            ),
         ),
         Chapter(
             5,

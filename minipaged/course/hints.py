@@ -271,7 +271,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             (
                 "How many blocks do 4 tokens take with block_size 4, and how many do 5?",
                 "The last block may have room: count the blocks of all tokens, less those that are there.",
-                "ceil((num_tokens + n) / block_size) - len(blocks), and -(-a // b) is the ceiling of a / b.",
+                "ceil((num_tokens + n) / block_size) - len(blocks), and cdiv(a, b) is the ceiling of a / b.",
             ),
         ),
         Topic(

@@ -30,15 +30,24 @@ def beam_search(
     Raises ValueError, before anything runs, for a search that does not fit beside them. After an interrupt the next
     call of the engine recovers, and no block is lost.
     """
-    engine.recover()
-    end_tokens = frozenset(params.stop_token_ids)
+    end_tokens = frozenset(params.stop_token_ids or ())
     if not params.ignore_eos:
         end_tokens |= engine.tokenizer.eos_token_ids
     rooms = [engine.scheduler.max_model_len - len(request.seqs[0]) for request in requests]
     searches = [Search(params, each.seqs, end_tokens, room) for each, room in zip(requests, rooms, strict=True)]
-    beams = BeamScheduler(engine.blocks, engine.scheduler.max_num_seqs, engine.scheduler.max_num_batched_tokens)
-    for search in searches:
-        beams.check(search)
+    with engine.lock:  # other threads wait, and step their requests afterwards
+        engine.recover()
+        beams = BeamScheduler(engine.blocks, engine.scheduler.max_num_seqs, engine.scheduler.max_num_batched_tokens)
+        for search in searches:
+            beams.check(search)
+        _run(engine, beams, searches, on_token)
+    return [
+        RequestOutput(each.request_id, each.prompt, search.prompt_token_ids, search.outputs(engine.tokenizer))
+        for each, search in zip(requests, searches, strict=True)
+    ]
+
+
+def _run(engine: LLMEngine, beams: BeamScheduler, searches: list[Search], on_token: Callable[[], None]) -> None:
     with engine.changing():
         beams.waiting.extend(searches)
         while beams.waiting or beams.running:
@@ -53,10 +62,6 @@ def beam_search(
                 beams.advance(search, choose(search, logits[[output.sampled[beam] for beam in search.beams]]))
                 on_token()
             engine.stats = engine.stats.after_step(output, 0.0, time.perf_counter() - start)
-    return [
-        RequestOutput(each.request_id, each.prompt, search.prompt_token_ids, search.outputs(engine.tokenizer))
-        for each, search in zip(requests, searches, strict=True)
-    ]
 
 
 def choose(search: Search, logits: Tensor) -> list[Choice]:

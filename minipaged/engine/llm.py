@@ -1,19 +1,20 @@
 """Chapter 10. `LLM`: prompts in, texts out. The engine below does the work."""
 
-import operator
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from minipaged.engine.arguments import flag, items, number, whole
 from minipaged.engine.beam_scheduler import BeamSearchParams
 from minipaged.engine.beam_search import beam_search
 from minipaged.engine.cache_config import CACHES, make_cache_config
 from minipaged.engine.llm_engine import LLMEngine
+from minipaged.engine.prompt import Prompt, Prompts, read_prompt
 from minipaged.engine.runner import Runner
 from minipaged.engine.scheduler import Scheduler
 from minipaged.engine.sequence import Request, RequestOutput, SamplingParams, Sequence, StreamOutput
@@ -23,17 +24,6 @@ from minipaged.model.load import Model, default_device, load_model
 from minipaged.model.tokenizer import Message
 
 __all__ = ["CACHES", "LLM", "StreamOutput"]
-
-
-class TokenPrompt(TypedDict):
-    """A prompt as tokens. cache_salt: prompts of unequal salts never share a block (one for each tenant, say)."""
-
-    prompt_token_ids: list[int]
-    cache_salt: NotRequired[str]
-
-
-Prompt = str | TokenPrompt
-Prompts = Prompt | list[Prompt] | list[str]
 
 
 class LLM(LLMEngine):
@@ -80,6 +70,10 @@ class LLM(LLMEngine):
         tensor_parallel_size: int = 1,
         distributed_timeout: float = 60.0,
     ):
+        seed, max_num_seqs = whole("seed", seed), whole("max_num_seqs", max_num_seqs)
+        max_num_batched_tokens = whole("max_num_batched_tokens", max_num_batched_tokens)
+        watermark = number("watermark", watermark)
+        trace = trace if isinstance(trace, str | Path) else flag("trace", trace)
         if trace and cache != "paged":
             raise ValueError(f"a trace shows the blocks of the paged cache, and cache is {cache!r}")
         sharded = None
@@ -119,7 +113,7 @@ class LLM(LLMEngine):
             blocks, cache_config.max_model_len, max_num_seqs, max_num_batched_tokens, watermark=watermark
         )
         super().__init__(scheduler, runner, tokenizer)
-        self._num_requests = 0
+        self._request_ids = count()  # threads may ask at once: each gets a number of its own
         runner.start()  # the last thing: where an argument was wrong, no process was started
 
     def close(self) -> None:
@@ -173,7 +167,10 @@ class LLM(LLMEngine):
         A message is {"role": "system" | "user" | "assistant", "content": text}. Raises ValueError as `generate` does,
         and where the model has no chat format.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        given = items("messages", messages)
+        if not given:
+            raise ValueError("messages is empty: a conversation has at least one message")
+        conversations = [given] if isinstance(given[0], dict) else given
         prompts = [self.tokenizer.apply_chat_template(conversation) for conversation in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, progress=progress)
 
@@ -182,7 +179,9 @@ class LLM(LLMEngine):
     ) -> list[RequestOutput]:
         """The likeliest texts of every prompt, best first, each with its score (beam_search.py). Raises ValueError as
         `generate`. Other requests wait meanwhile, and keep their blocks."""
-        params = params or BeamSearchParams()
+        params = BeamSearchParams() if params is None else params
+        if not isinstance(params, BeamSearchParams):
+            raise ValueError(f"params must be BeamSearchParams, got {params!r}")
         requests = self._make_requests(prompts, SamplingParams(max_tokens=params.max_tokens))
         try:
             with _progress(progress, params.max_tokens * len(requests)) as advance:
@@ -195,7 +194,7 @@ class LLM(LLMEngine):
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
         """Queue one prompt; `step` until it is `finished`, and read its `output()` at any time. Raises ValueError,
         changing nothing, where it can never run."""
-        [request] = self._make_requests(prompt, params)
+        [request] = self._make_requests([prompt], params)
         self.add(request)
         return request
 
@@ -216,38 +215,25 @@ class LLM(LLMEngine):
 
     def _make_requests(self, prompts: Prompts, params: SamplingParams | None) -> list[Request]:
         """Requests that are not queued yet: either all prompts are accepted or none."""
-        params = params or SamplingParams()
-        requests = []
-        for i, prompt in enumerate([prompts] if isinstance(prompts, str | dict) else prompts):
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
+        checked = []
+        for i, prompt in enumerate([prompts] if isinstance(prompts, str | dict) else items("prompts", prompts)):
             try:
-                token_ids = self._encode(prompt)
+                token_ids, cache_salt = read_prompt(prompt, self.tokenizer, self.config.vocab_size)
                 self.scheduler.check(len(token_ids), params.max_tokens)
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from error
-            number, cache_salt = self._num_requests + i, None if isinstance(prompt, str) else prompt.get("cache_salt")
+            checked.append((prompt if isinstance(prompt, str) else None, token_ids, cache_salt))
+        requests = []
+        for prompt_text, token_ids, cache_salt in checked:
+            request_id = next(self._request_ids)
             # Without a seed of its own, a request draws from the engine's seed and its number.
-            seed = params.seed if params.seed is not None else self.seed + 7919 * (number + 1)
-            seqs = [Sequence(str(number), index, token_ids, params, seed, cache_salt) for index in range(params.n)]
-            text = prompt if isinstance(prompt, str) else None
-            requests.append(Request(str(number), text, seqs, time.perf_counter()))
-        self._num_requests += len(requests)
+            seed = params.seed if params.seed is not None else self.seed + 7919 * (request_id + 1)
+            seqs = [Sequence(str(request_id), index, token_ids, params, seed, cache_salt) for index in range(params.n)]
+            requests.append(Request(str(request_id), prompt_text, seqs, time.perf_counter()))
         return requests
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
-            raise ValueError(f"a prompt is a string or {{'prompt_token_ids': [...]}}, got {prompt!r}")
-        try:
-            token_ids = [operator.index(token) for token in prompt["prompt_token_ids"]]
-        except TypeError as error:
-            raise ValueError(f"prompt_token_ids must be whole numbers: {error}") from error
-        for token in token_ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(
-                    f"token {token!r} does not exist: the vocabulary has 0 to {self.config.vocab_size - 1}"
-                )
-        return token_ids
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
+from threading import RLock
 
 from torch import Tensor
 
@@ -44,6 +45,7 @@ class LLMEngine:
         self.stats = Stats()  # state
         self._aborting: Items[Request] = ()  # state: what an abort has still to remove
         self._changing = False
+        self.lock = RLock()  # threads take turns, a call of `add`, `step` or `abort` each
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError, changing nothing, where it can never run or has the id of another."""
@@ -138,10 +140,11 @@ class LLMEngine:
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Inside, the derived data may disagree with the state. What leaves by an exception stays marked so."""
-        self.recover()
-        self._changing = True
-        yield
-        self._changing = False
+        with self.lock:
+            self.recover()
+            self._changing = True
+            yield
+            self._changing = False
 
     def recover(self) -> None:
         """If the call before was interrupted, rebuild what is derived: no block is held, no token computed."""

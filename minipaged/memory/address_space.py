@@ -15,14 +15,14 @@ from minipaged.memory.page_table import MultiLevelPageTable
 
 
 class OutOfFrames(RuntimeError):
-    """No free frame. Nothing was changed: the caller may unmap a page, or swap one out, and ask again."""
+    """No frame is free. Nothing was changed: the caller may unmap a page, or swap one out, and retry."""
 
 
 class PhysicalMemory:
     """`num_frames` frames of `page_bytes` bytes each. Every method is O(1), besides the clearing of a frame.
 
     Invariant: num_mappings(frame) is the number of page table entries that name it, and it is free when that is 0.
-    Every method raises ValueError for a frame that is not in the memory, and all but num_mappings for a free one.
+    A frame that does not exist is a ValueError, and so is a free one where one in use is needed.
     """
 
     def __init__(self, num_frames: int, page_bytes: int):

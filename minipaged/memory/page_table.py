@@ -151,7 +151,7 @@ class MultiLevelPageTable:
         table[last] = frame
 
     def unmap(self, page: int) -> int:
-        """Clear the page's entry, and return its frame. A table that is left empty goes too; the top one stays.
+        """Clear the page's entry, and return its frame. A table that is left empty is removed; the top one stays.
 
         Raises ValueError if the page has no frame.
         """

@@ -17,13 +17,15 @@ Source: Kwon et al., "Efficient Memory Management for Large Language Model Servi
 Orca (Oracle, Pow2, Max), over a buddy allocator. The buddy system itself: Knuth, TAOCP volume 1, section 2.5.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+POLICIES = ("max", "pow2", "oracle")
+
 
 class OutOfSlots(RuntimeError):
-    """No free block is large enough. Nothing was changed: the caller may free or wait, and ask again."""
+    """No free block is large enough. Nothing was changed: the caller may free slots or wait, and retry."""
 
 
 class BuddyAllocator:
@@ -95,28 +97,7 @@ class BuddyAllocator:
         if not 1 <= size <= self.largest_block:
             pool = f"a pool of {self.num_slots} slots serves 1 to {self.largest_block} at once"
             raise ValueError(f"cannot allocate {size} slots: {pool}")
-        return _order_of(size)
-
-
-Policy = Callable[[int, int, int], int]  # (prompt_len, output_len, max_model_len) -> slots to ask for
-
-
-def reserve_max(prompt_len: int, output_len: int, max_model_len: int) -> int:
-    """Orca (Max): as long as the model allows. The one policy that needs no future, and so the real one."""
-    return max_model_len
-
-
-def reserve_pow2(prompt_len: int, output_len: int, max_model_len: int) -> int:
-    """Orca (Pow2): a good guess. The prompt exactly, the output rounded up to a power of two (25 -> 32)."""
-    return min(prompt_len + (1 << _order_of(output_len)), max_model_len)
-
-
-def reserve_oracle(prompt_len: int, output_len: int, max_model_len: int) -> int:
-    """Orca (Oracle): exactly the final length, which no system knows. No contiguous system can do better."""
-    return prompt_len + output_len
-
-
-POLICIES: dict[str, Policy] = {"max": reserve_max, "pow2": reserve_pow2, "oracle": reserve_oracle}
+        return (size - 1).bit_length()  # the least k with 2^k >= size
 
 
 class MemoryAccount(NamedTuple):
@@ -124,15 +105,10 @@ class MemoryAccount(NamedTuple):
 
     held: int  # K and V of a token are stored here
     reserved: int  # empty now; its request will fill it before it ends
-    over_reserved: int  # asked for by the policy, and never to be filled
-    rounding: int  # added by the allocator to reach a power of two, and never to be filled
+    over_reserved: int  # internal fragmentation: asked for by the policy, and never to be filled
+    rounding: int  # internal fragmentation: added by the allocator to reach a power of two, and never to be filled
     external: int  # free, in pieces too small for the next request, although all free slots together would suffice
     free: int  # the other free slots
-
-    @property
-    def internal(self) -> int:
-        """Internal fragmentation: in the block of a request, and never filled."""
-        return self.over_reserved + self.rounding
 
     @property
     def external_and_others(self) -> int:
@@ -152,8 +128,8 @@ class _Request:
 class ReservationPool:
     """Requests in one pool, each in one contiguous run of slots that is reserved from its arrival until it is freed.
 
-    `policy` is "max", "pow2" or "oracle". `output_len` is the real one, known from the workload: pow2, oracle and the
-    account need the future.
+    `policy` is "max", "pow2" or "oracle": see `reservation`. `output_len` is the real one, known from the workload:
+    pow2, oracle and the account need the future.
     Invariant, for each request: tokens stored <= final length <= slots asked for <= slots of its block.
     """
 
@@ -167,10 +143,6 @@ class ReservationPool:
         self._requests: dict[Hashable, _Request] = {}
 
     @property
-    def num_requests(self) -> int:
-        return len(self._requests)
-
-    @property
     def num_free(self) -> int:
         """Free slots, wherever they lie."""
         return self._allocator.num_free
@@ -180,13 +152,22 @@ class ReservationPool:
         return self._known(seq).num_tokens
 
     def reservation(self, prompt_len: int, output_len: int) -> int:
-        """Slots that the policy asks for, before the allocator rounds. Raises ValueError for what can never run."""
+        """Slots that the policy asks for, before the allocator rounds. Raises ValueError for what can never run.
+
+        max       as long as the model allows: the one policy that needs no future, and so the real one
+        pow2      a good guess: the prompt exactly, the output rounded up to a power of two (25 -> 32), at most max
+        oracle    exactly the final length, which no system knows: no contiguous system can do better
+        """
         if prompt_len < 1 or output_len < 1:
             raise ValueError(f"prompt_len and output_len must be at least 1, got {prompt_len} and {output_len}")
         if prompt_len + output_len > self.max_model_len:
             lengths = f"{prompt_len} prompt and {output_len} output tokens"
             raise ValueError(f"{lengths} exceed max_model_len ({self.max_model_len})")
-        asked = POLICIES[self.policy](prompt_len, output_len, self.max_model_len)
+        asked = prompt_len + output_len
+        if self.policy == "pow2":
+            asked = prompt_len + (1 << (output_len - 1).bit_length())
+        if self.policy == "max" or asked > self.max_model_len:
+            asked = self.max_model_len
         if asked > self._allocator.largest_block:
             pool = f"the pool of {self.num_slots} has no block over {self._allocator.largest_block}"
             raise ValueError(f"policy {self.policy!r} asks for {asked} slots, {pool}")
@@ -241,8 +222,3 @@ class ReservationPool:
         if seq not in self._requests:
             raise ValueError(f"request {seq!r} is not in the pool: never allocated, or freed already?")
         return self._requests[seq]
-
-
-def _order_of(size: int) -> int:
-    """The least k with 2^k >= size, for size >= 1."""
-    return (size - 1).bit_length()

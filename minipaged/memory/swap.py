@@ -1,4 +1,4 @@
-"""Chapter 9. Swap: a sequence that must wait moves to the host's memory, and comes back when there is room.
+"""Chapter 9. Swap: a sequence that must wait moves to the host's memory, and back when there is room.
 
     device                              host
     A  [7, 1, 4]     swap_out([A, B])   A  [0, 1, 2]      plan [(7, 0), (1, 1), (4, 2), (3, 3)]
@@ -6,11 +6,9 @@
 
 Tables that move together form a group. The plan names each block once, so a shared block moves once and is shared
 after. (The paper moves all sequences of a request together. The scheduler of chapter 10 moves one at a time, and a
-sample that comes back names the blocks of the prompt that another sample still has on the device.) The last block
+sample that moves back names the blocks of the prompt that another sample still has on the device.) The last block
 moves whole, also when it is partly empty. A block that a table outside the group names too is copied like the others,
-and the other table keeps it.
-
-Both directions are the same walk between two pools; this class decides, and the caller copies the tensors.
+and the other table keeps it. This class decides, and the caller copies the tensors.
 Source: the PagedAttention paper, section 4.5, which compares this with dropping the blocks and computing them anew.
 """
 
@@ -49,11 +47,6 @@ class Swap:
         """
         return self._move(tables, self.host, self.device, known or {})
 
-    @staticmethod
-    def blocks_needed(tables: Sequence[BlockTable]) -> int:
-        """How many blocks the group takes in the pool that it moves to: a shared block counts once."""
-        return len({block for table in tables for block in table.blocks})
-
     def _move(
         self, tables: Sequence[BlockTable], source: BlockAllocator, target: BlockAllocator, known: Mapping[int, int]
     ) -> list[tuple[int, int]]:
@@ -62,7 +55,7 @@ class Swap:
             raise ValueError("a table is given twice: it can move once")
         if any(table.allocator is not source for table in tables):
             raise ValueError(f"{event} moves tables of one pool, and one of these is not there")
-        needed = self.blocks_needed(tables) - len(known)
+        needed = len({block for table in tables for block in table.blocks}) - len(known)  # a shared block moves once
         if needed > target.num_free:
             raise OutOfBlocks(f"{event} of {len(tables)} tables needs {needed} blocks, {target.num_free} are free")
         new = dict(known)  # source block -> its target block, in the order of the plan

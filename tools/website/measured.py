@@ -23,7 +23,7 @@ COMMANDS = {
     "memory": ".venv/bin/python -m minipaged.bench.memory | tee docs/measured/memory.txt",
     "engine": ".venv/bin/python -m minipaged.engine.bench | tee docs/measured/engine.txt",
     "kernels-compile": (
-        ".venv/bin/python -m minipaged.kernels.compile --targets sm_80,sm_90,sm_100,gfx942 "
+        ".venv/bin/python -m minipaged.bench.kernel_report --targets sm_80,sm_90,sm_100,gfx942 "
         "| tee docs/measured/kernels-compile.txt"
     ),
     "kernels": ".venv/bin/python -m minipaged.kernels.bench --json docs/measured/kernels.json",

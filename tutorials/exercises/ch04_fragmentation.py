@@ -24,29 +24,27 @@ Orca (Oracle, Pow2, Max), over a buddy allocator. The buddy system itself: Knuth
 #   2. BuddyAllocator.num_free_for
 #   3. BuddyAllocator.allocate
 #   4. BuddyAllocator.free
-#   5. reserve_max
-#   6. reserve_pow2
-#   7. reserve_oracle
-#   8. MemoryAccount.internal
-#   9. MemoryAccount.external_and_others
-#   10. ReservationPool.num_tokens
-#   11. ReservationPool.reservation
-#   12. ReservationPool.can_allocate
-#   13. ReservationPool.allocate
-#   14. ReservationPool.append
-#   15. ReservationPool.free
-#   16. ReservationPool.account
+#   5. MemoryAccount.external_and_others
+#   6. ReservationPool.num_tokens
+#   7. ReservationPool.reservation
+#   8. ReservationPool.can_allocate
+#   9. ReservationPool.allocate
+#   10. ReservationPool.append
+#   11. ReservationPool.free
+#   12. ReservationPool.account
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # Made from minipaged/memory/reservation.py by minipaged/course/generate.py.
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+POLICIES = ("max", "pow2", "oracle")
+
 
 class OutOfSlots(RuntimeError):
-    """No free block is large enough. Nothing was changed: the caller may free or wait, and ask again."""
+    """No free block is large enough. Nothing was changed: the caller may free slots or wait, and retry."""
 
 
 class BuddyAllocator:
@@ -82,41 +80,15 @@ class BuddyAllocator:
         raise NotImplementedError("ch04: BuddyAllocator.free")
 
 
-Policy = Callable[[int, int, int], int]  # (prompt_len, output_len, max_model_len) -> slots to ask for
-
-
-def reserve_max(prompt_len: int, output_len: int, max_model_len: int) -> int:
-    """Orca (Max): as long as the model allows. The one policy that needs no future, and so the real one."""
-    raise NotImplementedError("ch04: reserve_max")
-
-
-def reserve_pow2(prompt_len: int, output_len: int, max_model_len: int) -> int:
-    """Orca (Pow2): a good guess. The prompt exactly, the output rounded up to a power of two (25 -> 32)."""
-    raise NotImplementedError("ch04: reserve_pow2")
-
-
-def reserve_oracle(prompt_len: int, output_len: int, max_model_len: int) -> int:
-    """Orca (Oracle): exactly the final length, which no system knows. No contiguous system can do better."""
-    raise NotImplementedError("ch04: reserve_oracle")
-
-
-POLICIES: dict[str, Policy] = {"max": reserve_max, "pow2": reserve_pow2, "oracle": reserve_oracle}
-
-
 class MemoryAccount(NamedTuple):
     """Where every slot of the pool is, at one moment. Invariant: sum(account) is the number of slots of the pool."""
 
     held: int  # K and V of a token are stored here
     reserved: int  # empty now; its request will fill it before it ends
-    over_reserved: int  # asked for by the policy, and never to be filled
-    rounding: int  # added by the allocator to reach a power of two, and never to be filled
+    over_reserved: int  # internal fragmentation: asked for by the policy, and never to be filled
+    rounding: int  # internal fragmentation: added by the allocator to reach a power of two, and never to be filled
     external: int  # free, in pieces too small for the next request, although all free slots together would suffice
     free: int  # the other free slots
-
-    @property
-    def internal(self) -> int:
-        """Internal fragmentation: in the block of a request, and never filled."""
-        raise NotImplementedError("ch04: MemoryAccount.internal")
 
     @property
     def external_and_others(self) -> int:
@@ -136,8 +108,8 @@ class _Request:
 class ReservationPool:
     """Requests in one pool, each in one contiguous run of slots that is reserved from its arrival until it is freed.
 
-    `policy` is "max", "pow2" or "oracle". `output_len` is the real one, known from the workload: pow2, oracle and the
-    account need the future.
+    `policy` is "max", "pow2" or "oracle": see `reservation`. `output_len` is the real one, known from the workload:
+    pow2, oracle and the account need the future.
     Invariant, for each request: tokens stored <= final length <= slots asked for <= slots of its block.
     """
 
@@ -151,10 +123,6 @@ class ReservationPool:
         self._requests: dict[Hashable, _Request] = {}
 
     @property
-    def num_requests(self) -> int:
-        return len(self._requests)
-
-    @property
     def num_free(self) -> int:
         """Free slots, wherever they lie."""
         return self._allocator.num_free
@@ -164,7 +132,12 @@ class ReservationPool:
         raise NotImplementedError("ch04: ReservationPool.num_tokens")
 
     def reservation(self, prompt_len: int, output_len: int) -> int:
-        """Slots that the policy asks for, before the allocator rounds. Raises ValueError for what can never run."""
+        """Slots that the policy asks for, before the allocator rounds. Raises ValueError for what can never run.
+
+        max       as long as the model allows: the one policy that needs no future, and so the real one
+        pow2      a good guess: the prompt exactly, the output rounded up to a power of two (25 -> 32), at most max
+        oracle    exactly the final length, which no system knows: no contiguous system can do better
+        """
         raise NotImplementedError("ch04: ReservationPool.reservation")
 
     def can_allocate(self, prompt_len: int, output_len: int) -> bool:

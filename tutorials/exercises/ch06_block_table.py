@@ -8,7 +8,7 @@ This is the page table of an operating system with one level: a page is a block 
 and an address is a position. Logical blocks are filled in order, so only the last one may be partly empty: a
 sequence never wastes more than block_size - 1 slots. Source: the PagedAttention paper, sections 4.2 and 4.3.
 
-Chapter 9 comes back to the same class: a block that two tables name is shared, and it is never written.
+Chapter 9 extends the same class: a block that two tables name is shared, and it is never written.
 
     A  [7, 1]      fork      A  [7, 1]      A appends      A  [7, 4]     copies [(1, 4)]: the caller copies the
                   ----->     B  [7, 1]      --------->     B  [7, 1]     tensors of block 1 to block 4, then writes

@@ -13,17 +13,15 @@ copy-on-write keeps them from writing into it. After its last table is released,
 handed out: it is *evictable*. When the free list is empty, the block that has been evictable longest is evicted. An
 operating system's page cache holds its pages in the same way.
 
-A block is cached when its tokens are *written*, not when they are planned: a request that is aborted between the two
-leaves nothing behind. So two requests with one prefix that are admitted in the same step both compute it, and the
-blocks of the first are cached. (A scheduler can avoid that with `block_keys`: a request whose next key is being
-computed in this step waits for the next one, and finds the block.) The cache only appends. A block whose key another
-block has stays in its table, uncached, and so do those behind it: a table never changes because of the cache, and
-tables that name one block name the same blocks before it.
+A block is cached when its tokens are *written*, not when they are planned, so an aborted request leaves nothing behind.
+Two requests with one prefix that are admitted in the same step both compute it, unless the scheduler lets the second
+wait (`block_keys` names the blocks that this step computes). The cache only appends: a block whose key another block
+has stays in its table, uncached, and so do those behind it. So a table never changes because of the cache, and tables
+that name one block name the same blocks before it.
 
 H is SHA-256 over fields of fixed width: 32 bytes of parent, 8 bytes a token, and the salt last. With a key of 64 bits,
 as Python's own hash() makes, two prefixes can collide, and one user is answered from another user's text: vLLM had that
-hole (CVE-2025-25183) and made SHA-256 its default in v0.10.2. The other safe way is to keep the tokens of each block
-and to compare them at every hit.
+hole (CVE-2025-25183) and made SHA-256 its default in v0.10.2.
 Sources: vLLM's design page "Automatic Prefix Caching"; the PagedAttention paper, section 4.4 (shared prefix).
 """
 

@@ -1,4 +1,4 @@
-"""Chapter 9. Swap: a sequence that must wait moves to the host's memory, and comes back when there is room.
+"""Chapter 9. Swap: a sequence that must wait moves to the host's memory, and back when there is room.
 
     device                              host
     A  [7, 1, 4]     swap_out([A, B])   A  [0, 1, 2]      plan [(7, 0), (1, 1), (4, 2), (3, 3)]
@@ -6,11 +6,9 @@
 
 Tables that move together form a group. The plan names each block once, so a shared block moves once and is shared
 after. (The paper moves all sequences of a request together. The scheduler of chapter 10 moves one at a time, and a
-sample that comes back names the blocks of the prompt that another sample still has on the device.) The last block
+sample that moves back names the blocks of the prompt that another sample still has on the device.) The last block
 moves whole, also when it is partly empty. A block that a table outside the group names too is copied like the others,
-and the other table keeps it.
-
-Both directions are the same walk between two pools; this class decides, and the caller copies the tensors.
+and the other table keeps it. This class decides, and the caller copies the tensors.
 Source: the PagedAttention paper, section 4.5, which compares this with dropping the blocks and computing them anew.
 """
 
@@ -19,7 +17,6 @@ Source: the PagedAttention paper, section 4.5, which compares this with dropping
 #
 #   1. Swap.swap_out
 #   2. Swap.swap_in
-#   3. Swap.blocks_needed
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # Made from minipaged/memory/swap.py by minipaged/course/generate.py.
@@ -58,8 +55,3 @@ class Swap:
         known: host block -> a block in use on the device with the same tokens. It is named, and nothing is copied.
         """
         raise NotImplementedError("ch09: Swap.swap_in")
-
-    @staticmethod
-    def blocks_needed(tables: Sequence[BlockTable]) -> int:
-        """How many blocks the group takes in the pool that it moves to: a shared block counts once."""
-        raise NotImplementedError("ch09: Swap.blocks_needed")
