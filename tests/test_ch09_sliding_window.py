@@ -52,10 +52,11 @@ def test_a_request_holds_the_blocks_of_its_window_alone(block_size, window, prom
             assert len(seen) <= bound
         alive = [own_blocks(blocks, name, num_computed, window) for name in names]
         assert blocks.num_used == len({block for seen in alive for block in seen})
-        assert blocks.num_slots_used >= blocks.num_stored_tokens / len(names)
         what = data.draw(st.sampled_from(("go on", "fork", "swap", "another comes and goes")), label="then")
         if what == "fork" and len(names) < 2:
+            stored = blocks.num_stored_tokens
             blocks.fork("a", "b")
+            assert blocks.num_stored_tokens == 2 * stored
             names.append("b")
         elif what == "swap" and len(names) == 1:
             stored = blocks.num_stored_tokens
@@ -84,9 +85,9 @@ def test_a_layer_that_sees_all_keeps_all():
 
 @given(
     windows=st.tuples(st.integers(1, 12), st.integers(1, 12) | st.none()),
-    prompts=st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=24), min_size=1, max_size=4),
+    prompts=st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=48), min_size=1, max_size=4),
     block_size=st.integers(1, 5),
-    chunk=st.integers(4, 32),
+    chunk=st.integers(4, 24),
     caching=st.booleans(),
     preemption=st.sampled_from(("recompute", "swap")),
     spare=st.integers(0, 20),
@@ -102,7 +103,7 @@ def test_windowed_greedy_tokens_are_those_without_a_cache(
     longest = max(map(len, prompts)) + num_new
     llm = LLM(
         Model(model, byte_tokenizer()), block_size=block_size, num_blocks=cdiv(longest, block_size) + 1 + spare,
-        max_model_len=64, max_num_seqs=4, max_num_batched_tokens=chunk, enable_prefix_caching=caching,
+        max_model_len=80, max_num_seqs=4, max_num_batched_tokens=chunk, enable_prefix_caching=caching,
         preemption=preemption,
     )  # fmt: skip
     llm.runner.cache.key_cache.fill_(torch.nan)
