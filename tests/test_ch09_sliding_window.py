@@ -13,6 +13,7 @@ from minipaged.memory.block_manager import BlockManager
 from minipaged.model.load import TINY, Model, tiny_transformer
 from minipaged.model.recompute import generate
 from minipaged.model.tokenizer_files import byte_tokenizer
+from strategies import generators
 
 pytestmark = pytest.mark.ch09
 
@@ -84,8 +85,9 @@ def test_a_layer_that_sees_all_keeps_all():
 
 
 @given(
-    windows=st.tuples(st.integers(1, 12), st.integers(1, 12) | st.none()),
-    prompts=st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=48), min_size=1, max_size=4),
+    windows=st.tuples(*[st.integers(1, 12)] * 2) | st.just((4, None)),
+    lengths=st.lists(st.integers(1, 24) | st.integers(30, 48), min_size=1, max_size=4),
+    rng=generators(),
     block_size=st.integers(1, 5),
     chunk=st.integers(4, 24),
     caching=st.booleans(),
@@ -95,10 +97,10 @@ def test_a_layer_that_sees_all_keeps_all():
 )
 @settings(max_examples=60)
 def test_windowed_greedy_tokens_are_those_without_a_cache(
-    windows, prompts, block_size, chunk, caching, preemption, spare, n
+    windows, lengths, rng, block_size, chunk, caching, preemption, spare, n
 ):
     """Blocks that were given back are others' by then, and NaN where they are nobody's: a read of one would show."""
-    num_new = 12
+    num_new, prompts = 12, [rng.integers(0, 256, length).tolist() for length in lengths]
     model = tiny_transformer(torch.float64, config=replace(TINY, sliding_windows=windows))
     longest = max(map(len, prompts)) + num_new
     llm = LLM(
