@@ -83,9 +83,6 @@ def check_paged_attention(
         )
     first = torch.arange(max_blocks, device=block_tables.device) * block_size  # [max_blocks], each column's position
     used = first < seq_lens[:, None]  # [num_seqs, max_blocks]
-    if sliding_window is not None:  # blocks before the window of the first query are not read: none need be there
-        counts = torch.ones_like(seq_lens) if query_start_loc is None else query_start_loc.diff()
-        used &= first + block_size > (seq_lens - counts + 1 - sliding_window)[:, None]
     check_range("block_tables (within seq_lens)", block_tables[used], 0, num_blocks - 1)
 
 

@@ -43,7 +43,6 @@ class PagedCache:
         shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self._kernels = _triton_functions(backend, torch.device(device))
         self._checked: ForwardBatch | None = None  # the last step whose numbers were checked
-        self._widest_window = config.widest_window  # blocks before it are given back, and have no entry in a table
         # Not zeroed: the system hands out pages of this memory when they are first written.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
@@ -69,7 +68,7 @@ class PagedCache:
             return paged_attention(query, key_cache, value_cache, *tables, **known)
         if self._checked is not batch:  # both checks come before the first write
             check_write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
-            check_paged_attention(query, key_cache, value_cache, *tables, sliding_window=self._widest_window)
+            check_paged_attention(query, key_cache, value_cache, *tables, sliding_window=sliding_window)
             self._checked = batch
         compiled.write_kv(key, value, key_cache, value_cache, batch.slot_mapping, check=False)
         return compiled.paged_attention(query, key_cache, value_cache, *tables, **known, check=False)

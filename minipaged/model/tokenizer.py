@@ -45,10 +45,10 @@ class TextTokenizer:
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         return max([*ids, -1 if self.bos_token_id is None else self.bos_token_id])
 
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """The tokens of a text. Raises ValueError where it is not Unicode text (half of a surrogate pair).
 
-        add_bos: False for what a chat template wrote, which says itself what comes first.
+        The token that begins a text is put before it, unless it stands there: chat templates write it themselves.
         Special tokens that stand in the text as words (<|im_end|>) are read as such: a chat template writes them so. A
         byte that the vocabulary lacks is left out, as elsewhere: SmolLM2's lacks a few, of control characters and of
         planes of Unicode that are hardly in use.
@@ -58,7 +58,7 @@ class TextTokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode: {error.reason}, at character {error.start}") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return [self.bos_token_id, *ids] if add_bos and self.bos_token_id is not None else ids
+        return ids if self.bos_token_id is None or ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of the tokens, without special tokens. Bytes that are not a whole character read as U+FFFD."""

@@ -54,7 +54,6 @@ class PagedCache:
         shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self._kernels = _triton_functions(backend, torch.device(device))
         self._checked: ForwardBatch | None = None  # the last step whose numbers were checked
-        self._widest_window = config.widest_window  # blocks before it are given back, and have no entry in a table
         # Not zeroed: the system hands out pages of this memory when they are first written.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
