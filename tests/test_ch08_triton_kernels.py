@@ -99,10 +99,6 @@ def test_float16_is_near_the_oracle(drawn, scale, window):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter computes bfloat16 wrongly")
-@pytest.mark.skipif(
-    DEVICE == "cuda" and bool(torch.version.cuda) and torch.cuda.get_device_capability() < (8, 0),
-    reason="this GPU has no bfloat16 instructions",
-)
 @costly(1 / 4)
 @given(kernels_and_batches(torch.bfloat16), scales)
 def test_bfloat16_is_near_the_oracle(drawn, scale):

@@ -13,7 +13,7 @@ launch, is left out. So the table shows the code that the launcher would run: it
                 before Blackwell: 16 bytes a thread, and a warp reads 512 bytes with one instruction
     mma         the tensor-core instruction, and how many. HGMMA is wgmma, Hopper's, which takes 64 rows or more;
                 UTCHMMA is Blackwell's (sm_100); HMMA is that of all others, and takes 16.
-                On sm_75 Triton has none: float16 products are multiply-adds, and bfloat16 has no instructions there
+                On sm_75 Triton has none: products are multiply-adds. bfloat16, which has no instructions, is converted
     buffers     how many tiles of K, or of V, shared memory holds. More than one: the next is on its way already
 
 Registers and spills come from cuobjdump, instructions from nvdisasm (Triton brings both); AMD's from its assembly.
@@ -234,9 +234,8 @@ def main(
             raise typer.BadParameter(f"{target!r} is no target; known ones are {', '.join(TARGETS)}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         # The interpreter is chosen when a kernel is imported. What it makes of a kernel cannot be compiled.
-        print(
-            "TRITON_INTERPRET is set, and what is interpreted cannot be compiled: going on without it", file=sys.stderr
-        )
+        said = "TRITON_INTERPRET is set, and what is interpreted cannot be compiled: going on without it"
+        print(said, file=sys.stderr)
         os.environ.pop("TRITON_INTERPRET")
         os.execv(sys.executable, [sys.executable, "-m", "minipaged.bench.kernel_report", *sys.argv[1:]])
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
