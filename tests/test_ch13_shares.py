@@ -275,6 +275,6 @@ def test_a_rank_that_leaves_others_waiting_is_noticed_at_once():
         if group.rank == 0:
             group.all_reduce(torch.ones(1))
 
-    with pytest.raises(CollectiveError, match="all_reduce: Connection closed by peer"):
+    with pytest.raises(CollectiveError, match=r"all_reduce: .*onnection (closed|reset) by peer"):
         on_threads(3, rank_0_asks_once_more, timeout=600.0)
     assert on_threads(3, lambda group: group.all_reduce(torch.tensor([group.rank])).item()) == [3, 3, 3]

@@ -88,5 +88,6 @@ def collective(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error).splitlines()[0].rpartition("] ")[2]  # without the line of gloo's source
+        said = str(error).splitlines()[0].rpartition("] ")[2]  # without the line of gloo's source, and its advice
+        said = said.partition(". This is typically")[0]
         raise CollectiveError(f"{what}: {said}") from error

@@ -27,7 +27,8 @@ class Chapter:
 
     @property
     def suites(self) -> list[Path]:
-        return [ROOT / "tests" / suite for suite in course_map()[self.number].suites]
+        found = [path for suite in course_map()[self.number].suites for path in sorted((ROOT / "tests").glob(suite))]
+        return list(dict.fromkeys(found))
 
     def sources(self) -> list[Path]:
         found = [path for pattern in self.modules for path in sorted(ROOT.glob(pattern))]
