@@ -103,11 +103,6 @@ class BlockManager:
         return self.num_blocks - self.num_free - len(self._null)
 
     @property
-    def num_slots_used(self) -> int:
-        """Slots in the blocks in use, written or not."""
-        return self.num_used * self.block_size
-
-    @property
     def num_stored_tokens(self) -> int:
         """Tokens that the sequences have slots for, on the device or the host; in a shared block, once for each."""
         skipped = sum(self._num_skipped.values()) * self.block_size
@@ -154,7 +149,7 @@ class BlockManager:
     def cache_blocks(self, seq_id: str, tokens: Sequence[int], cache_salt: str | None = None) -> None:
         """These first tokens of the sequence are written: cache their full blocks, while it has all of them."""
         if isinstance(self.device, PrefixCache) and seq_id not in self._num_skipped:
-            self.device.insert(self.tables[seq_id], tokens, cache_salt)
+            self.device.cache_blocks(self.tables[seq_id], tokens, cache_salt)
 
     def fork(self, parent: str, child: str) -> None:
         """A second sequence with the same tokens, in the same blocks."""
@@ -177,7 +172,7 @@ class BlockManager:
             return table.append_tokens(num_new)
         num_free = self.device.num_free
         if isinstance(self.device, PrefixCache):  # what the prefix cache alone holds is free until a table names it
-            num_free -= self.device.num_evictable(prefix.blocks)
+            num_free -= sum(map(self.device.is_evictable, prefix.blocks))
         if self.blocks_for(num_tokens) - len(prefix.blocks) > num_free - reserve:
             return None
         table = self.tables[seq_id] = BlockTable(self.device, self.block_size, seq=seq_id, trace=self.trace)
