@@ -12,6 +12,7 @@ import struct
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
+from minipaged.model import linear, load
 from minipaged.model.batch import make_batch
 from minipaged.model.compiled_ops import use_compiled_ops
 from minipaged.model.gguf_file import ModelFileError
@@ -706,3 +709,45 @@ def test_an_unknown_dtype_is_refused_with_those_that_are_known(dtype):
         load_model("tiny", dtype)
     assert repr(dtype) in str(error.value)
     assert "bfloat16" in str(error.value)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_weight_is_not_kept_beside_its_packed_form(tied, monkeypatch):
+    """And the model says what it said. The embedding is kept: rows of it are looked up."""
+    monkeypatch.setattr(linear, "MIN_SIZE", 1)
+    config = replace(SMALL, tie_embeddings=tied)
+    weights = random_weights(config)
+    for way in linear.ways(torch.float32)[1:]:
+        monkeypatch.setattr(load, "fastest_way", lambda dtype, way=way: way)
+        with folder_with(config, weights) as folder:
+            model = load_model(folder).transformer
+        packed = [module for module in model.modules() if type(module) is linear.PackedLinear]
+        assert len(packed) == 4 * config.num_layers + 1
+        kept = [module for module in packed if module.weight.untyped_storage().nbytes() >= module.weight.nbytes]
+        assert kept == ([model.lm_head] if tied else [])
+        expected = logits(written(config, weights))
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["gguf", "folder"])
+def test_what_no_memory_holds_is_refused_before_a_number_is_read(form, monkeypatch):
+    monkeypatch.setattr(load, "memory_of", lambda device: 1000)
+    monkeypatch.setattr(load, "build_transformer", lambda *arguments: pytest.fail("numbers were read"))
+    with gguf_with() if form == "gguf" else folder_with() as path:
+        message = refused(path)
+    numbers = sum(array.size for array in WEIGHTS.values()) + SMALL.max_position * SMALL.head_dim
+    assert f"{4 * numbers:,} bytes" in message and "1,000" in message and "float32" in message
+
+
+def test_parts_that_the_index_does_not_name_are_not_read():
+    with folder_with(num_shards=2) as folder:
+        parts = {path.name: safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))}
+        names = {name: part for part, file in parts.items() for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        (folder / "older.safetensors").write_bytes(b"no weights")
+        assert torch.equal(logits(load_model(folder).transformer), logits(written(SMALL, WEIGHTS)))
+        (folder / max(names.values())).unlink()
+        assert max(names.values()) in refused(folder)

@@ -63,7 +63,7 @@ def load_model(name: str | Path | Model, dtype: str | None = None, seed: int = 0
             if wanted not in (None, has, has.partition(":")[0]):
                 raise ValueError(f"{what} {wanted!r} was asked for, and the loaded model has {has!r}")
         return name
-    dtype, device = dtype or "float32", device or "cpu"
+    dtype, device = "float32" if dtype is None else dtype, device or "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not in this machine
@@ -146,6 +146,8 @@ def read_model(source: Source, dtype: torch.dtype, device: str = "cpu", keep: bo
             pack_linears(part, way, keep=False)
 
     transformer = build_transformer(source.config, lambda name: source.read(name, (ALL, ALL)), dtype, place)
+    if not source.config.tie_embeddings:
+        place(transformer)  # the output layer
     return checked(Model(transformer.to(device), tokenizer))
 
 
