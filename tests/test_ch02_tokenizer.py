@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from minipaged.model import fetch
 from minipaged.model.gguf_file import open_gguf
@@ -283,3 +283,89 @@ def test_a_hostile_template_does_not_reach_python(value, way, attribute, then):
         assert "does not take these messages" in str(error)
     else:
         assert not any(word in text for word in ("<class", "<function", "<module", "<code", "object at", "uid=")), text
+
+
+# Llama 2, Mistral, Gemma: a character without a token is spelt by its bytes, which are text only all together.
+SPELT = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    *"\u2581abcd",
+    "\u2581a",
+    "\u2581the",
+    "sat",
+    "\u2581\u2581",
+]
+
+
+@cache
+def spelling_tokenizer(strips):
+    """strips: whether the space that begins a text is no part of it, as in Llama 2."""
+    vocab = {token: i for i, token in enumerate(SPELT)}
+    spelt = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    spelt.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strips else steps)
+    spelt.add_special_tokens([AddedToken(token, special=True) for token in SPELT[:3]])
+    return TextTokenizer(spelt)
+
+
+# Often bytes of whole and of broken characters, spaces and special tokens, since any of them is rare among 264 tokens.
+spelt_tokens = st.integers(0, len(SPELT) - 1) | st.sampled_from(
+    [
+        SPELT.index(token)
+        for token in (
+            "<0x0A>",
+            "<0xF0>",
+            "<0x9F>",
+            "<0x98>",
+            "<0x80>",
+            "<0xE2>",
+            "<0x20>",
+            "\u2581",
+            "<s>",
+            "\u2581the",
+        )
+    ]
+)
+
+
+@given(strips=st.booleans(), prompt=st.lists(spelt_tokens, max_size=6), token_ids=st.lists(spelt_tokens, max_size=20))
+def test_streamed_bytes_that_turn_out_to_be_no_text(strips, prompt, token_ids):
+    """Whatever the tokens: no error, nothing taken back, and the pieces are what the tokens add to the prompt."""
+    tokenizer = spelling_tokenizer(strips)
+    if prompt and SPELT[prompt[-1]].startswith("<0x"):
+        prompt = [*prompt, SPELT.index("a")]  # else the first bytes may change the prompt's own text
+    before = tokenizer.decode(prompt)
+    stream, given_out = tokenizer.stream(prompt), ""
+    for count, token in enumerate(token_ids, start=1):
+        given_out += stream.push(token)
+        so_far = tokenizer.decode(prompt + token_ids[:count])
+        assert so_far.startswith(before + given_out), "text was given out and then taken back"
+        if not SPELT[token].startswith("<0x"):
+            assert before + given_out == so_far, "it waits, and no byte is unfinished"
+    given_out += stream.finish()
+    assert before + given_out == tokenizer.decode(prompt + token_ids)
+    assert given_out == tokenizer.decode_behind(prompt, token_ids)
+
+
+def test_the_space_before_a_completion_is_kept():
+    tokenizer = spelling_tokenizer(True)
+    prompt, answer = [SPELT.index("\u2581the")], [SPELT.index("\u2581a"), SPELT.index("sat")]
+    assert tokenizer.decode(prompt) + tokenizer.decode_behind(prompt, answer) == "the asat"
+    assert tokenizer.decode_behind([], answer) == "asat"
+
+
+@pytest.mark.parametrize("token", ["<0x80>", "<s>", "<0x0A>", "a"])
+@pytest.mark.parametrize("kind", ["spelt", "bytes"])
+def test_the_cost_of_a_token_does_not_grow(kind, token, monkeypatch):
+    """Counted in tokens that are decoded: a run of lone bytes or of special tokens costs a few for each."""
+    tokenizer = spelling_tokenizer(True) if kind == "spelt" else BYTES
+    token_id = SPELT.index(token) if kind == "spelt" else {"<0x80>": 128, "<s>": 256, "<0x0A>": 10, "a": 97}[token]
+    decoded = []
+    monkeypatch.setattr(TextTokenizer, "decode", lambda self, ids: decoded.append(len(ids)) or "x" * len(ids))
+    stream = tokenizer.stream()
+    for _ in range(3_000):
+        stream.push(token_id)
+    stream.finish()
+    assert sum(decoded) <= 5 * 3_000

@@ -333,8 +333,8 @@ def test_a_step_in_which_every_request_fails_returns():
 
 def test_a_text_that_cannot_be_finished_fails_its_request_and_no_step():
     class Unfinished(TextTokenizer):
-        def stream(self):
-            stream = super().stream()
+        def stream(self, prompt_token_ids=()):
+            stream = super().stream(prompt_token_ids)
             stream.finish = lambda: 1 / 0
             return stream
 

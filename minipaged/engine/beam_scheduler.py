@@ -97,7 +97,9 @@ class Search:
         return [
             CompletionOutput(
                 rank,
-                text=tokenizer.decode([token for token in found.token_ids if token not in stops]),
+                text=tokenizer.decode_behind(
+                    self.prompt_token_ids, [token for token in found.token_ids if token not in stops]
+                ),
                 token_ids=found.token_ids,
                 finish_reason=found.finish_reason,
                 cumulative_logprob=found.cumulative_logprob,

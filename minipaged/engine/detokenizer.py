@@ -7,6 +7,7 @@ A token need not end where a character ends, and a stop string need not begin wh
 out only when nothing that follows can change it.
 """
 
+from collections.abc import Sequence as Items
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -25,14 +26,16 @@ class IncrementalDetokenizer:
     """The text of one sequence: a function of its tokens. Invariant: the pieces joined are a beginning of `text`, and
     the whole of it where the text has ended. A text ends with the append of its last piece, and not before."""
 
-    def __init__(self, params: SamplingParams, tokenizer: TextTokenizer, max_tokens: int):
+    def __init__(
+        self, params: SamplingParams, tokenizer: TextTokenizer, max_tokens: int, prompt_token_ids: Items[int] = ()
+    ):
         """max_tokens: new tokens at most, by the parameters and by the context."""
         self.params, self.max_tokens = params, max_tokens
         self.eos_token_ids = frozenset() if params.ignore_eos else tokenizer.eos_token_ids
         self.hold_back = max((len(string) - 1 for string in params.stop_strings), default=0)  # characters
         self.text = ""
         self.pieces: list[Piece] = []
-        self._stream = tokenizer.stream()
+        self._stream = tokenizer.stream(prompt_token_ids)
         self._num_given = 0  # characters
 
     @property

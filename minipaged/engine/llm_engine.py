@@ -193,7 +193,9 @@ class LLMEngine:
 
     def _detokenizer(self, seq: Sequence) -> IncrementalDetokenizer:
         room = self.scheduler.max_model_len - len(seq.prompt_token_ids)
-        return IncrementalDetokenizer(seq.params, self.tokenizer, min(seq.params.max_tokens, room))
+        return IncrementalDetokenizer(
+            seq.params, self.tokenizer, min(seq.params.max_tokens, room), seq.prompt_token_ids
+        )
 
 
 def _rows(logits: Tensor, rows: list[int]) -> Tensor:

@@ -5,6 +5,8 @@ in the model's files.
 """
 
 import json
+import re
+from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
@@ -13,10 +15,16 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers import Tokenizer, decoders
 
 Message = dict[str, str]
+
+# Byte-level BPE writes each byte as one printable character: the printable ones of Latin-1 as they are, the others from
+# U+0100 on, in order (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
+_SPELT_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class TextTokenizer:
@@ -37,6 +45,8 @@ class TextTokenizer:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.chat_template = chat_template
         self.bos_token_id = bos_token_id  # put before every text, where the model was trained so
+        self.special_token_ids = {i for i, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+        self.is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self.special_tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
 
     @property
@@ -68,8 +78,18 @@ class TextTokenizer:
         """Each token's own text, special tokens included: for pictures of what lies in which slot."""
         return [self._tokenizer.decode([token], skip_special_tokens=False) for token in token_ids]
 
-    def stream(self) -> "TextStream":
-        return TextStream(self)
+    def id_to_token(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it; None where there is none of this number."""
+        found: str | None = self._tokenizer.id_to_token(token_id)
+        return found
+
+    def stream(self, prompt_token_ids: Sequence[int] = ()) -> "TextStream":
+        return TextStream(self, prompt_token_ids)
+
+    def decode_behind(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+        """The text that tokens add to that of a prompt."""
+        stream = self.stream(prompt_token_ids)
+        return "".join([*map(stream.push, token_ids), stream.finish()])
 
     def apply_chat_template(self, messages: Sequence[Message]) -> str:
         """The prompt that asks the model for the next turn of a conversation: [{"role": ..., "content": ...}, ...].
@@ -93,33 +113,43 @@ class TextTokenizer:
 
 
 class TextStream:
-    """Text as its tokens come: it is given out as soon as a token ends with a whole character.
+    """Text as its tokens come, behind a prompt: a token's text is given out as soon as no later token can change it.
 
-    Invariant: what was given out is a beginning of `decode` of all tokens so far; with `finish`, it is the whole.
+    Invariant: what was given out is a beginning of what `decode` adds to the prompt for all tokens so far; with
+    `finish`, it is the whole. Each token is decoded a bounded number of times.
+
+    Two kinds of tokens need not be whole characters. Those of byte-level BPE are bytes of UTF-8: an incremental decoder
+    keeps the beginning of a character. Others spell a byte of a rare character, as <0xE2>, and a run of such tokens is
+    text, or each of them U+FFFD, as a whole (Llama 2, Mistral, Gemma): so it is kept until it ends.
     """
 
-    def __init__(self, tokenizer: TextTokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._token_ids: list[int] = []
-        self._given = 0  # characters
+    def __init__(self, tokenizer: TextTokenizer, prompt_token_ids: Sequence[int] = ()):
+        self._tokenizer, self._skipped = tokenizer, tokenizer.special_token_ids
+        self._characters = getincrementaldecoder("utf-8")("replace") if tokenizer.is_byte_level else None
+        # Decoded with the tokens that follow it, since some decoders strip the space that begins a text.
+        self._before = [token for token in prompt_token_ids if token not in self._skipped][-1:]
+        self._run: list[int] = []  # tokens that spell bytes, not given out yet
 
     def push(self, token_id: int) -> str:
         """The new text that this token completes; empty while a character is unfinished."""
-        self._token_ids.append(token_id)
-        try:
-            text: str = self._decoder.step(self._tokenizer._tokenizer, token_id) or ""
-        except Exception:  # the package's: bytes that end no character changed the text before them; begin again
-            self._decoder = DecodeStream(skip_special_tokens=True)
-            text = self._decoder.step(self._tokenizer._tokenizer, token_id) or ""
-        self._given += len(text)
-        return text
+        name = self._tokenizer.id_to_token(token_id)
+        if token_id in self._skipped or name is None:
+            return ""
+        if self._characters:
+            known = all(character in _BYTES for character in name)  # else an added token, as it is written
+            return self._characters.decode(bytes(_BYTES[each] for each in name) if known else name.encode())
+        self._run.append(token_id)
+        return "" if _SPELT_BYTE.fullmatch(name) else self._give()
 
     def finish(self) -> str:
         """No token follows: what is left of the text. A character that was never finished reads as U+FFFD."""
-        rest = self._tokenizer.decode(self._token_ids)[self._given :]
-        self._given += len(rest)
-        return rest
+        return self._characters.decode(b"", final=True) if self._characters else self._give()
+
+    def _give(self) -> str:
+        given = len(self._tokenizer.decode(self._before))
+        text = self._tokenizer.decode(self._before + self._run)[given:]
+        self._before, self._run = (self._run or self._before)[-1:], []
+        return text
 
 
 class _Generation(Extension):
