@@ -1,8 +1,6 @@
 """Chapter 14. A conformance kit for paged KV memory: two interfaces, two state machines, one content model.
 
-One file that needs Hypothesis and nothing else: copy it beside your engine, write an adapter, and run it.
-
-    python kit.py my_adapter.py --scripts 2000          all ADAPTERS of the file; my_adapter.py:Repaired is one class
+One file that needs Hypothesis and nothing else: copy it beside your engine, write an adapter, kit.main([MyEngine]).
 
 Hypothesis writes scripts: requests come in bursts, run, share prefixes, run short of blocks, are preempted, fork and
 are aborted. No model runs. The content model stands in for K and V, which depend on every token before them:
@@ -14,14 +12,9 @@ for another prefix, shows as the text of another request, and needs no tensor an
 add up to the pool, every request must end, and each must get the tokens that it gets alone.
 """
 
-import argparse
 import functools
-import importlib.util
-import sys
 import time
 from collections import Counter, namedtuple
-from dataclasses import dataclass
-from pathlib import Path
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, Phase, seed, settings
@@ -31,21 +24,10 @@ TOKENS = (0, 1, 65_536)  # the last one is 0 where a token is kept in 16 bits
 IDLE_STEPS = 5  # steps that run nothing while a request is unfinished: then it waits for ever
 MOST_STEPS = 5_000  # until all have ended: a small pool thrashes, and that is no fault
 
-
-class Skip(Exception):
-    """For an adapter's file: the engine is not here, or not in the version that the adapter was written for."""
-
-
-# ---- what an adapter gives -------------------------------------------------------------------------------------------
-
-
-# A sequence's share of a step: tokens start .. start + count - 1 are written, all up to there are read. `blocks` is its
-# block table at the time of the step.
-Work = namedtuple("Work", "seq start count blocks")
-# Between two steps: the blocks of a sequence, and how many of its tokens they hold.
-Table = namedtuple("Table", "blocks computed pool", defaults=("device",))
-# What a client gets in a step.
-Output = namedtuple("Output", "seq tokens finished")
+Work = namedtuple("Work", "seq start count blocks")  # tokens start .. start + count - 1 of seq, and its block table
+Table = namedtuple("Table", "blocks computed pool", defaults=("device",))  # `computed`: tokens that the blocks hold
+Output = namedtuple("Output", "seq tokens finished")  # what a client gets in a step
+Result = namedtuple("Result", "verdict counts seconds first machine")
 
 
 class Memory:
@@ -57,7 +39,7 @@ class Memory:
 
     def __init__(self, num_blocks, block_size): ...  # with swaps also num_host_blocks
     def free(self): ...  # {"device": blocks that could be handed out now}; with swaps also "host"
-    def tables(self): ...  # sequence -> Table, of all that hold blocks
+    def tables(self): ...  # {sequence: Table} of all that hold blocks
     def start(self, seq, tokens, salt): ...  # how many of its tokens were found (at most all but one), or None
     def append(self, seq, token): ...  # copies, or None
     def computed(self, seq): ...  # its tokens so far are written: other sequences may find their blocks
@@ -73,7 +55,7 @@ class Engine:
     block_sizes = (1, 2, 4)
     num_blocks = (3, 10)  # from, to
     salts = swaps = priorities = reuses_names = False
-    aborts = aborts_twice = True
+    aborts = aborts_twice = True  # twice: also what has ended
     most_samples = 1  # above 1, samples fork the blocks of their prompt
 
     def __init__(self, num_blocks, block_size, budget, max_seqs): ...  # with swaps also num_host_blocks
@@ -86,14 +68,11 @@ class Engine:
     def tables(self): ...  # as above
 
 
-# ---- the content model -----------------------------------------------------------------------------------------------
-
-
 class Text:
     """The tokens of a sequence. marks[i] is its salt and the whole text up to token i: what a slot holds."""
 
-    def __init__(self, salt, tokens):
-        self.salt, self.tokens, self.marks = salt, [], []
+    def __init__(self, tokens, salt=None, sample=0):
+        self.salt, self.sample, self.tokens, self.marks = salt, sample, [], []
         for token in tokens:
             self.append(token)
 
@@ -101,82 +80,59 @@ class Text:
         self.tokens.append(token)
         self.marks.append((self.salt, *self.tokens))
 
+    def next_token(self):
+        """Stands in for the model: it depends on every token, and on the sample."""
+        return TOKENS[hash((self.sample, *self.tokens)) // 8 % len(TOKENS)]
+
 
 class Contents:
+    """Every slot of every pool, and the mark in it."""
+
     def __init__(self, block_size):
         self.block_size, self.slots = block_size, {}  # (pool, block) -> {offset: mark}
 
-    def block(self, seq, blocks, i):
-        assert i // self.block_size < len(blocks), f"{seq}: position {i} has no block, its table is {blocks}"
-        return blocks[i // self.block_size]
+    def slot(self, seq, blocks, position, pool="device"):
+        logical, offset = divmod(position, self.block_size)
+        assert logical < len(blocks), f"{seq}: position {position} has no block, its table is {blocks}"
+        return self.slots.setdefault((pool, blocks[logical]), {}), offset
 
     def write(self, seq, blocks, text, start, end):
-        for i in range(start, end):
-            slots = self.slots.setdefault(("device", self.block(seq, blocks, i)), {})
-            slots[i % self.block_size] = text.marks[i]
+        for position in range(start, end):
+            block, offset = self.slot(seq, blocks, position)
+            block[offset] = text.marks[position]
 
     def check(self, seq, blocks, text, end, pool="device"):
         assert len(set(blocks)) == len(blocks), f"{seq} has a block twice: {blocks}"
-        assert end <= len(text.tokens), f"{seq}: {end} tokens are computed, and its text has {len(text.tokens)}"
-        for i in range(end):
-            block = self.block(seq, blocks, i)
-            found = self.slots.get((pool, block), {}).get(i % self.block_size, "a slot that was never written")
-            assert found == text.marks[i], (
-                f"{seq} reads position {i} in block {block} of the {pool}: "
-                f"it wants salt and text {text.marks[i]}, and finds {found}"
-            )
+        for position, mark in enumerate(text.marks[:end]):
+            block, offset = self.slot(seq, blocks, position, pool)
+            found = block.get(offset, "a slot that was never written")
+            assert found == mark, f"{seq} reads position {position} in {pool} {blocks}: wants {mark}, finds {found}"
 
-    def copy(self, copies):
-        for source, a, target, b in copies:
-            self.slots[target, b] = dict(self.slots.get((source, a), {}))
-
-
-def next_token(tokens, sample=0):
-    """Stands in for the model: depends on every token, and on the sample."""
-    value = 3 + sample
-    for token in tokens:
-        value = (value * 5 + token + 1) % 1_000_003
-    return TOKENS[value // 7 % len(TOKENS)]
-
-
-# ---- the machines ----------------------------------------------------------------------------------------------------
 
 _any = st.lists(st.sampled_from(TOKENS), min_size=1, max_size=14)
 PROMPTS = _any | st.builds(lambda n, more: [0, 1, 0, 0, 1, 1, 0, 1][:n] + more[:4], st.integers(2, 8), _any)  # alike
+REQUESTS = st.tuples(PROMPTS, st.integers(1, 12), st.integers(0, 12) | st.just(10**9))  # max_tokens; steps to its abort
 SALTS = st.sampled_from((None, "a", "b"))
 
 
-def act(when=lambda self: True, made_by=rule, **strategies):
-    """A rule that Hypothesis may choose where `when` holds. The check follows; the machine of a failure is kept, and
-    the last one that Hypothesis runs is the smallest."""
+def act(when=lambda self: True, **strategies):
+    """A rule that Hypothesis may choose where `when` holds."""
 
-    def wrap(function):
-        @functools.wraps(function)
-        def run(self, *args, **kwargs):
-            try:
-                function(self, *args, **kwargs)
-                self.check()
-            except Exception:
-                self.failed["machine"], self.engine_is_broken = self, True
-                self.failed.setdefault("first", self.counts["scripts"] + 1)
-                raise
-
-        return precondition(when)(made_by(**strategies)(run)) if made_by else run
-
-    return wrap
+    watched = lambda function: functools.wraps(function)(lambda self, **drawn: self.watch(function, **drawn))  # noqa: E731
+    return lambda function: precondition(when)(rule(**strategies)(watched(function)))
 
 
 class Machine(RuleBasedStateMachine):
     """What both have: the adapter, its calls as Python, the texts, and what is checked between two calls."""
 
-    adapter, counts, failed, progress = None, None, None, None  # set by run()
-    engine, engine_is_broken = None, False
+    adapter, counts, failed, progress, every, proof = [None] * 6  # run() and the machines below set them
+    engine, broken = None, False
 
     def begin(self, data, *sizes):
         more = {"num_host_blocks": data.draw(st.integers(1, sizes[0]))} if self.adapter.swaps else {}
         self.calls, self.sizes, self.block_size = [], sizes, sizes[1]
         self.engine, self.contents = self.call(self.adapter, *sizes, **more), Contents(sizes[1])
-        self.text, self.over, self.names, self.number = {}, set(), [], 0  # sequence -> Text; those that have ended
+        self.text, self.over, self.number = {}, set(), 0  # sequence -> Text; those that have ended
         self.held, self.total = {}, dict(self.engine.free())
 
     def call(self, name, *args, **kwargs):
@@ -184,79 +140,87 @@ class Machine(RuleBasedStateMachine):
         self.calls.append(f"engine.{name}({told})" if self.calls else f"engine = {name.__name__}({told})")
         return (getattr(self.engine, name) if self.calls[1:] else name)(*args, **kwargs)
 
-    def copy(self, copies):
-        for source, _, target, _ in copies:
-            self.counts["copies on write" if source == target else f"blocks swapped to the {target}"] += 1
-        self.contents.copy(copies)
+    def watch(self, function, **drawn):
+        """Call and check. The machine of a failure is kept: the last one that Hypothesis runs is the smallest."""
+        try:
+            function(self, **drawn)
+            self.check()
+        except Exception:
+            self.failed["machine"], self.broken = self, True
+            self.failed.setdefault("first", self.counts["scripts"] + 1)
+            raise
 
     def check(self):
         """Every sequence finds its text, and free and held blocks are the whole pool."""
-        tables, free = {seq: Table(*table) for seq, table in self.engine.tables().items()}, self.engine.free()
-        held = {pool: set() for pool in self.total}
-        for seq, table in tables.items():
-            assert seq in self.text and seq not in self.over, f"{seq} has ended, and holds blocks {table.blocks}"
-            held[table.pool].update(table.blocks)
-            self.contents.check(seq, table.blocks, self.text[seq], table.computed, table.pool)
+        self.held, free = {seq: Table(*table) for seq, table in self.engine.tables().items()}, self.engine.free()
+        used = {pool: set() for pool in self.total}
+        for seq, (blocks, computed, pool) in self.held.items():
+            assert seq in self.text and seq not in self.over, f"{seq} has ended, and holds blocks {blocks}"
+            assert computed <= len(self.text[seq].tokens), f"{seq}: {computed} of {len(self.text[seq].tokens)} computed"
+            used[pool].update(blocks)
+            self.contents.check(seq, blocks, self.text[seq], computed, pool)
         for pool, total in self.total.items():
-            assert free[pool] + len(held[pool]) == total, (
-                f"{pool}: {free[pool]} blocks are free and {len(held[pool])} held, of {total}"
-            )
-        self.held = tables
+            said = f"{free[pool]} blocks of the {pool} are free and {len(used[pool])} held, of {total}"
+            assert free[pool] + len(used[pool]) == total, said
+
+    def copy(self, copies):
+        for source, a, target, b in copies:
+            self.counts["copies on write" if source == target else f"blocks swapped to the {target}"] += 1
+            self.contents.slots[target, b] = dict(self.contents.slots.get((source, a), {}))
 
     def teardown(self):
-        if self.engine and not self.engine_is_broken:
-            self.end_of_script()
-
-    @act(made_by=None)
-    def end_of_script(self):
-        self.finish_all()
-        assert self.engine.free() == self.total, f"leak: all have ended, and free are {self.engine.free()}"
-        self.counts["scripts"] += len(self.calls) > 1
-        self.progress(self.counts)
+        if self.engine and not self.broken:
+            self.watch(type(self).finish_all)
+            assert self.engine.free() == self.total, f"leak: all have ended, and free are {self.engine.free()}"
+            self.counts["scripts"] += (tried := len(self.calls) > 1)
+            if tried and self.counts["scripts"] % self.every == 0:
+                self.progress(self.counts)
 
 
 class MemoryMachine(Machine):
     """A block manager driven by hand: each token is written as soon as it has a slot."""
 
+    proof = ("refused", "prefix hits")
+
     @initialize(num_blocks=st.integers(2, 9), data=st.data())
     def build(self, num_blocks, data):
         self.begin(data, num_blocks, data.draw(st.sampled_from(self.adapter.block_sizes)))
 
-    def on(self, pool):
-        return sorted(seq for seq, table in self.held.items() if table.pool == pool)
+    def here(self):
+        return sorted(seq for seq, table in self.held.items() if table.pool == "device")
 
     def take(self, name, seq, *args, needed=1, pool="device"):
         """A call that takes blocks. A refusal changes nothing, and is right only where fewer than `needed` are free."""
-        free, held = self.engine.free(), {seq: list(table.blocks) for seq, table in self.held.items()}
+        before = self.engine.free(), {seq: list(table.blocks) for seq, table in self.held.items()}
         answer = self.call(name, seq, *args)
         if answer is None:
-            now = self.engine.free(), {seq: list(table[0]) for seq, table in self.engine.tables().items()}
-            assert now == (free, held), f"{name} was refused, and changed something: {(free, held)} to {now}"
-            assert free[pool] < needed, f"{name} was refused: it needs {needed} blocks, and free are {free}"
-            self.counts["refused"] += 1
-        elif name != "start":
-            self.copy(answer)
-        return answer is not None and (answer, True)
+            after = self.engine.free(), {seq: list(table[0]) for seq, table in self.engine.tables().items()}
+            assert before == after, f"{name} was refused, and changed something: {before} to {after}"
+            assert before[0][pool] < needed, f"{name} was refused: it needs {needed} blocks, and free are {before[0]}"
+        self.counts["refused"] += answer is None
+        self.copy(answer if isinstance(answer, list) else [])
+        return answer
 
     @act(tokens=PROMPTS, salt=SALTS)
     def start(self, tokens, salt):
-        seq, self.number, text = f"s{self.number}", self.number + 1, Text(salt if self.adapter.salts else None, tokens)
-        if taken := self.take("start", seq, tokens, text.salt, needed=-(-len(tokens) // self.block_size)):
-            assert 0 <= taken[0] < len(tokens), f"{taken[0]} of {len(tokens)} tokens were found: one is left to compute"
-            self.counts["prefix hits"] += taken[0] > 0
+        seq, self.number, text = f"s{self.number}", self.number + 1, Text(tokens, salt if self.adapter.salts else None)
+        found = self.take("start", seq, tokens, text.salt, needed=-(-len(tokens) // self.block_size))
+        if found is not None:
+            assert 0 <= found < len(tokens), f"{found} of {len(tokens)} tokens were found: one is left to compute"
+            self.counts["prefix hits"] += found > 0
             self.text[seq], blocks = text, self.engine.tables()[seq][0]
-            self.contents.check(seq, blocks, text, taken[0])
-            self.contents.write(seq, blocks, text, taken[0], len(tokens))
+            self.contents.check(seq, blocks, text, found)
+            self.contents.write(seq, blocks, text, found, len(tokens))
             self.call("computed", seq)
 
-    @act(lambda self: self.on("device"), data=st.data(), token=st.sampled_from(TOKENS), times=st.integers(1, 4))
+    @act(lambda self: self.here(), data=st.data(), token=st.sampled_from(TOKENS), times=st.integers(1, 4))
     def append(self, data, token, times):
-        seq = data.draw(st.sampled_from(self.on("device")))
+        seq = data.draw(st.sampled_from(self.here()))
         for _ in range(times):
-            if self.take("append", seq, token):
+            end = len(self.text[seq].tokens)
+            if self.take("append", seq, token) is not None:
                 self.text[seq].append(token)
-                end = len(self.text[seq].tokens)
-                self.contents.write(seq, self.engine.tables()[seq][0], self.text[seq], end - 1, end)
+                self.contents.write(seq, self.engine.tables()[seq][0], self.text[seq], end, end + 1)
                 self.call("computed", seq)
                 self.check()
 
@@ -266,17 +230,17 @@ class MemoryMachine(Machine):
         self.call("end", seq)
         self.over.add(seq)
 
-    @act(lambda self: self.adapter.forks and self.on("device"), data=st.data())
+    @act(lambda self: self.adapter.forks and self.here(), data=st.data())
     def fork(self, data):
-        seq, child, self.number = data.draw(st.sampled_from(self.on("device"))), f"s{self.number}", self.number + 1
-        if self.take("fork", seq, child):
+        seq, child, self.number = data.draw(st.sampled_from(self.here())), f"s{self.number}", self.number + 1
+        if self.take("fork", seq, child) is not None:
             self.counts["forks"] += 1
-            self.text[child] = Text(self.text[seq].salt, self.text[seq].tokens)
+            self.text[child] = Text(self.text[seq].tokens, self.text[seq].salt)
 
     @act(lambda self: self.adapter.swaps and self.held, data=st.data())
     def swap(self, data):
         seq = data.draw(st.sampled_from(sorted(self.held)))
-        name, pool = ("swap_out", "host") if seq in self.on("device") else ("swap_in", "device")
+        name, pool = ("swap_out", "host") if seq in self.here() else ("swap_in", "device")
         self.take(name, seq, needed=len(self.held[seq].blocks), pool=pool)
 
     def finish_all(self):
@@ -288,64 +252,71 @@ class MemoryMachine(Machine):
 class EngineMachine(Machine):
     """Requests come in bursts, run, are preempted, fork and are aborted. Each gets the tokens that it gets alone."""
 
+    proof = ("preemptions", "prefix hits")
+
     @initialize(budget=st.integers(2, 12), max_seqs=st.integers(1, 5), data=st.data())
     def build(self, budget, max_seqs, data):
         blocks, size = st.integers(*self.adapter.num_blocks), st.sampled_from(self.adapter.block_sizes)
         self.begin(data, data.draw(blocks), data.draw(size), budget, max_seqs)
-        self.asked, self.got, self.reached = {}, {}, {}  # request -> sequences; sequence -> tokens; -> tokens computed
+        self.asked, self.ended, self.aborts, self.steps = (
+            {},
+            [],
+            {},
+            0,
+        )  # request -> sequences; and -> step of its abort
+        self.got, self.reached = {}, {}  # sequence -> tokens that its client has; -> tokens computed
 
-    @act(burst=st.lists(st.tuples(PROMPTS, st.integers(1, 12)), min_size=1, max_size=4), data=st.data())
+    @act(burst=st.lists(REQUESTS, min_size=1, max_size=4), data=st.data())
     def add(self, burst, data):
-        for prompt, max_tokens in burst:
+        for prompt, max_tokens, abort_after in burst:
             if not self.engine.fits(len(prompt), max_tokens):
                 continue
             asked = {"salt": data.draw(SALTS)} if self.adapter.salts else {}
             asked |= {"samples": data.draw(st.integers(1, most))} if (most := self.adapter.most_samples) > 1 else {}
             asked |= {"priority": data.draw(st.integers(0, 2))} if self.adapter.priorities else {}
-            old = self.names if self.adapter.reuses_names else []
+            old = self.ended if self.adapter.reuses_names else []
             name, self.number = data.draw(st.sampled_from([f"r{self.number}", *old])), self.number + 1
-            self.names = [other for other in self.names if other != name]
-            self.asked[name] = {name, *(f"{name}/{i}" for i in range(1, asked.get("samples", 1)))}
-            for seq in self.asked[name]:
-                self.text[seq], self.reached[seq], alone = Text(asked.get("salt"), prompt), 0, list(prompt)
-                for _ in range(max_tokens):
-                    alone.append(next_token(alone, self.sample_of(seq)))
-                self.got[seq] = [], alone[len(prompt) :]
+            self.ended = [other for other in self.ended if other != name]
             self.over = {seq for seq in self.over if seq.partition("/")[0] != name}
+            self.asked[name] = [name, *(f"{name}/{i}" for i in range(1, asked.get("samples", 1)))]
+            for sample, seq in enumerate(self.asked[name]):
+                alone = Text(prompt, sample=sample)
+                self.text[seq], self.reached[seq] = Text(prompt, asked.get("salt"), sample), 0
+                for _ in range(max_tokens):
+                    alone.append(alone.next_token())
+                self.got[seq] = [], alone.tokens[len(prompt) :]
             self.counts["requests"] += 1
             self.call("add", name, list(prompt), max_tokens, **asked)
+            self.aborts[name] = self.steps + abort_after
 
-    @staticmethod
-    def sample_of(seq):
-        return int(seq.partition("/")[2] or 0)
-
-    @act(lambda self: self.asked, times=st.integers(1, 6))
+    @act(lambda self: self.number, times=st.integers(1, 6))
     def step(self, times):
-        for _ in range(times if self.asked else 0):
-            self.one_step()
+        for _ in range(times):
+            if self.asked:  # no precondition: Hypothesis can then leave out a request and keep the step
+                self.one_step()
 
-    @act(lambda self: self.adapter.aborts and (self.asked or self.ended()), data=st.data())
-    def abort(self, data):
-        name = data.draw(st.sampled_from(sorted(self.asked) + self.ended()))
-        self.call("abort", name)
-        self.counts["aborts" if name in self.asked else "aborts of what had ended"] += 1
-        self.leave(name)
-
-    def ended(self):
-        """Requests that may be aborted though they have ended: the client goes away late. Not twice in a row."""
-        return self.names if self.adapter.aborts_twice and ".abort(" not in self.calls[-1] else []
+    def abort(self, upto):
+        """Clients go away, some of them after their request has ended."""
+        for name, at in list(self.aborts.items()):
+            if at <= upto and self.adapter.aborts and (name in self.asked or self.adapter.aborts_twice):
+                del self.aborts[name]
+                self.call("abort", name)
+                self.counts["aborts" if name in self.asked else "aborts of what had ended"] += 1
+                self.leave(name)
+                self.check()
 
     def leave(self, name):
         if name in self.asked:
-            self.over |= self.asked.pop(name)
-            self.names.append(name)
+            self.over.update(self.asked.pop(name))
+            self.ended.append(name)
 
     def one_step(self):
         """Copies, then all writes, then all reads, then the tokens. Returns whether anything ran."""
+        self.abort(self.steps)
         copies, work = self.call("schedule")
         told = ", ".join(f"{w.seq} {w.start} to {w.start + w.count - 1} in {list(w.blocks)}" for w in work)
         self.calls[-1] += f"  # {told or 'nothing'}"
-        self.counts["steps"] += 1
+        self.steps, self.counts["steps"] = self.steps + 1, self.counts["steps"] + 1
         self.copy(copies)
         for w in work:
             assert w.seq in self.text and w.seq not in self.over, f"{w.seq} has ended, and is scheduled"
@@ -363,7 +334,7 @@ class EngineMachine(Machine):
             assert seq not in self.over and self.text[seq].marks[-1] in ends, f"{seq}: nothing computed its last token"
             self.counts["forks"] += self.reached[seq] == 0
             self.reached[seq] = len(self.text[seq].tokens)
-            given[seq] = next_token(self.text[seq].tokens, self.sample_of(seq))
+            given[seq] = self.text[seq].next_token()
             self.text[seq].append(given[seq])
             return given[seq]
 
@@ -371,7 +342,7 @@ class EngineMachine(Machine):
             self.receive(*output)
         self.calls[-1] = f"engine.accept({given}.get)"
         self.check()
-        for seq, table in self.held.items():  # it runs no more: its blocks lie on the host
+        for seq, table in self.held.items():  # preempted, and its blocks lie on the host
             self.counts["preemptions"] += table.pool != before.get(seq, table).pool == "device"
         return bool(work)
 
@@ -380,104 +351,50 @@ class EngineMachine(Machine):
         got, alone = self.got[seq]
         got += tokens
         assert got == (alone if finished else alone[: len(got)]), f"{seq} got {got}, and alone it gets {alone}"
-        if finished:
-            self.over.add(seq)
-            name = seq.partition("/")[0]
-            if self.asked[name] <= self.over:
-                self.leave(name)
+        self.over.update([seq] if finished else [])
+        if self.over.issuperset(self.asked[seq.partition("/")[0]]):
+            self.leave(seq.partition("/")[0])
 
     def finish_all(self):
-        idle = steps = 0
+        idle, last = 0, self.steps + MOST_STEPS
         while self.asked:
-            idle, steps = 0 if self.one_step() else idle + 1, steps + 1
+            idle = 0 if self.one_step() else idle + 1
             assert idle < IDLE_STEPS, f"{', '.join(self.asked)} wait, free are {self.engine.free()}, and nothing runs"
-            assert steps < MOST_STEPS, f"{', '.join(self.asked)} are unfinished after {steps} steps"
-
-
-# ---- a run -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Result:
-    name: str
-    counts: Counter
-    seconds: float
-    error: str | None
-    first: int = 0  # the number of the first script that failed
-    machine: Machine | None = None  # as the smallest failing script left it; its `calls` are that script
-
-    @property
-    def verdict(self):
-        """In words that claim no more than was tried."""
-        if self.error:
-            return f"fails, first in script {self.first:,}: {self.error}"
-        seen = " and ".join(f"{self.counts[what]:,} {what}" for what in ("preemptions", "prefix hits"))
-        little = any(not self.counts[what] for what in ("preemptions", "prefix hits")) and self.counts["steps"]
-        return f"held over {self.counts['scripts']:,} scripts with {seen}" + (": this proves little" if little else "")
+            assert self.steps < last, f"{', '.join(self.asked)} are unfinished after {MOST_STEPS} steps"
+        self.abort(last)
 
 
 def run(adapter, scripts=2000, *, number=None, shrink=True, progress=lambda counts: None):
-    """Try so many scripts. number: a seed, for the same scripts again. progress is called with the counters."""
-    failed = {}
-    parts = {"adapter": adapter, "counts": Counter(), "failed": failed, "progress": staticmethod(progress)}
-    base = EngineMachine if issubclass(adapter, Engine) else MemoryMachine
-    machine, began, error = type(adapter.__name__, (base,), parts), time.monotonic(), None
+    """number: a seed. Of the result, `machine` is None, or as the smallest failing script left it: machine.calls."""
+    counts, failed, began = Counter(), {}, time.monotonic()
+    parts = {"adapter": adapter, "counts": counts, "failed": failed, "progress": staticmethod(progress)}
+    parts["every"] = max(1, scripts // 5)
+    machine = type(adapter.__name__, (EngineMachine if issubclass(adapter, Engine) else MemoryMachine,), parts)
     trying = settings(
-        max_examples=scripts, stateful_step_count=30, deadline=None, database=None, suppress_health_check=HealthCheck,
+        max_examples=scripts, stateful_step_count=15, deadline=None, database=None, suppress_health_check=HealthCheck,
         print_blob=False, report_multiple_bugs=False, phases=[Phase.generate] + [Phase.shrink] * shrink,
     )  # fmt: skip
     try:
         run_state_machine_as_test(machine if number is None else seed(number)(machine), settings=trying)
-    except Exception as raised:
+        seen = " and ".join(f"{counts[what]:,} {what}" for what in machine.proof)
+        little = "" if all(counts[what] for what in machine.proof) else ": this proves little"
+        verdict = f"held over {counts['scripts']:,} scripts with {seen}{little}"
+    except Exception as error:
         if not failed:
-            raise  # not of the engine
-        error = f"{type(raised).__name__}: {raised}".partition("\n")[0]
-    seconds = time.monotonic() - began
-    return Result(adapter.__name__, parts["counts"], seconds, error, failed.get("first", 0), failed.get("machine"))
+            raise  # no fault of the engine
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        verdict = f"fails, first in script {failed['first']:,}: {said}"
+    return Result(verdict, +counts, time.monotonic() - began, failed.get("first"), failed.get("machine"))
 
 
-def load(name):
-    """The adapters of "file.py", or the one that "file.py:Class" names."""
-    path, _, wanted = name.partition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return [getattr(module, wanted)] if wanted else module.ADAPTERS
-
-
-def main(draw=None, where=str):
-    """The command line. draw: prints the block tables of a failing script. where: the file that an engine's name means."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("engine", help="the file of an adapter, or FILE:CLASS")
-    parser.add_argument("--scripts", type=int, default=2000)
-    parser.add_argument("--seed", type=int, help="the same scripts again")
-    told, failed = parser.parse_args(), False
-    try:
-        adapters = load(where(told.engine))
-    except Skip as reason:
-        return print(f"skipped, and nothing was tried: {reason}")
+def main(adapters, scripts=2000, number=None, draw=lambda machine: machine.engine.tables()):
+    """Try them all and print what came of it. Returns how many fail. draw: the block tables of a failing script."""
+    failing = 0
     for adapter in adapters:
-
-        def progress(counts):
-            if counts["scripts"] % max(1, told.scripts // 10) == 0:
-                print(f"  {adapter.__name__}: {dict(counts)}", flush=True)  # noqa: B023
-
-        found = run(adapter, told.scripts, number=told.seed, progress=progress)
-        print(f"{found.name}: {dict(found.counts)} in {found.seconds:.0f} s")
+        print(f"{adapter.__name__}: {scripts:,} scripts", flush=True)
+        found = run(adapter, scripts, number=number, progress=lambda counts: print(" ", dict(+counts), flush=True))
         if found.machine:
-            failed = True
-            print("the smallest script:\n  " + "\n  ".join(found.machine.calls))
-            print(*(draw or tables)(found.machine), sep="\n")
-        print(f"{found.name} {found.verdict}", flush=True)
-    return sys.exit(failed)
-
-
-def tables(machine):
-    """The block tables that a failing script left, as lines."""
-    return [f"{seq:>8}  {table[0]}, {table[1]} computed" for seq, table in machine.engine.tables().items()]
-
-
-if __name__ == "__main__":
-    import kit  # the adapter's file imports it by this name
-
-    kit.main()
+            failing += 1
+            print("the smallest script:", *found.machine.calls, draw(found.machine), sep="\n  ")
+        print(f"{dict(found.counts)} in {found.seconds:.0f} s\n{adapter.__name__} {found.verdict}", flush=True)
+    return failing

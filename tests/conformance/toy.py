@@ -131,13 +131,11 @@ class Toy(Engine):
     fault = ""
 
     def __init__(self, num_blocks, block_size, budget, max_seqs):
-        self.scheduler, self.slots = (
-            Scheduler(num_blocks, block_size, budget, max_seqs, self.fault),
-            num_blocks * block_size,
-        )
+        self.scheduler = Scheduler(num_blocks, block_size, budget, max_seqs, self.fault)
+        self.num_slots = num_blocks * block_size
 
     def fits(self, prompt_len, max_tokens):
-        return prompt_len + max_tokens <= self.slots
+        return prompt_len + max_tokens <= self.num_slots
 
     def add(self, request, prompt, max_tokens):
         self.scheduler.add(Request(request, prompt, max_tokens))

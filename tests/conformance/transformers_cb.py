@@ -13,17 +13,17 @@ try:
     import torch
     import transformers
 except ImportError as error:
-    raise kit.Skip(f"{error.name} is not installed: pip install -e '.[oracle]'") from error
+    raise ImportError(f"{error.name} is not installed: pip install -e '.[oracle]'") from error
 if transformers.__version__ != VERSION:
-    raise kit.Skip(f"written for transformers {VERSION}, and {transformers.__version__} is installed")
+    raise ImportError(f"written for transformers {VERSION}, and {transformers.__version__} is installed")
 
-from transformers import LlamaConfig
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.distributed import DistributedHelper
-from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
-from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
-from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
+from transformers import LlamaConfig  # noqa: E402
+from transformers.generation.configuration_utils import ContinuousBatchingConfig  # noqa: E402
+from transformers.generation.continuous_batching.cache import PagedAttentionCache  # noqa: E402
+from transformers.generation.continuous_batching.distributed import DistributedHelper  # noqa: E402
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager  # noqa: E402
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus  # noqa: E402
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING  # noqa: E402
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 ONE_HEAD = {"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
