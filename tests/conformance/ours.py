@@ -1,10 +1,9 @@
 """Chapter 14. minipaged under the kit: its scheduler over its block manager, and the block manager by hand."""
 
 import kit
+from chapter10 import BlockManager, Scheduler
 
-from minipaged.engine.scheduler import Scheduler
 from minipaged.engine.sequence import SamplingParams, Sequence, Token
-from minipaged.memory.block_manager import BlockManager
 
 
 def copies_between(source, copies, target):

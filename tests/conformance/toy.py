@@ -3,6 +3,9 @@
 Each fault was seen in an engine that people run. `FAULTS` says where it stands below: search for its name.
 """
 
+import statistics
+
+import kit
 from kit import Engine, Output, Table, Work
 
 FAULTS = {
@@ -158,5 +161,16 @@ class Toy(Engine):
 
 
 ADAPTERS = [Toy]
-for fault in FAULTS:  # a class for each: toy.py:freed_twice
+for fault in FAULTS:  # a class for each: toy:freed_twice
     globals()[fault] = type(fault, (Toy,), {"fault": fault})
+
+
+def scripts_to_find(fault, seeds=20):
+    """How many scripts it takes, for each seed."""
+    return [kit.run(globals()[fault], number=seed, shrink=False).first for seed in range(seeds)]
+
+
+if __name__ == "__main__":  # the table of chapter 14
+    for fault in FAULTS:
+        found = sorted(scripts_to_find(fault))
+        print(f"{fault:<24} median {statistics.median(found):5g}, {found[0]} to {found[-1]}", flush=True)
