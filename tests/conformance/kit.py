@@ -21,8 +21,7 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 TOKENS = (0, 1, 65_536)  # the last one is 0 where a token is kept in 16 bits
-IDLE_STEPS = 5  # steps that run nothing while a request is unfinished: then it waits for ever
-MOST_STEPS = 5_000  # until all have ended: a small pool thrashes, and that is no fault
+IDLE_STEPS, MOST_STEPS = 5, 5_000  # without work: requests wait for ever; until all end, since a small pool thrashes
 
 Work = namedtuple("Work", "seq start count blocks")  # tokens start .. start + count - 1 of seq, and its block table
 Table = namedtuple("Table", "blocks computed pool", defaults=("device",))  # `computed`: tokens that the blocks hold
@@ -125,8 +124,7 @@ def act(when=lambda self: True, **strategies):
 class Machine(RuleBasedStateMachine):
     """What both have: the adapter, its calls as Python, the texts, and what is checked between two calls."""
 
-    adapter, counts, failed, progress, every, proof = [None] * 6  # run() and the machines below set them
-    engine, broken = None, False
+    adapter = counts = failed = progress = every = proof = engine = broken = None  # set by run() and the machines below
 
     def begin(self, data, *sizes):
         more = {"num_host_blocks": data.draw(st.integers(1, sizes[0]))} if self.adapter.swaps else {}
@@ -173,7 +171,7 @@ class Machine(RuleBasedStateMachine):
             self.watch(type(self).finish_all)
             assert self.engine.free() == self.total, f"leak: all have ended, and free are {self.engine.free()}"
             self.counts["scripts"] += (tried := len(self.calls) > 1)
-            if tried and self.counts["scripts"] % self.every == 0:
+            if tried and not self.failed and self.counts["scripts"] % self.every == 0:
                 self.progress(self.counts)
 
 
@@ -336,11 +334,13 @@ class EngineMachine(Machine):
             self.reached[seq] = len(self.text[seq].tokens)
             given[seq] = self.text[seq].next_token()
             self.text[seq].append(given[seq])
+            self.calls[-1] = f"engine.accept({given}.get)"
             return given[seq]
 
-        for output in self.call("accept", due):
-            self.receive(*output)
+        outputs = list(self.call("accept", due))
         self.calls[-1] = f"engine.accept({given}.get)"
+        for output in outputs:
+            self.receive(*output)
         self.check()
         for seq, table in self.held.items():  # preempted, and its blocks lie on the host
             self.counts["preemptions"] += table.pool != before.get(seq, table).pool == "device"
@@ -382,7 +382,7 @@ def run(adapter, scripts=2000, *, number=None, shrink=True, progress=lambda coun
     except Exception as error:
         if not failed:
             raise  # no fault of the engine
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        said = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
         verdict = f"fails, first in script {failed['first']:,}: {said}"
     return Result(verdict, +counts, time.monotonic() - began, failed.get("first"), failed.get("machine"))
 

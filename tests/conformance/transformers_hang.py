@@ -67,9 +67,8 @@ def main():
             if result.is_finished():
                 finished.add(result.request_id)
                 print(f"{result.request_id} has ended with {lengths[result.request_id]} tokens", flush=True)
-            if (
-                not cancelled and result.request_id == "A" and lengths["A"] == 350
-            ):  # the pool was full at 256 tokens each
+            # The pool was full when each had 256 tokens.
+            if not cancelled and result.request_id == "A" and lengths["A"] == 350:
                 print(f"A has 350 tokens, B {lengths['B']} and waits; A is cancelled, and C comes", flush=True)
                 manager.cancel_request("A")
                 manager.add_request([7, 8, 9], request_id="C", max_new_tokens=5, streaming=True)
