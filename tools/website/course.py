@@ -1,4 +1,4 @@
-"""The course as the site shows it: thirteen chapters, the modules of each, and the recorded runs that go with it."""
+"""The course as the site shows it: fourteen chapters, the modules of each, and the recorded runs that go with it."""
 
 import re
 from dataclasses import dataclass
@@ -79,6 +79,7 @@ CHAPTERS = (
         "More than one device",
         ("minipaged/distributed/shares.py", "minipaged/distributed/layers.py", "minipaged/distributed/*.py"),
     ),
+    Chapter(14, "An engine that is not ours", ("tests/conformance/kit.py", "tests/conformance/*.py")),
 )
 
 

@@ -141,7 +141,7 @@ def link_chapters(source: str, folder: str = "") -> str:
 
 def _chapter_link(match: re.Match[str], folder: str) -> str:
     number = int(match[2])
-    return f"[{match[0]}]({folder}ch{number:02d}.md)" if 1 <= number <= 13 else match[0]
+    return f"[{match[0]}]({folder}ch{number:02d}.md)" if 1 <= number <= 14 else match[0]
 
 
 def _output(output: dict[str, Any]) -> str:
