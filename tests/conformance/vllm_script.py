@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python tests/conformance/vllm_script.py
 
-With priorities, a request that was scheduled earlier in the *same* step can be preempted. Its chunk is not computed then,
+With priorities, a request that was scheduled earlier in the same step can be preempted. Its chunk is then not computed,
 but blocks that the chunk would fill are in the prefix cache already. Needed: `long_prefill_token_threshold`, so that a
 chunk and a decode share a step, a chunk of two blocks (the request that needs a block takes one, the other stays in the
 cache), and a third request that waits. Only vLLM's own scheduler is called; nothing of the kit judges.
