@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from minipaged import LLM, SamplingParams
-from minipaged.model import load
+from minipaged.model import fetch, load
 from minipaged.model.compiled_ops import CompiledTransformer
 from minipaged.model.recompute import generate
 from minipaged.model.transformer import Transformer
+from minipaged.model.weights import source_from_gguf
 
 pytestmark = pytest.mark.smollm2
 
@@ -84,7 +85,7 @@ def test_a_prompt_alone_writes_the_same_tokens_without_a_cache(smollm2, texts):
 def test_the_formulas_and_plain_products_write_the_same_tokens(smollm2, texts):
     """What `quicken` puts in their places is faster, and nothing else."""
     prompts, steps, expected = texts
-    plain = load._load("smollm2-135m", torch.float32, 0)
+    plain = load.read_model(source_from_gguf(fetch.smollm2_path()), torch.float32)
     assert (type(plain.transformer), type(smollm2.transformer)) == (Transformer, CompiledTransformer)
     assert tokens(LLM(plain, **ENGINE), prompts, steps) == expected
 
