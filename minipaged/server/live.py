@@ -54,7 +54,7 @@ class Feed:
         self.watchers: dict[Watcher, None] = {}
         self._arrived: list[dict[str, str]] = []
         self._numbers = count()
-        self._first: list[tuple[Watcher, str]] = []  # the state, for pages that have just come
+        self._first: list[tuple[Watcher, str]] = []  # messages that come before those of the next `drain`
 
     def arrived(self, names: Iterable[str]) -> None:
         """Sequences that wait from now on. The letters come again after the last one, as the colours do."""
@@ -65,9 +65,9 @@ class Feed:
 
     def watch(self, watcher: Watcher, **more: Any) -> None:
         """Give a page the state as it is now, and then what changes. `more` goes into the document."""
-        self.drain_into([])
+        before = self.drain()
         self.watchers[watcher] = None
-        self._first.append((watcher, self._document(more)))
+        self._first = [*before, (watcher, self._document(more))]
 
     def leave(self, watcher: Watcher) -> None:
         self.watchers.pop(watcher, None)
@@ -75,7 +75,16 @@ class Feed:
     def drain(self) -> list[tuple[Watcher, str]]:
         """Read and empty the trace. Returns the messages, in their order, and for which page each is."""
         events: list[dict[str, Any]] = []
-        self.drain_into(events)
+        for number, event in enumerate(self.trace.events):
+            try:
+                self.state.apply(number)
+            except ValueError:  # a step was interrupted between a change and its event: a `reset` follows
+                continue
+            if event["event"] == "finish":
+                self.sequences.pop(event["seq"], None)
+            if self.watchers:
+                events.append({"event": event, "words": in_words(event), "changes": self._changes(event)})
+        self.trace.events.clear()
         messages, self._first = self._first, []
         arrived, self._arrived = self._arrived, []
         if self.watchers and (events or arrived):
@@ -83,18 +92,6 @@ class Feed:
             text = json.dumps(update, separators=(",", ":"))
             messages += [(watcher, text) for watcher in self.watchers]
         return messages
-
-    def drain_into(self, events: list[dict[str, Any]]) -> None:
-        for number, event in enumerate(self.trace.events):
-            try:
-                self.state.apply(number)
-            except ValueError:  # a step was interrupted between a change and its event: the `reset` to come ends it
-                continue
-            if event["event"] == "finish":
-                self.sequences.pop(event["seq"], None)
-            if self.watchers:
-                events.append({"event": event, "words": visible(in_words(event)), "changes": self._changes(event)})
-        self.trace.events.clear()
 
     def _changes(self, event: Event) -> dict[str, dict[str, Any]]:
         """What the event changed in the five maps of viz/export.py; None is an entry that is gone."""
