@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from minipaged import __version__, cli_bench, cli_course, cli_generate, cli_reproduce
+from minipaged import __version__, cli_bench, cli_course, cli_generate, cli_reproduce, cli_serve
 from minipaged.cli_generate import Backend, BackendOption, BlockSizeOption, ModelOption
 from minipaged.memory.block_allocator import OutOfBlocks
 from minipaged.model.fetch import FetchError
@@ -57,6 +57,7 @@ def demo(
 
 
 cli_generate.register(app)
+cli_serve.register(app)
 
 
 @app.command()
