@@ -61,7 +61,7 @@ def serve(
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ValueError(
-            f"cannot listen on {host}, port {port}: {error.strerror or error}; give another --port"
+            f"cannot listen on {host}, port {port}: {os.strerror(error.errno or 0)}; give another --port"
         ) from error
     from minipaged import LLM
 

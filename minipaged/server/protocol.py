@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.types import FailFast
 
 from minipaged.engine.sequence import SamplingParams
 from minipaged.model.tokenizer import Message, TextTokenizer
@@ -113,11 +112,11 @@ class _Body(_Asked):
         )
 
 
-Tokens = Annotated[list[int], FailFast()]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
 
 
 class CompletionRequest(_Body):
-    prompt: str | Tokens | Annotated[list[str], FailFast()] | Annotated[list[Tokens], FailFast()]
+    prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Tokens], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
@@ -145,7 +144,7 @@ class TextPart(_Asked):
 
 class ChatMessage(_Asked):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], FailFast()]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None  # is not used
 
     def message(self) -> Message:
@@ -154,7 +153,7 @@ class ChatMessage(_Asked):
 
 
 class ChatRequest(_Body):
-    messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast()]
+    messages: Annotated[list[ChatMessage], Field(min_length=1), Field(fail_fast=True)]
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     max_completion_tokens: int | None = Field(None, ge=1)
