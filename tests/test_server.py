@@ -274,7 +274,8 @@ def test_ten_thousand_requests_of_which_a_third_leaves(model):
                         "max_tokens": 60 if leaves else 4,
                     }
                 )
-                head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+                head += "Connection: close\r\nContent-Type: application/json\r\n\r\n"
                 reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
                 writer.write((head + body).encode())
                 if leaves:
