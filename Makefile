@@ -56,16 +56,16 @@ fetch: $(READY) ## bring SmolLM2 to this machine
 	@$(BIN)/minipaged fetch
 
 bench-memory: $(READY) ## cost of the allocator's operations from 10^3 to 10^6 blocks
-	@$(BIN)/python -m minipaged.memory.bench
+	@$(BIN)/python -m minipaged.bench.memory
 
 bench-attention: $(READY) ## what paging costs a decode step's attention, beside contiguous memory (two minutes)
-	@$(BIN)/python -m minipaged.attention.bench
+	@$(BIN)/python -m minipaged.bench.attention
 
 bench-engine: $(READY) ## what the scheduler costs, alone and as a share of a step of the real model
 	@$(BIN)/python -m minipaged.engine.bench
 
 kernels-compile: $(READY) ## compile every Triton kernel for four GPUs, with none in the machine: registers, spills, loads
-	@$(BIN)/python -m minipaged.kernels.compile --targets sm_80,sm_90,sm_100,gfx942
+	@$(BIN)/python -m minipaged.bench.kernel_report --targets sm_80,sm_90,sm_100,gfx942
 
 bench-kernels: $(READY) ## check the kernels and, where there is a GPU, time them beside their peers
 	@$(BIN)/python -m minipaged.kernels.bench
@@ -98,10 +98,10 @@ traces: $(READY) ## record the runs that the site plays: real ones of SmolLM2, i
 
 measured: $(READY) ## run the benchmarks that this machine can run, and keep their figures for the site
 	@mkdir -p docs/measured
-	@$(BIN)/python -m minipaged.memory.bench | tee docs/measured/memory.txt
-	@$(BIN)/python -m minipaged.attention.bench --json docs/measured/attention.json
+	@$(BIN)/python -m minipaged.bench.memory | tee docs/measured/memory.txt
+	@$(BIN)/python -m minipaged.bench.attention --json docs/measured/attention.json
 	@$(BIN)/python -m minipaged.engine.bench | tee docs/measured/engine.txt
-	@$(BIN)/python -m minipaged.kernels.compile --targets sm_80,sm_90,sm_100,gfx942 | tee docs/measured/kernels-compile.txt
+	@$(BIN)/python -m minipaged.bench.kernel_report --targets sm_80,sm_90,sm_100,gfx942 | tee docs/measured/kernels-compile.txt
 	@$(BIN)/python -m minipaged.kernels.bench --json docs/measured/kernels.json
 
 # Notebooks are run where they, or the code they use, have changed; what ran is kept in build/site.

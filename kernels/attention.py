@@ -9,9 +9,11 @@
 Neither question has to wait for the device, if the caller says what a scheduler knows: `max_query_len`.
 """
 
+from typing import Any
+
 from torch import Tensor
 
-from minipaged.kernels.checks import check_attention
+from minipaged.attention.checks import check_attention_kernel
 from minipaged.kernels.paged_decode import paged_decode
 from minipaged.kernels.paged_decode_split import choose_num_splits, count_multiprocessors, paged_decode_split
 from minipaged.kernels.paged_prefill import paged_prefill
@@ -32,9 +34,7 @@ def paged_attention(
     out: Tensor | None = None,
     check: bool = False,
 ) -> Tensor:
-    """Causal attention of a ragged batch that reads K and V through each sequence's block table.
-
-    The arguments and the answer of `minipaged.attention.paged_attention`, and further:
+    """The arguments and the answer of `minipaged.attention.paged_attention`, and further:
 
     max_query_len     the most queries of one sequence; None: looked up on the device where it matters
     max_seq_len       an upper bound of seq_lens, from which the number of splits is chosen; None: the table's width
@@ -44,25 +44,18 @@ def paged_attention(
     A query that sees no token (seq_lens 0: the padding of a batch) gives 0. Raises ValueError for arguments that do not
     fit, before anything is launched.
     """
-    tables = block_tables, seq_lens, query_start_loc
-    check_attention(query, key_cache, value_cache, *tables, sliding_window, out=out, check=check)
+    tensors = query, key_cache, value_cache, block_tables, seq_lens
+    check_attention_kernel(*tensors, query_start_loc, sliding_window, out=out, numbers=check)
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "out": out}
     num_seqs, max_blocks = block_tables.shape
     if max_query_len is None and len(query) == num_seqs:
         max_query_len = int(query_start_loc.diff().max()) if num_seqs else 0
-    arguments = query, key_cache, value_cache, block_tables, seq_lens
     # As many tokens as sequences, and none with two: then each has exactly one.
     if len(query) != num_seqs or max_query_len != 1:
-        return paged_prefill(
-            *arguments,
-            query_start_loc,
-            scale=scale,
-            sliding_window=sliding_window,
-            max_query_len=max_query_len,
-            out=out,
-        )
+        return paged_prefill(*tensors, query_start_loc, max_query_len=max_query_len, **options)
     _, num_kv_heads, block_size, _ = key_cache.shape
     longest = min(max_seq_len or max_blocks * block_size, sliding_window or max_blocks * block_size)
     num_splits = choose_num_splits(num_seqs, num_kv_heads, longest, count_multiprocessors(query.device))
     if num_splits == 1:
-        return paged_decode(*arguments, scale=scale, sliding_window=sliding_window, out=out)
-    return paged_decode_split(*arguments, scale=scale, num_splits=num_splits, sliding_window=sliding_window, out=out)
+        return paged_decode(*tensors, **options)
+    return paged_decode_split(*tensors, num_splits=num_splits, **options)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.kernels.checks import check_copy_blocks
+from minipaged.attention.checks import check_copy_blocks
 
 PIECE = 1024  # elements: 2 KiB of float16, 16 bytes a thread at 4 warps
 
@@ -35,22 +35,15 @@ def copy_blocks(
     Raises ValueError for what does not fit before anything is copied; a tensor's numbers are looked at only with
     `check`, which has to wait for the device, a list's always.
     """
-    check_copy_blocks(key_cache, value_cache, copies, check)
+    check_copy_blocks(key_cache, value_cache, copies, numbers=check)
     if len(copies) == 0:
         return
     if key_cache.dim() == 4:
         key_cache, value_cache = key_cache[None], value_cache[None]
     pairs = torch.as_tensor(copies, device=key_cache.device).contiguous()  # [num_copies, 2]
-    num_layers, _, num_kv_heads, block_size, head_dim = key_cache.shape
-    numel = num_kv_heads * block_size * head_dim
-    copy_blocks_kernel[(len(pairs), num_layers, triton.cdiv(numel, PIECE))](
-        key_cache,
-        value_cache,
-        pairs,
-        numel,
-        *key_cache.stride()[:2],
-        PIECE=PIECE,
-    )
+    numel = key_cache[0, 0].numel()
+    grid = len(pairs), len(key_cache), triton.cdiv(numel, PIECE)
+    copy_blocks_kernel[grid](key_cache, value_cache, pairs, numel, *key_cache.stride()[:2], PIECE)
 
 
 @triton.jit

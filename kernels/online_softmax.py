@@ -14,12 +14,8 @@ Scores are kept in units of log2: exp(x) = exp2(x * log2(e)), the GPU has an ins
 into the scale.
 """
 
-import math
-
 import triton
 import triton.language as tl
-
-LOG2_E = math.log2(math.e)
 
 
 @triton.jit
@@ -37,35 +33,32 @@ def start_softmax(q):
 
 
 @triton.jit
-def finish_softmax(total, accumulator):
+def finish_softmax(softmax):
     """accumulator / total, and 0 for a row that saw nothing (a padded row of a batch, with no context)."""
+    _, total, accumulator = softmax
     return accumulator / tl.where(total == 0.0, 1.0, total)[:, None]  # [ROWS, HEAD_DIM_PADDED]
 
 
 @triton.jit
 def attend_context(
-    maximum,  # [ROWS], what start_softmax or an earlier call returned
-    total,  # [ROWS]
-    accumulator,  # [ROWS, HEAD_DIM_PADDED]
+    softmax,  # what start_softmax or an earlier call returned
     q,  # [ROWS, HEAD_DIM_PADDED]
-    row_position,  # [ROWS], the position of each row's query; used where CAUSAL
-    key_ptr,  # the caches, moved to the KV head
-    value_ptr,
-    table_ptr,  # the sequence's row of the block table
+    row_position,  # [ROWS], the position of each row's query: it sees this one and those before it
+    context,  # what locate_context returned
     start,  # positions start to end - 1 of the context
     end,
-    stride_block,
-    stride_slot,
     scale_log2,  # scale * log2(e)
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOW: tl.constexpr,  # tokens that a row may see, its own included; 0: all
     MASKED: tl.constexpr,  # False promises whole tiles, all of which every row may see
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,  # tokens that a row may see, its own included; 0: all. Used where CAUSAL
 ):
+    maximum, total, accumulator = softmax
+    key_ptr, value_ptr, table_ptr, stride_block, stride_slot = context
     token = tl.arange(0, TILE)  # [TILE]
     dim = tl.arange(0, q.shape[1])  # [HEAD_DIM_PADDED]
+    last = tl.minimum(row_position, end - 1)  # [ROWS], the last position that a row sees here
     block = tl.load(table_ptr + (start + token) // BLOCK_SIZE, mask=start + token < end, other=0)
     for tile_start in range(start, end, TILE):
         position = tile_start + token  # [TILE]
@@ -86,11 +79,9 @@ def attend_context(
         # "ieee": float32 is not rounded to tf32. float16 and bfloat16 are multiplied exactly and summed in float32.
         scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=total.dtype) * scale_log2  # [ROWS, TILE]
         if MASKED:
-            visible = (position < end)[None, :]
-            if CAUSAL:
-                visible &= position[None, :] <= row_position[:, None]
-                if WINDOW > 0:
-                    visible &= position[None, :] > row_position[:, None] - WINDOW
+            visible = position[None, :] <= last[:, None]
+            if WINDOW > 0:
+                visible &= position[None, :] > row_position[:, None] - WINDOW
             scores = tl.where(visible, scores, -float("inf"))
 
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))  # [ROWS]
@@ -103,3 +94,19 @@ def attend_context(
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator, input_precision="ieee", out_dtype=total.dtype)
         maximum = new_maximum
     return maximum, total, accumulator
+
+
+@triton.jit
+def locate_context(seq, kv_head, key_cache_ptr, value_cache_ptr, block_tables_ptr, cache_strides, table_strides):
+    """Both caches from the KV head on, the sequence's row of the block tables, the strides of a block and of a slot."""
+    stride_block, stride_kv_head, stride_slot = cache_strides
+    first = kv_head.to(tl.int64) * stride_kv_head
+    table_ptr = block_tables_ptr + seq.to(tl.int64) * table_strides[0]
+    return key_cache_ptr + first, value_cache_ptr + first, table_ptr, stride_block, stride_slot
+
+
+@triton.jit
+def locate_rows(pointer, token, head, strides, HEAD_DIM_PADDED: tl.constexpr):
+    """[ROWS, HEAD_DIM_PADDED]: the elements of rows (token, head) of a tensor [num_tokens, num_heads, HEAD_DIM]."""
+    row = token.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]  # [ROWS]
+    return pointer + row[:, None] + tl.arange(0, HEAD_DIM_PADDED)[None, :]

@@ -10,15 +10,14 @@ Decode is bound by memory: each byte of K and V is used for GROUP queries and ne
 one read, and the tensor cores, which take 16 rows at least, work on padding that costs no bytes.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.kernels.checks import check_attention
-from minipaged.kernels.online_softmax import LOG2_E, attend_context, finish_softmax, start_softmax
+from minipaged.attention.checks import check_attention_kernel
+from minipaged.kernels.launch import LOG2_E, decode_constants, strides
+from minipaged.kernels.online_softmax import attend_context, finish_softmax, locate_context, locate_rows, start_softmax
 
 
 def paged_decode(
@@ -34,60 +33,18 @@ def paged_decode(
     tile: int | None = None,
     check: bool = False,
 ) -> Tensor:
-    """Attention of one query a sequence, at position seq_lens - 1, through the block tables.
+    """`paged_attention` of one query a sequence, at position seq_lens - 1: query [num_seqs, num_heads, head_dim].
 
-    query [num_seqs, num_heads, head_dim]; caches [num_blocks, num_kv_heads, block_size, head_dim]; block_tables
-    int32 [num_seqs, max_blocks]; seq_lens int32 [num_seqs]. Returns the shape of query, 0 where seq_lens is 0.
     `tile` is the number of tokens a step of the loop takes, a power of two from 16; None: what fits the head size.
-    Raises ValueError for arguments that do not fit; for numbers out of range only with `check`.
     """
-    tables = block_tables, seq_lens, None
-    check_attention(query, key_cache, value_cache, *tables, sliding_window, out=out, tile=tile, check=check)
-    num_seqs, num_heads, head_dim = query.shape
-    _, num_kv_heads, block_size, _ = key_cache.shape
+    tensors = query, key_cache, value_cache, block_tables, seq_lens
+    check_attention_kernel(*tensors, None, sliding_window, out=out, tile=tile, numbers=check)
     out = torch.empty_like(query) if out is None else out
-    if num_seqs == 0:
-        return out
-    paged_decode_kernel[(num_seqs, num_kv_heads)](
-        out,
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        seq_lens,
-        scale * LOG2_E,
-        *out.stride()[:2],
-        *query.stride()[:2],
-        *key_cache.stride()[:3],
-        block_tables.stride(0),
-        **decode_constants(num_heads // num_kv_heads, head_dim, block_size, query.dtype.itemsize, sliding_window, tile),
-    )
+    if len(query) > 0:
+        places = strides(out, query, key_cache, block_tables)
+        constants = decode_constants(query, key_cache, sliding_window, tile)
+        paged_decode_kernel[(len(query), key_cache.shape[1])](out, *tensors, scale * LOG2_E, *places, **constants)
     return out
-
-
-def decode_constants(
-    group: int,
-    head_dim: int,
-    block_size: int,
-    itemsize: int,
-    sliding_window: int | None = None,
-    tile: int | None = None,
-) -> dict[str, Any]:
-    """The constexprs and options of the decode kernels, split or not."""
-    head_dim_padded = max(16, triton.next_power_of_2(head_dim))
-    # 16 KiB of K and as much of V a step: two steps in flight and three programs on a multiprocessor fit in 228 KiB.
-    tile = tile or min(128, max(16, 16_384 // (head_dim_padded * itemsize)))
-    return {
-        "GROUP": group,
-        "ROWS": max(16, triton.next_power_of_2(group)),
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_PADDED": head_dim_padded,
-        "BLOCK_SIZE": block_size,
-        "TILE": tile,
-        "WINDOW": sliding_window or 0,
-        "num_warps": 4,
-        "num_stages": 3,
-    }
 
 
 @triton.jit
@@ -99,14 +56,10 @@ def paged_decode_kernel(
     block_tables_ptr,  # [num_seqs, max_blocks]
     seq_lens_ptr,  # [num_seqs]
     scale_log2,
-    out_stride_seq,
-    out_stride_head,
-    query_stride_seq,
-    query_stride_head,
-    stride_block,  # of both caches
-    stride_kv_head,
-    stride_slot,
-    table_stride_seq,
+    out_strides,  # of a sequence and a head
+    query_strides,
+    cache_strides,  # of a block, a KV head and a slot, in both caches
+    table_strides,  # of a sequence
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -115,42 +68,23 @@ def paged_decode_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    seq = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1).to(tl.int64)
+    seq, kv_head = tl.program_id(0), tl.program_id(1)
     seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
-
-    row = tl.arange(0, ROWS)
-    head = kv_head * GROUP + row  # [ROWS], the query heads that read this KV head
-    dim = tl.arange(0, HEAD_DIM_PADDED)
-    exists = (row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]  # [ROWS, HEAD_DIM_PADDED]
-    query_place = seq * query_stride_seq + head[:, None] * query_stride_head + dim[None, :]
-    q = tl.load(query_ptr + query_place, mask=exists, other=0.0)
-
     start = 0
     if WINDOW > 0:
         start = tl.maximum(seq_len - WINDOW, 0)  # what lies before the window is not even loaded
-    maximum, total, accumulator = start_softmax(q)
-    maximum, total, accumulator = attend_context(
-        maximum,
-        total,
-        accumulator,
-        q,
-        row,  # not used: a query at the end of its sequence sees all of it
-        key_cache_ptr + kv_head * stride_kv_head,
-        value_cache_ptr + kv_head * stride_kv_head,
-        block_tables_ptr + seq * table_stride_seq,
-        start,
-        seq_len,
-        stride_block,
-        stride_slot,
-        scale_log2,
-        HEAD_DIM,
-        BLOCK_SIZE,
-        TILE,
-        MASKED=True,
-        CAUSAL=False,
-        WINDOW=0,
+
+    row = tl.arange(0, ROWS)
+    head = kv_head * GROUP + row  # [ROWS], the query heads that read this KV head
+    exists = (row < GROUP)[:, None] & (tl.arange(0, HEAD_DIM_PADDED) < HEAD_DIM)[None, :]  # [ROWS, HEAD_DIM_PADDED]
+    q = tl.load(locate_rows(query_ptr, seq, head, query_strides, HEAD_DIM_PADDED), mask=exists, other=0.0)
+    position = tl.full([ROWS], seq_len - 1, tl.int32)  # all heads of the query are at the end of the sequence
+
+    context = locate_context(
+        seq, kv_head, key_cache_ptr, value_cache_ptr, block_tables_ptr, cache_strides, table_strides
     )
-    out_place = seq * out_stride_seq + head[:, None] * out_stride_head + dim[None, :]
-    out = finish_softmax(total, accumulator)
-    tl.store(out_ptr + out_place, out.to(out_ptr.dtype.element_ty), mask=exists)
+    softmax = attend_context(
+        start_softmax(q), q, position, context, start, seq_len, scale_log2, HEAD_DIM, BLOCK_SIZE, TILE, 0, MASKED=True
+    )
+    out = finish_softmax(softmax).to(out_ptr.dtype.element_ty)
+    tl.store(locate_rows(out_ptr, seq, head, out_strides, HEAD_DIM_PADDED), out, mask=exists)

@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.kernels.checks import check_attention
-from minipaged.kernels.online_softmax import LOG2_E, attend_context, start_softmax
-from minipaged.kernels.paged_decode import decode_constants
+from minipaged.attention.checks import check_attention_kernel
+from minipaged.cdiv import cdiv
+from minipaged.kernels.launch import LOG2_E, decode_constants, strides
+from minipaged.kernels.online_softmax import attend_context, locate_context, locate_rows, start_softmax
 
 MAX_SPLITS = 64  # the merge holds all splits of a head in registers
 MIN_TOKENS = 128  # of a split: below, what is written for the merge weighs against the K and V that is read
@@ -36,7 +37,7 @@ def choose_num_splits(num_seqs: int, num_kv_heads: int, max_seq_len: int, num_mu
     The fewest splits that give every multiprocessor its programs, but none shorter than MIN_TOKENS.
     """
     programs = max(1, num_seqs * num_kv_heads)
-    wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors // programs)
+    wanted = cdiv(PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors, programs)
     return max(1, min(wanted, max_seq_len // MIN_TOKENS, MAX_SPLITS))
 
 
@@ -61,43 +62,24 @@ def paged_decode_split(
     check: bool = False,
 ) -> Tensor:
     """The arguments and the answer of `paged_decode`; each context is cut into `num_splits` parts, 1 to MAX_SPLITS."""
-    tables = block_tables, seq_lens, None
-    check_attention(query, key_cache, value_cache, *tables, sliding_window, out=out, tile=tile, check=check)
+    tensors = query, key_cache, value_cache, block_tables, seq_lens
+    check_attention_kernel(*tensors, None, sliding_window, out=out, tile=tile, numbers=check)
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits must lie in 1 to {MAX_SPLITS}, got {num_splits}")
     num_seqs, num_heads, head_dim = query.shape
-    _, num_kv_heads, block_size, _ = key_cache.shape
     out = torch.empty_like(query) if out is None else out
     if num_seqs == 0:
         return out
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     accumulators = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=dtype, device=query.device)
     maxima, totals = torch.empty((2, num_seqs, num_heads, num_splits), dtype=dtype, device=query.device)
-    constants = decode_constants(
-        num_heads // num_kv_heads, head_dim, block_size, query.dtype.itemsize, sliding_window, tile
-    )
-    paged_decode_split_kernel[(num_seqs, num_kv_heads, num_splits)](
-        accumulators,
-        maxima,
-        totals,
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        seq_lens,
-        scale * LOG2_E,
-        *query.stride()[:2],
-        *key_cache.stride()[:3],
-        block_tables.stride(0),
-        **constants,
-    )
+    parts = accumulators, maxima, totals
+    places = strides(query, key_cache, block_tables)
+    constants = decode_constants(query, key_cache, sliding_window, tile)
+    grid = num_seqs, key_cache.shape[1], num_splits
+    paged_decode_split_kernel[grid](*parts, *tensors, scale * LOG2_E, *places, **constants)
     merge_splits_kernel[(num_seqs, num_heads)](
-        out,
-        accumulators,
-        maxima,
-        totals,
-        num_splits,
-        *out.stride()[:2],
+        *(out, *parts, num_splits, *strides(out)),
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=constants["HEAD_DIM_PADDED"],
         SPLITS_PADDED=triton.next_power_of_2(num_splits),
@@ -116,12 +98,9 @@ def paged_decode_split_kernel(
     block_tables_ptr,  # [num_seqs, max_blocks]
     seq_lens_ptr,  # [num_seqs]
     scale_log2,
-    query_stride_seq,
-    query_stride_head,
-    stride_block,  # of both caches
-    stride_kv_head,
-    stride_slot,
-    table_stride_seq,
+    query_strides,  # as in decode
+    cache_strides,
+    table_strides,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -130,9 +109,7 @@ def paged_decode_split_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    seq = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
+    seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_splits = tl.num_programs(2)
     seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
 
@@ -149,33 +126,17 @@ def paged_decode_split_kernel(
     dim = tl.arange(0, HEAD_DIM_PADDED)
     queries = tl.where(start < end, GROUP, 0)  # an empty split has nothing to ask
     exists = (row < queries)[:, None] & (dim < HEAD_DIM)[None, :]  # [ROWS, HEAD_DIM_PADDED]
-    query_place = seq * query_stride_seq + head[:, None] * query_stride_head + dim[None, :]
-    q = tl.load(query_ptr + query_place, mask=exists, other=0.0)
+    q = tl.load(locate_rows(query_ptr, seq, head, query_strides, HEAD_DIM_PADDED), mask=exists, other=0.0)
+    position = tl.full([ROWS], seq_len - 1, tl.int32)
 
-    maximum, total, accumulator = start_softmax(q)
+    context = locate_context(
+        seq, kv_head, key_cache_ptr, value_cache_ptr, block_tables_ptr, cache_strides, table_strides
+    )
     maximum, total, accumulator = attend_context(
-        maximum,
-        total,
-        accumulator,
-        q,
-        row,  # not used: a query at the end of its sequence sees all of it
-        key_cache_ptr + kv_head * stride_kv_head,
-        value_cache_ptr + kv_head * stride_kv_head,
-        block_tables_ptr + seq * table_stride_seq,
-        start,
-        end,
-        stride_block,
-        stride_slot,
-        scale_log2,
-        HEAD_DIM,
-        BLOCK_SIZE,
-        TILE,
-        MASKED=True,
-        CAUSAL=False,
-        WINDOW=0,
+        start_softmax(q), q, position, context, start, end, scale_log2, HEAD_DIM, BLOCK_SIZE, TILE, 0, MASKED=True
     )
     num_heads = tl.num_programs(1) * GROUP
-    place = (seq * num_heads + head) * num_splits + split  # [ROWS]
+    place = (seq.to(tl.int64) * num_heads + head) * num_splits + split  # [ROWS]
     tl.store(maxima_ptr + place, maximum, mask=row < GROUP)  # -inf of an empty split: its accumulator is not read
     tl.store(totals_ptr + place, total, mask=row < GROUP)
     tl.store(accumulators_ptr + place[:, None] * HEAD_DIM + dim[None, :], accumulator, mask=exists)
@@ -188,14 +149,12 @@ def merge_splits_kernel(
     maxima_ptr,  # [num_seqs, num_heads, num_splits]
     totals_ptr,  # [num_seqs, num_heads, num_splits]
     num_splits,
-    out_stride_seq,
-    out_stride_head,
+    out_strides,  # of a sequence and a head
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
 ):
-    seq = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    seq, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     split = tl.arange(0, SPLITS_PADDED)  # [SPLITS_PADDED]
     dim = tl.arange(0, HEAD_DIM_PADDED)
     place = (seq * tl.num_programs(1) + head) * num_splits + split
@@ -208,5 +167,5 @@ def merge_splits_kernel(
     rescale = tl.exp2(maxima - tl.where(maximum == -float("inf"), 0.0, maximum))  # [SPLITS_PADDED]
     total = tl.sum(totals * rescale, 0)
     out = tl.sum(accumulators * rescale[:, None], 0) / tl.where(total == 0.0, 1.0, total)  # [HEAD_DIM_PADDED]
-    out_place = seq * out_stride_seq + head * out_stride_head + dim
+    out_place = seq * out_strides[0] + head * out_strides[1] + dim
     tl.store(out_ptr + out_place, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -18,16 +18,14 @@
 The queries of a sequence are its last positions: query i of n stands at seq_len - n + i and sees what is not after it.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
-from minipaged.kernels.checks import check_attention
-from minipaged.kernels.online_softmax import LOG2_E, attend_context, finish_softmax, start_softmax
+from minipaged.attention.checks import check_attention_kernel
+from minipaged.kernels.launch import LOG2_E, prefill_constants, strides
+from minipaged.kernels.online_softmax import attend_context, finish_softmax, locate_context, locate_rows, start_softmax
 
 
 def paged_prefill(
@@ -46,87 +44,24 @@ def paged_prefill(
     rows: int | None = None,
     check: bool = False,
 ) -> Tensor:
-    """Causal attention of a ragged batch through the block tables; the arguments of `paged_attention`.
+    """`paged_attention` of any number of queries a sequence.
 
     `max_query_len`, where the caller knows it, keeps the rows of a program few when all sequences have few queries;
     the answer does not depend on it. `tile` (keys a step) and `rows` (query rows a program) are powers of two from 16;
     None: what fits the head size.
     """
-    tables = block_tables, seq_lens, query_start_loc
-    check_attention(query, key_cache, value_cache, *tables, sliding_window, out=out, tile=tile, rows=rows, check=check)
-    num_tokens, num_heads, head_dim = query.shape
-    _, num_kv_heads, block_size, _ = key_cache.shape
-    num_seqs = len(seq_lens)
+    tensors = query, key_cache, value_cache, block_tables, seq_lens, query_start_loc
+    check_attention_kernel(*tensors, sliding_window, out=out, tile=tile, rows=rows, numbers=check)
+    num_tokens, num_seqs = len(query), len(seq_lens)
     out = torch.empty_like(query) if out is None else out
-    if num_tokens == 0:
-        return out
-    group = num_heads // num_kv_heads
-    constants = prefill_constants(
-        group,
-        head_dim,
-        block_size,
-        query.dtype.itemsize,
-        sliding_window,
-        num_tokens if max_query_len is None else max_query_len,
-        multiplies_from_shared_memory=multiplies_from_shared_memory(query.device),
-        tile=tile,
-        rows=rows,
-    )
-    num_tiles = num_tokens // (constants["ROWS"] // group) + num_seqs
-    paged_prefill_kernel[(num_tiles, num_kv_heads)](
-        out,
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        seq_lens,
-        query_start_loc,
-        num_seqs,
-        scale * LOG2_E,
-        *out.stride()[:2],
-        *query.stride()[:2],
-        *key_cache.stride()[:3],
-        block_tables.stride(0),
-        **constants,
-    )
+    if num_tokens > 0:
+        max_query_len = num_tokens if max_query_len is None else max_query_len
+        constants = prefill_constants(query, key_cache, sliding_window, max_query_len, tile, rows)
+        num_tiles = num_tokens // (constants["ROWS"] // constants["GROUP"]) + num_seqs
+        places = strides(out, query, key_cache, block_tables)
+        grid = num_tiles, key_cache.shape[1]
+        paged_prefill_kernel[grid](out, *tensors, num_seqs, scale * LOG2_E, *places, **constants)
     return out
-
-
-def prefill_constants(
-    group: int,
-    head_dim: int,
-    block_size: int,
-    itemsize: int,
-    sliding_window: int | None = None,
-    max_query_len: int = 128,
-    multiplies_from_shared_memory: bool = True,
-    tile: int | None = None,
-    rows: int | None = None,
-) -> dict[str, Any]:
-    """The constexprs and options of the kernel."""
-    head_dim_padded = max(16, triton.next_power_of_2(head_dim))
-    # 128 rows are two warpgroups of wgmma on Hopper. The accumulator of a larger head, or of float32, leaves less room.
-    most = 32 if itemsize > 2 else 64 if head_dim_padded > 128 else 128
-    needed = triton.next_power_of_2(max_query_len * group)  # no rows for queries that are not there
-    rows = rows or max(16, triton.next_power_of_2(group), min(most, needed))
-    # Where operands come from registers, 128 rows by 64 keys of head_dim 128 do not fit into 255 of them.
-    short = itemsize > 2 or head_dim_padded > (128 if multiplies_from_shared_memory else 64)
-    return {
-        "GROUP": group,
-        "ROWS": rows,
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_PADDED": head_dim_padded,
-        "BLOCK_SIZE": block_size,
-        "TILE": tile or (32 if short else 64),
-        "WINDOW": sliding_window or 0,
-        "num_warps": 8 if rows >= 128 or head_dim_padded > 128 else 4,
-        "num_stages": 3 if head_dim_padded <= 128 else 2,
-    }
-
-
-def multiplies_from_shared_memory(device: torch.device) -> bool:
-    """wgmma of Hopper (sm_90) and tcgen05 of Blackwell (sm_100) do; every other tensor core takes registers."""
-    return device.type != "cpu" and driver.active.get_current_target().arch in (90, 100)
 
 
 @triton.jit
@@ -140,14 +75,10 @@ def paged_prefill_kernel(
     query_start_loc_ptr,  # [num_seqs + 1]
     num_seqs,
     scale_log2,
-    out_stride_token,
-    out_stride_head,
-    query_stride_token,
-    query_stride_head,
-    stride_block,  # of both caches
-    stride_kv_head,
-    stride_slot,
-    table_stride_seq,
+    out_strides,  # of a token and a head
+    query_strides,
+    cache_strides,  # of a block, a KV head and a slot, in both caches
+    table_strides,  # of a sequence
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -157,8 +88,7 @@ def paged_prefill_kernel(
     WINDOW: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP  # query tokens of a program
-    query_tile = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
+    query_tile, kv_head = tl.program_id(0), tl.program_id(1)
     seq = find_sequence(query_start_loc_ptr, num_seqs, query_tile, TOKENS)
     query_start = tl.load(query_start_loc_ptr + seq).to(tl.int32)
     num_queries = tl.load(query_start_loc_ptr + seq + 1).to(tl.int32) - query_start
@@ -169,76 +99,34 @@ def paged_prefill_kernel(
     row = tl.arange(0, ROWS)
     token = first_token + row // GROUP  # [ROWS], within the sequence
     head = kv_head * GROUP + row % GROUP  # [ROWS]
-    dim = tl.arange(0, HEAD_DIM_PADDED)
     is_query = (row < TOKENS * GROUP) & (token < num_queries)  # [ROWS]; a group of 3 leaves rows over
-    exists = is_query[:, None] & (dim < HEAD_DIM)[None, :]  # [ROWS, HEAD_DIM_PADDED]
-    query_row = (query_start + token).to(tl.int64)  # [ROWS], in the whole batch
-    query_place = (query_row * query_stride_token + head * query_stride_head)[:, None] + dim[None, :]
-    q = tl.load(query_ptr + query_place, mask=exists, other=0.0)
+    exists = is_query[:, None] & (tl.arange(0, HEAD_DIM_PADDED) < HEAD_DIM)[None, :]  # [ROWS, HEAD_DIM_PADDED]
+    query_row = query_start + token  # [ROWS], in the whole batch
+    q = tl.load(locate_rows(query_ptr, query_row, head, query_strides, HEAD_DIM_PADDED), mask=exists, other=0.0)
 
-    seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
-    prefix = seq_len - num_queries  # tokens before the sequence's first query
-    row_position = prefix + token  # [ROWS]
-    first_position = prefix + first_token  # of the tile's first and last query
-    last_position = prefix + tl.minimum(first_token + TOKENS, num_queries) - 1
-    key_ptr = key_cache_ptr + kv_head * stride_kv_head
-    value_ptr = value_cache_ptr + kv_head * stride_kv_head
-    table_ptr = block_tables_ptr + seq.to(tl.int64) * table_stride_seq
-
-    maximum, total, accumulator = start_softmax(q)
+    prefix = tl.load(seq_lens_ptr + seq).to(tl.int32) - num_queries  # tokens before the sequence's first query
+    position = prefix + token  # [ROWS]
+    first_position = prefix + first_token  # of the tile's first query
+    end = prefix + tl.minimum(first_token + TOKENS, num_queries)  # behind the tile's last query
+    context = locate_context(
+        seq, kv_head, key_cache_ptr, value_cache_ptr, block_tables_ptr, cache_strides, table_strides
+    )
+    softmax = start_softmax(q)
     start = 0
     if WINDOW > 0:
         # What lies before the first query's window is not even loaded, and every tile from there on has a mask.
         start = tl.maximum(first_position - WINDOW + 1, 0)
     else:
         # Whole tiles that every query sees: no mask, which is most of the work behind a long prefix.
-        whole = tl.maximum(first_position + 1, 0) // TILE * TILE
-        maximum, total, accumulator = attend_context(
-            maximum,
-            total,
-            accumulator,
-            q,
-            row_position,
-            key_ptr,
-            value_ptr,
-            table_ptr,
-            0,
-            whole,
-            stride_block,
-            stride_slot,
-            scale_log2,
-            HEAD_DIM,
-            BLOCK_SIZE,
-            TILE,
-            MASKED=False,
-            CAUSAL=False,
-            WINDOW=0,
+        start = tl.maximum(first_position + 1, 0) // TILE * TILE
+        softmax = attend_context(
+            softmax, q, position, context, 0, start, scale_log2, HEAD_DIM, BLOCK_SIZE, TILE, 0, MASKED=False
         )
-        start = whole
-    maximum, total, accumulator = attend_context(
-        maximum,
-        total,
-        accumulator,
-        q,
-        row_position,
-        key_ptr,
-        value_ptr,
-        table_ptr,
-        start,
-        last_position + 1,
-        stride_block,
-        stride_slot,
-        scale_log2,
-        HEAD_DIM,
-        BLOCK_SIZE,
-        TILE,
-        MASKED=True,
-        CAUSAL=True,
-        WINDOW=WINDOW,
+    softmax = attend_context(
+        softmax, q, position, context, start, end, scale_log2, HEAD_DIM, BLOCK_SIZE, TILE, WINDOW, MASKED=True
     )
-    out = finish_softmax(total, accumulator)
-    out_place = (query_row * out_stride_token + head * out_stride_head)[:, None] + dim[None, :]
-    tl.store(out_ptr + out_place, out.to(out_ptr.dtype.element_ty), mask=exists)
+    out = finish_softmax(softmax).to(out_ptr.dtype.element_ty)
+    tl.store(locate_rows(out_ptr, query_row, head, out_strides, HEAD_DIM_PADDED), out, mask=exists)
 
 
 @triton.jit

@@ -82,14 +82,14 @@ def trace(
     jsonl: Annotated[Path | None, typer.Option(help="also write the trace itself, one event a line")] = None,
 ) -> None:
     """Show who owns which block, step by step: a script of requests, run with no model. See tutorials/traces/."""
-    from minipaged.memory.trace import Trace
     from minipaged.viz.export import to_json
     from minipaged.viz.replay import at, at_step
     from minipaged.viz.script import load_script, run_script
     from minipaged.viz.show import show
     from minipaged.viz.svg import to_svg
+    from minipaged.viz.trace_file import load_trace
 
-    recorded = Trace.load(file) if file.suffix == ".jsonl" else run_script(load_script(file))
+    recorded = load_trace(file) if file.suffix == ".jsonl" else run_script(load_script(file))
     if not recorded.events:
         raise ValueError(f"{file} holds no event: there is nothing to show")
     last = at(recorded, -1) if step is None else at_step(recorded, step)

@@ -1,11 +1,10 @@
-"""Loops compiled for the CPU by Numba: the options that all of them share, where compiled code is kept, threads.
+"""Loops compiled for the CPU by Numba: the options they share, the folder of the compiled code, threads.
 
     @compiled                       a plain Python function with loops over NumPy arrays; Numba compiles it at its first
     def double(x, out): ...         call for each combination of types, and keeps the code on disk for the next process
 
-With NUMBA_DISABLE_JIT=1 the same functions run as the Python that they are, and NumPy checks every index.
-
-Numba does not notice that a function in another file changed: what loops share stands in `compiling_helpers.py`.
+With NUMBA_DISABLE_JIT=1 the same functions run as plain Python, and NumPy checks every index.
+Numba does not notice a change in another file, so what loops share stands in `compiling_helpers.py`.
 """
 
 import os
@@ -25,8 +24,8 @@ from numba.core import event
 
 from minipaged.cdiv import cdiv
 
-# Sums may be taken in another order and a * b + c rounded once. Infinities and NaN stay what they are: a score of -inf
-# is used, and a NaN that was read must show. Without the GIL, other threads of Python run meanwhile.
+# Sums may be reordered, and a * b + c rounded once. Infinities and NaN are kept: a score of -inf is used, and a NaN in
+# what was read must show. Without the GIL, other threads of Python run meanwhile.
 OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "nsz", "arcp"},
     "error_model": "numpy",
@@ -35,30 +34,28 @@ OPTIONS: dict[str, Any] = {
 }
 BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 DTYPES = {torch.float64, torch.float32, *BITS}
-PIECES = 4  # a thread: one that is held up by something else leaves its later pieces to the others
+PIECES = 4  # for each thread: if one is delayed, the others take its later pieces
 
 
 def can_compile(*tensors: torch.Tensor) -> bool:
-    """Whether compiled loops can read and write these in place: in a CPU's memory, and where no gradient is wanted.
-
-    The last two are caches, which must be contiguous; of others there may be a contiguous copy.
-    """
+    """Whether compiled loops can work on these in place: on a CPU, without a gradient. The last two are caches, which
+    must be contiguous; the others may be copied to be contiguous."""
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     here = all(tensor.device.type == "cpu" and tensor.dtype in DTYPES for tensor in tensors)
     return here and not wants_gradient and all(cache.is_contiguous() for cache in tensors[-2:])
 
 
 def array_of(tensor: torch.Tensor) -> Any:
-    """The tensor's own memory as NumPy sees it: written to, the tensor changes. Halves are their bits, since Numba
-    computes with neither kind; the integer's type says which it is (`compiling_helpers.number`)."""
+    """The memory of the tensor, as a NumPy array. Numba has no 16-bit floats, so these are given by their bits; the
+    integer's type says which float it is (`compiling_helpers.number`)."""
     bits = BITS.get(tensor.dtype)
     return (tensor if bits is None else tensor.view(bits)).detach().numpy()
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """The decorator: njit with our options, and the code kept in our __pycache__ or under MINIPAGED_HOME."""
+    """The decorator: njit with OPTIONS. The code is kept in the package's __pycache__ or under MINIPAGED_HOME."""
     _say_what_takes_the_seconds()
-    before = config.CACHE_DIR  # one setting for all of a process, and read when a function is decorated
+    before = config.CACHE_DIR  # one setting for the process, read when a function is decorated
     try:
         config.CACHE_DIR = before or _cache_folder()
         return njit(**OPTIONS)(function)
@@ -67,7 +64,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """The decorator of a helper: it becomes part of each loop that calls it, and what is constant there is here."""
+    """The decorator of a helper: it becomes part of each loop that calls it, and sees the loop's constants."""
     return njit(**(OPTIONS | {"cache": False, "inline": "always"}))(function)
 
 
@@ -79,11 +76,10 @@ def exactly(function: Callable[..., Any]) -> Any:
 def in_threads(loop: Callable[..., None], count: int, *arguments: Any, least: int = 1) -> None:
     """Call loop(first, last, *arguments) for pieces that make up range(count), on torch.get_num_threads() threads.
 
-    A piece has at least `least` items (but for the last): as many as are worth a thread's waking up, about 30 us.
-
-    The threads are Python's own, which sleep while there is nothing to do: Numba's pools would wait in a loop (OpenMP)
-    or refuse a second caller (workqueue), and of two OpenMP runtimes one does not know what the other's threads do.
-    Any number of threads may call this at once. The caller works too, and waits for no thread that has not begun.
+    A piece (but the last) has at least `least` items: enough to be worth the 30 us in which a thread wakes up.
+    The threads are Python's own, which sleep while there is nothing to do: Numba's pools would wait in a loop (OpenMP),
+    beside torch's, or refuse a second caller (workqueue). Any number of threads may call this at once. The caller works
+    too, and waits for no thread that has not begun.
     """
     num_threads = torch.get_num_threads()
     size = max(least, cdiv(count, PIECES * num_threads))
@@ -120,7 +116,7 @@ if hasattr(os, "register_at_fork"):
 
 @cache
 def _cache_folder() -> str:
-    """Numba asks whether a loop's own file has changed, and not whether its helpers' has: they name the folder."""
+    """The helpers' contents name the folder: Numba compiles a loop anew if its own file changed, not if theirs did."""
     package = Path(__file__).parent
     helpers = (package / "compiling_helpers.py").read_bytes()
     folder = package / "__pycache__"
@@ -135,7 +131,7 @@ def _cache_folder() -> str:
 
 @cache
 def _say_what_takes_the_seconds() -> None:
-    """Once a process, at the first of our functions that is compiled and not loaded."""
+    """One line on standard error, when the first function of the package is compiled and not loaded."""
 
     class Notice(event.Listener):
         def on_start(self, event: Any) -> None:

@@ -1,8 +1,5 @@
-"""Helpers of the compiled loops: what Numba has not, or not in operations that vectorise.
-
-They become part of the loops that call them. Numba, which keeps compiled loops on disk, asks whether a loop's own file
-has changed; `compiling.py` keeps them in a folder that is named by this one's contents.
-"""
+"""Helpers of the compiled loops: what Numba lacks, or does not vectorise. They become part of the loops that call them,
+so the contents of this file name the folder in which compiled loops are kept (`compiling.py`)."""
 
 import numpy as np
 from llvmlite import ir
@@ -24,9 +21,9 @@ def widen(halves, widened):
 
 @inlined
 def scores(q, rows, keys, following, weights):
-    """weights[row, slot] = q[row] . keys[slot]. The same slots of the following block are asked for meanwhile.
+    """weights[row, slot] = q[row] . keys[slot]. Meanwhile the same slots of the following block are prefetched.
 
-    Slots are taken by four: a number of q is loaded once for four products. (The last four may have been taken before.)
+    Slots are taken by four: a number of q is loaded once for four products. (The last four may overlap those before.)
     """
     num_slots, head_dim = keys.shape
     for begin in range(0, num_slots, 4):
@@ -46,7 +43,7 @@ def scores(q, rows, keys, following, weights):
 
 @inlined
 def add_weighted(weights, rows, values, following, sums):
-    """sums[row] += weights[row, slot] * values[slot], of all slots; four of them for each time that sums is loaded."""
+    """sums[row] += weights[row, slot] * values[slot], of all slots, four for each load of sums."""
     num_slots, head_dim = values.shape
     whole = num_slots - num_slots % 4
     for s in range(0, whole, 4):
@@ -64,8 +61,8 @@ def add_weighted(weights, rows, values, following, sums):
 
 
 # ---- one number ------------------------------------------------------------------------------------------------------
-# Numba has no 16-bit floats, so it is given their bits, and the integer's type says which float they are. Which type an
-# element has is known when a loop is compiled, and of each function below one branch is left then.
+# Numba has no 16-bit floats, so loops get their bits, and the integer's type says which float they are. The type is
+# known when a loop is compiled, so one branch of each function below is left.
 #
 #     bfloat16   uint16   the upper half of a float32:   sign, 8 bits of exponent,  7 of fraction
 #     float16    int16    IEEE's half:                   sign, 5 bits of exponent, 10 of fraction
@@ -85,7 +82,7 @@ def computed(x, like):
 
 @exactly
 def number(x):
-    """An element of an array, as the number that it stands for."""
+    """The value of an element of an array."""
     if isinstance(x, np.uint16):
         return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
     if isinstance(x, np.int16):
@@ -103,7 +100,7 @@ def rounded(x, like):
     """x as an element of the array that `like` is an element of."""
     if isinstance(like, np.uint16):
         bits = np.float32(x).view(np.uint32)
-        if np.uint32(bits & ~_SIGN) > _INFINITY:  # rounded like a number, NaN could become one
+        if np.uint32(bits & ~_SIGN) > _INFINITY:  # NaN: rounding could make a number of it
             return np.uint16(0x7FC0)
         odd = (bits >> np.uint32(16)) & np.uint32(1)
         return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
@@ -129,7 +126,7 @@ _POLYNOMIAL = tuple(
 
 @exactly
 def exp(x):
-    """e^x within 1e-7 of itself, of operations that a processor does on eight numbers at once; float64 by the library.
+    """e^x within a relative error of 1e-7, in operations that vectorise; float64 by the library.
 
     x = n log 2 + r with |r| <= log 2 / 2, so e^x = 2^n e^r: 2^n is the bits of an exponent, e^r a polynomial. Above
     88.4 it is infinite, below -87.3 it is 0, and of NaN it is NaN.
@@ -157,7 +154,7 @@ else:
 
     @intrinsic
     def _prefetch_line(typing_context, tile, slot, line):
-        """Ask for 64 bytes of tile[slot], of a contiguous array, and do not wait for them."""
+        """Prefetch a line of 64 bytes of tile[slot], of a contiguous array."""
 
         def generate(context, builder, signature, arguments):
             array = context.make_array(signature.args[0])(context, builder, arguments[0])

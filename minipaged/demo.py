@@ -171,7 +171,7 @@ def _with_cache(llm: LLM, this: Run, params: SamplingParams) -> NewTokens:
         assert new.token_id is not None, "no request is aborted here"
         first_id = int(new.request_id) if first_id is None else first_id
         yield int(new.request_id) - first_id, new.text, new.token_id
-        reserved = blocks.num_slots_used * bytes_per_token
+        reserved = blocks.num_used * blocks.block_size * bytes_per_token
         if reserved >= this.reserved_bytes:
             this.reserved_bytes = reserved
             this.used_bytes = blocks.num_stored_tokens * bytes_per_token

@@ -218,13 +218,13 @@ class User:
         assert llm.blocks.host is None or llm.blocks.host.num_free == llm.blocks.num_host_blocks
         reasons = [{seq.finish_reason for seq in request.seqs} for request in llm.requests.ever]
         counted = Counter("error" if "error" in r else "abort" if "abort" in r else "end" for r in reasons)
-        totals = llm.totals
+        totals = llm.stats
         assert (totals.num_finished, totals.num_aborted, totals.num_failed) == (
             counted["end"],
             counted["abort"],
             counted["error"],
         )
-        assert totals.num_tokens == sum(len(seq.outputs) for each in llm.requests.ever for seq in each.seqs)
+        assert totals.num_tokens_generated == sum(len(seq.outputs) for each in llm.requests.ever for seq in each.seqs)
         if llm.trace is not None:
             state = at(llm.trace, -1)
             assert not any(state.tables.values()) and not any(state.host_tables.values())

@@ -73,12 +73,12 @@ class Sequence:
 
     table: BlockTable
     tokens: list = field(default_factory=list)
-    salt: str | None = None
+    cache_salt: str | None = None
     on_host: bool = False
 
     def contents(self, start=0):
         """What is stored for each token: like K and V, it depends on the token and on all tokens before it."""
-        return [(self.salt, tuple(self.tokens[: position + 1])) for position in range(start, len(self.tokens))]
+        return [(self.cache_salt, tuple(self.tokens[: position + 1])) for position in range(start, len(self.tokens))]
 
 
 class Tables:

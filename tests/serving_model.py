@@ -126,12 +126,12 @@ class Engine:
         self.gone = set()  # sequences that were aborted or failed
         self.num_searches = 0
 
-    def add(self, prompt, max_tokens, n=1, salt=None):
+    def add(self, prompt, max_tokens, n=1, cache_salt=None):
         """Returns the samples; ValueError where the scheduler refuses the request."""
         self.scheduler.check(len(prompt), max_tokens)
         params = SamplingParams(max_tokens=max_tokens, n=n, temperature=1.0)
         request_id = str(len(self.requests))
-        seqs = [Sequence(request_id, index, list(prompt), params, cache_salt=salt) for index in range(n)]
+        seqs = [Sequence(request_id, index, list(prompt), params, cache_salt=cache_salt) for index in range(n)]
         self.requests[request_id] = seqs
         self.unfinished += seqs
         self.scheduler.add(seqs)

@@ -3,7 +3,7 @@
 Each builds on TablesMachine, so that they are tried one at a time and then all in one script:
 
     SharingMachine       fork, copy-on-write         reference counts are the entries of tables that name a block
-    PrefixMachine        match, insert, eviction     a dictionary: prefix -> when it was last used
+    PrefixMachine        match, cache, evict         a dictionary: prefix -> when it was last used
     SwapMachine          swap_out, swap_in           what was shared before is shared after
     PagedMemoryMachine   all of it
 """
@@ -30,7 +30,7 @@ class SharingMachine(TablesMachine):
     def fork(self, data):
         parent = self.sequences[self.draw_sequence(data)]
         name, free = self.new_name(), self.allocator.num_free
-        child = Sequence(self.fork_table(parent, name), list(parent.tokens), parent.salt)
+        child = Sequence(self.fork_table(parent, name), list(parent.tokens), parent.cache_salt)
         assert child.table.blocks == parent.table.blocks, "a fork names the same blocks"
         assert self.allocator.num_free == free, "a fork takes no block"
         self.sequences[name] = child
@@ -52,7 +52,7 @@ class SharingMachine(TablesMachine):
 
 @dataclass
 class Entry:
-    """What the model knows of one prefix that was inserted."""
+    """What the model knows of one prefix that was cached."""
 
     used: int  # the step in which a table last came to name it
     left: float = float("inf")  # the step in which the last table that named it went
@@ -63,7 +63,7 @@ class PrefixMachine(SharingMachine):
 
     def build(self, data):
         super().build(data)
-        self.entries = {}  # (salt, tokens of the prefix) -> Entry
+        self.entries = {}  # (cache_salt, tokens of the prefix) -> Entry
         self.now = 0
 
     def new_allocator(self):
@@ -72,9 +72,9 @@ class PrefixMachine(SharingMachine):
     def new_tokens(self, data, count):
         return data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count), label="tokens")
 
-    def find(self, salt, tokens):
+    def find(self, cache_salt, tokens):
         """The blocks of a whole prefix, as far as it is found."""
-        return self.allocator.match([*tokens, SENTINEL], salt)
+        return self.allocator.match([*tokens, SENTINEL], cache_salt)
 
     def block_of(self, key):
         """The block of a prefix in the model, if the cache still finds it."""
@@ -84,28 +84,28 @@ class PrefixMachine(SharingMachine):
     def kept(self):
         return {self.block_of(key) for key in self.entries} - {None}
 
-    def prefixes(self, salt, tokens):
+    def prefixes(self, cache_salt, tokens):
         ends = range(self.block_size, len(tokens) + 1, self.block_size)
-        return [(salt, tuple(tokens[:end])) for end in ends]
+        return [(cache_salt, tuple(tokens[:end])) for end in ends]
 
     @precondition(lambda self: self.there_is_a_place())
-    @rule(data=st.data(), salt=SALTS)
-    def arrive(self, data, salt):
+    @rule(data=st.data(), cache_salt=SALTS)
+    def arrive(self, data, cache_salt):
         """A request comes with its prompt: name what is found, compute the rest. It stays if the rest has room."""
         prompt = self.new_tokens(data, self.draw_count(data))
         before = state(self.allocator, *self.tables())
-        hits = self.allocator.match(prompt, salt)
+        hits = self.allocator.match(prompt, cache_salt)
         assert state(self.allocator, *self.tables()) == before, "to look is not to take"
-        run = [key in self.entries for key in self.prefixes(salt, prompt[:-1])] + [False]
-        assert len(hits) == run.index(False), "the longest run of blocks that were inserted, less than the whole prompt"
+        run = [key in self.entries for key in self.prefixes(cache_salt, prompt[:-1])] + [False]
+        assert len(hits) == run.index(False), "the longest run of blocks that were cached, less than the whole prompt"
         name = self.new_name()
-        sequence = Sequence(self.new_table(name), prompt[: len(hits) * self.block_size], salt)
+        sequence = Sequence(self.new_table(name), prompt[: len(hits) * self.block_size], cache_salt)
         sequence.table.append_shared(hits)
         self.sequences[name] = sequence
         assert self.pool.read(sequence.table) == sequence.contents(), "a hit holds the tokens it was found by"
         if not self.grow(name, prompt[len(sequence.tokens) :]):
             self.sequences.pop(name).table.release()
-            for key in self.prefixes(salt, prompt)[: len(hits)]:
+            for key in self.prefixes(cache_salt, prompt)[: len(hits)]:
                 if key in self.entries and self.block_of(key) not in self.named():
                     self.entries[key].left = self.now
 
@@ -115,23 +115,23 @@ class PrefixMachine(SharingMachine):
         """A request with the tokens of another one, admitted in the same step: it computes all of them too."""
         first = self.sequences[self.draw_sequence(data)]
         name = self.new_name()
-        self.sequences[name] = Sequence(self.new_table(name), [], first.salt)
+        self.sequences[name] = Sequence(self.new_table(name), [], first.cache_salt)
         if not self.grow(name, list(first.tokens)):
             self.sequences.pop(name).table.release()
 
     @precondition(lambda self: self.any_on_device())
     @rule(data=st.data())
-    def insert(self, data):
-        """After a step: what was written becomes findable. (A step that wrote less than there is room for, too.)"""
+    def cache_blocks(self, data):
+        """After a step: what was written is cached. (A step that wrote less than there is room for, too.)"""
         sequence = self.sequences[self.draw_sequence(data)]
         written = data.draw(st.integers(0, len(sequence.tokens)) | st.just(len(sequence.tokens)), label="written")
         tokens, found = sequence.tokens[:written], {key: self.block_of(key) for key in self.entries}
         tables = [table.blocks for table in self.tables()]
-        for key, block in zip(self.prefixes(sequence.salt, tokens), sequence.table.blocks, strict=False):
+        for key, block in zip(self.prefixes(sequence.cache_salt, tokens), sequence.table.blocks, strict=False):
             if found.setdefault(key, block) != block:
-                break  # another block has the key: it keeps it, and what the table has from here on is not inserted
-        self.allocator.insert(sequence.table, tokens, sequence.salt)
-        assert [table.blocks for table in self.tables()] == tables, "inserting changes no table"
+                break  # another block has the key: it keeps it, and what the table has from here on is not cached
+        self.allocator.cache_blocks(sequence.table, tokens, sequence.cache_salt)
+        assert [table.blocks for table in self.tables()] == tables, "caching changes no table"
         assert {key: self.block_of(key) for key in found} == found, "what is found stays, and full blocks are added"
         for key in found:
             self.entries.setdefault(key, Entry(self.now))
@@ -151,39 +151,39 @@ class PrefixMachine(SharingMachine):
         evicted = {key: entry for key, entry in self.entries.items() if self.block_of(key) is None}
         assert len(evicted) == count, f"{count} blocks had to go, {len(evicted)} are found no more"
         self.entries = {key: entry for key, entry in self.entries.items() if key not in evicted}
-        for salt, tokens in evicted:
-            longer = [key for key in self.entries if key[0] == salt and key[1][: len(tokens)] == tokens]
+        for evicted_salt, tokens in evicted:
+            longer = [key for key in self.entries if key[0] == evicted_salt and key[1][: len(tokens)] == tokens]
             assert not longer, f"the parent {tokens} was evicted before its leaf {longer[0]}"
         for key, entry in self.entries.items():
             if self.block_of(key) not in self.named():
                 younger = [other for other, gone in evicted.items() if entry.left < gone.used]
                 assert not younger, f"{younger[0]} was evicted, and used after {key} was left"
 
-    def what_was_inserted_is_found(self):
+    def what_was_cached_is_found(self):
         """And nothing else is: no block is found twice, none is found for other tokens than it holds."""
         self.now += 1
         named, found = self.named(), {}
         for key, entry in self.entries.items():
             block = self.block_of(key)
-            assert block is not None, f"{key} was inserted, and is not found although nothing had to be evicted"
+            assert block is not None, f"{key} was cached, and is not found although nothing had to be evicted"
             assert block not in found, f"block {block} is found for {key} and for {found.get(block)}"
             found[block] = key
-            salt, tokens = key
+            cache_salt, tokens = key
             start = len(tokens) - self.block_size
-            contents = [(salt, tokens[: position + 1]) for position in range(start, len(tokens))]
+            contents = [(cache_salt, tokens[: position + 1]) for position in range(start, len(tokens))]
             assert self.pool.block(block) == contents, f"block {block} does not hold what it is found for"
             if block in named and entry.left < float("inf"):
                 entry.used, entry.left = self.now, float("inf")
             elif block not in named and entry.left == float("inf"):
                 entry.left = self.now
 
-    def what_was_not_inserted_is_not_found(self):
+    def what_was_not_cached_is_not_found(self):
         for sequence in self.sequences.values():
-            run = [key in self.entries for key in self.prefixes(sequence.salt, sequence.tokens)] + [False]
-            found = len(self.find(sequence.salt, sequence.tokens))
+            run = [key in self.entries for key in self.prefixes(sequence.cache_salt, sequence.tokens)] + [False]
+            found = len(self.find(sequence.cache_salt, sequence.tokens))
             assert found == run.index(False), f"{found} blocks of {sequence.tokens} are found"
 
-    parts = (*SharingMachine.parts, what_was_inserted_is_found, what_was_not_inserted_is_not_found)
+    parts = (*SharingMachine.parts, what_was_cached_is_found, what_was_not_cached_is_not_found)
 
 
 class SwapMachine(SharingMachine):
@@ -252,7 +252,7 @@ class PagedMemoryMachine(SwapMachine, PrefixMachine):
 
     def check_swap(self, group, move, source, target, allocator):
         """A swap-in may evict, as an append may."""
-        needed, free = self.swap.blocks_needed([sequence.table for sequence in group]), self.num_unkept()
+        needed, free = len({block for sequence in group for block in sequence.table.blocks}), self.num_unkept()
         moved = super().check_swap(group, move, source, target, allocator)
         self.check_evictions(max(0, needed - free) if moved and allocator is self.allocator else 0)
         return moved

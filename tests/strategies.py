@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from minipaged.cdiv import cdiv
 from minipaged.reference import masked_attention
 
 BLOCK_SIZES = (1, 2, 3, 4, 7, 16)
@@ -96,7 +97,7 @@ def paged_batches(
         draw(st.integers(0, min(a, b) // block_size), label="blocks shared with the sequence before")
         for a, b in pairwise(seq_lens)
     ]
-    counts = [-(-n // block_size) for n in seq_lens]
+    counts = [cdiv(n, block_size) for n in seq_lens]
     own = [c - s for c, s in zip(counts, shared, strict=True)]
     num_blocks = sum(own) + draw(st.integers(0, 3), label="blocks nobody owns")
     order = draw(st.permutations(range(num_blocks)), label="physical order")

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.attention.contiguous import causal_attention
+from minipaged.cdiv import cdiv
 from minipaged.kvcache import ContiguousCache, PagedCache
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model.batch import make_batch
@@ -53,7 +54,7 @@ def contiguous(shape, draw):
 
 def paged(shape, draw):
     block_size = draw(st.sampled_from(BLOCK_SIZES), label="block_size")
-    num_blocks = MAX_LIVE * -(-MAX_LEN // block_size)
+    num_blocks = MAX_LIVE * cdiv(MAX_LEN, block_size)
     return BlockManager(num_blocks, block_size), poisoned(
         PagedCache(config(*shape), num_blocks, block_size, torch.float64)
     )
@@ -162,7 +163,7 @@ def test_recompute_refuses_a_sequence_that_does_not_come_whole():
 )
 def test_a_batch_translates_every_position_to_its_slot(block_size, spans, rng):
     """make_batch does it in bulk; here it is done one token at a time."""
-    tables = [list(rng.permutation(100)[: -(-(start + count) // block_size)]) for start, count in spans]
+    tables = [list(rng.permutation(100)[: cdiv(start + count, block_size)]) for start, count in spans]
     token_ids = [list(range(start, start + count)) for start, count in spans]
     batch = make_batch(token_ids, [start for start, _ in spans], tables, block_size)
     expected = [

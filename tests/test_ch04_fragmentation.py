@@ -333,7 +333,6 @@ class PoolAgainstAccounts(RuleBasedStateMachine):
 
     @invariant()
     def the_requests_are_those_of_the_model(self):
-        assert self.pool.num_requests == len(self.requests)
         for seq, (_, _, stored, _, _) in self.requests.items():
             assert self.pool.num_tokens(seq) == stored
 
@@ -346,7 +345,6 @@ class PoolAgainstAccounts(RuleBasedStateMachine):
         assert account.reserved == to_come, "reserved: tokens that the requests will still store"
         assert account.over_reserved == never, "over-reserved: asked for by the policy, never to be used"
         assert account.rounding == rounded, "rounding: up to the next power of two"
-        assert account.internal == never + rounded, "internal fragmentation: in a block, never to be used"
         assert account.external_and_others == rounded + account.external + account.free
 
 
@@ -372,9 +370,11 @@ def test_the_papers_seven_requests_of_orca_max():
     """OPT-13B on an A100 of 40 GB has 15,728 slots (12 GiB of 800 KiB). Figure 13 counts 7.00 requests for Orca (Max),
     and Figure 2 gives 8.9 % for "External frag. & Others"."""
     pool = ReservationPool(15_728, "max", max_model_len=2048)
+    num_requests = 0
     while pool.can_allocate(161, 338):
-        pool.allocate(pool.num_requests, 161, 338)
-    assert pool.num_requests == 7
+        pool.allocate(num_requests, 161, 338)
+        num_requests += 1
+    assert num_requests == 7
     assert pool.account((161, 338)).external_and_others == 15_728 - 7 * 2048 == 1392
     assert round(100 * 1392 / 15_728, 1) == 8.9
 
@@ -425,7 +425,7 @@ def pool_with_two_requests():
 
 
 def seen_in(pool):
-    return pool.account(), pool.account((1, 3)), pool.num_requests, pool.num_tokens("a"), pool.num_tokens("b")
+    return pool.account(), pool.account((1, 3)), pool.num_tokens("a"), pool.num_tokens("b")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
+from minipaged.memory.address_space import OutOfFrames, PhysicalMemory, Process
+from minipaged.memory.kv_cache_size import (
+    ENTRY_BYTES,
+    GIB,
+    LLAMA_3_8B,
+    LLAMA_3_8B_POOL_BYTES,
+    OPT_13B,
+    OPT_13B_POOL_BYTES,
+    KVShape,
+    block_table_cost,
+)
 from minipaged.memory.page_table import (
     X86_32,
     X86_64,
@@ -17,23 +28,10 @@ from minipaged.memory.page_table import (
     MultiLevelPageTable,
     PageFault,
 )
-from minipaged.memory.process import OutOfFrames, PhysicalMemory, Process
-from minipaged.memory.sizes import (
-    GIB,
-    KIB,
-    LLAMA_3_8B,
-    LLAMA_3_8B_POOL_BYTES,
-    MIB,
-    OPT_13B,
-    OPT_13B_POOL_BYTES,
-    KVShape,
-    block_table_cost,
-    block_table_layout,
-    layer_block_bytes,
-)
 
 pytestmark = pytest.mark.ch05
 
+KIB, MIB = 1 << 10, 1 << 20
 KINDS = [FlatPageTable, MultiLevelPageTable]
 SMALL_LAYOUTS = st.builds(
     AddressLayout,
@@ -468,13 +466,14 @@ def test_with_every_page_mapped_more_levels_cost_more_than_one():
 
 
 def test_16_tokens_of_one_layer_of_a_4096_wide_model_are_256_kib():
-    assert layer_block_bytes(block_size=16, kv_width=4096) == 2 * 16 * 4096 * 2 == 256 * KIB
+    layer = KVShape("one layer", num_layers=1, num_kv_heads=32, head_dim=128, max_model_len=2048)
+    assert layer.block_bytes(block_size=16) == 2 * 16 * 4096 * 2 == 256 * KIB
 
 
 def test_a_token_of_opt_13b_is_800_kib_and_the_pool_has_15_7_k_slots():
     """The paper: "800 KB" in section 3, "15.7K" slots in Table 1."""
     assert OPT_13B.token_bytes == 800 * KIB
-    assert block_table_cost(OPT_13B, OPT_13B_POOL_BYTES).num_slots == 15_728
+    assert OPT_13B_POOL_BYTES // OPT_13B.token_bytes == 15_728
 
 
 @pytest.mark.parametrize(
@@ -487,14 +486,13 @@ def test_a_token_of_opt_13b_is_800_kib_and_the_pool_has_15_7_k_slots():
 )
 def test_one_level_is_enough_for_a_kv_pool(shape, pool_bytes, block_bytes, num_blocks, seq_entries):
     cost = block_table_cost(shape, pool_bytes, block_size=16)
-    assert (cost.block_bytes, cost.num_blocks, cost.seq_entries) == (block_bytes, num_blocks, seq_entries)
+    assert (cost.block_bytes, cost.num_blocks) == (block_bytes, num_blocks)
     assert cost.seq_bytes == 4 * seq_entries <= 2 * KIB, "few pages: a sequence's longest table is less than a page"
     assert cost.all_bytes == 4 * num_blocks < 128 * KIB, "all tables together, where every block has one owner"
-    assert cost.bytes_for_one == block_bytes / 4
-    assert cost.bytes_for_one >= 512 * KIB > 1000 * (4 * KIB / 8), "a block is big: a page has 512 for one byte"
-    layout = block_table_layout(shape.max_model_len, 16)
+    assert cost.block_bytes / 4 >= 512 * KIB > 1000 * (4 * KIB / 8), "a block is big: a page has 512 for one byte"
+    bits = seq_entries.bit_length() - 1
+    layout, as_two = AddressLayout((bits,), 4, ENTRY_BYTES), AddressLayout((bits - 3, 3), 4, ENTRY_BYTES)
     assert layout.flat_bytes == cost.seq_bytes, "the same arithmetic as a page table's"
-    as_two = AddressLayout((layout.index_bits[0] - 3, 3), layout.offset_bits, layout.entry_bytes)
     assert as_two.dense_bytes(seq_entries) > layout.flat_bytes, "no holes: a directory has nothing to leave out"
 
 
@@ -502,12 +500,13 @@ def test_the_pool_of_llama_3_8b_is_nine_tenths_of_80_gib_less_its_parameters():
     assert LLAMA_3_8B_POOL_BYTES == 77_309_411_328 - 16_060_522_496 == 61_248_888_832
 
 
-@given(data=st.data(), block_size=st.sampled_from([1, 2, 4, 8, 16]))
-def test_a_block_table_is_a_page_table_of_one_level(data, block_size):
+@given(data=st.data(), offset_bits=st.integers(0, 4))
+def test_a_block_table_is_a_page_table_of_one_level(data, offset_bits):
     """A position is a virtual address, a slot a physical one: block * block_size + offset."""
+    block_size = 1 << offset_bits
     position = data.draw(st.integers(0, 128 * block_size - 1), label="position")
     blocks = data.draw(st.permutations(range(128)), label="blocks")
-    table = FlatPageTable(block_table_layout(max_model_len=128 * block_size, block_size=block_size))
+    table = FlatPageTable(AddressLayout((7,), offset_bits, ENTRY_BYTES))
     for logical, physical in enumerate(blocks):
         table.map(logical, physical)
     assert table.layout.split(position) == ((position // block_size,), position % block_size)
@@ -523,21 +522,15 @@ def test_blocks_fill_the_pool_but_for_less_than_one(layers, heads, dim, size, da
     pool_bytes = data.draw(st.integers(shape.block_bytes(size), 20 * shape.block_bytes(size)), label="pool_bytes")
     cost = block_table_cost(shape, pool_bytes, size)
     assert 0 <= pool_bytes - cost.num_blocks * cost.block_bytes < cost.block_bytes
-    assert cost.num_blocks * size <= cost.num_slots
-    assert (cost.seq_entries - 1) * size < 100 <= cost.seq_entries * size
+    assert (cost.seq_bytes // 4 - 1) * size < 100 <= cost.seq_bytes // 4 * size
 
 
 @pytest.mark.parametrize(
     ("call", "names"),
     [
-        (lambda: layer_block_bytes(0, 4096), "block_size"),
-        (lambda: layer_block_bytes(16, 0), "kv_width"),
-        (lambda: layer_block_bytes(16, 4096, 0), "element_bytes"),
         (lambda: OPT_13B.block_bytes(0), "block_size"),
         (lambda: block_table_cost(OPT_13B, 12 * MIB), "OPT-13B"),
-        (lambda: block_table_layout(2000, 16), "max_model_len"),
-        (lambda: block_table_layout(2048, 12), "block_size"),
-        (lambda: block_table_layout(16, 16), "exceed"),
+        (lambda: block_table_cost(OPT_13B, OPT_13B_POOL_BYTES, 0), "block_size"),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(call, names):

@@ -17,7 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.attention import compiled, paged, paged_attention_gathered, paged_attention_online
+from minipaged.attention import compiled, gathered, paged_attention_gathered, paged_attention_online
+from minipaged.cdiv import cdiv
 from minipaged.kvcache import PagedCache
 from minipaged.model.batch import make_batch
 from minipaged.model.transformer import ModelConfig
@@ -30,7 +31,7 @@ FORMS = {
     "online": paged_attention_online,
     "compiled": compiled.paged_attention,
 }
-WRITES = {"indexed": paged.write_kv, "compiled": compiled.write_kv}
+WRITES = {"indexed": gathered.write_kv, "compiled": compiled.write_kv}
 every_form = pytest.mark.parametrize("attend", FORMS.values(), ids=FORMS.keys())
 every_write = pytest.mark.parametrize("write_kv", WRITES.values(), ids=WRITES.keys())
 
@@ -137,7 +138,7 @@ def test_long_contexts_of_many_parts_and_wide_heads(attend):
     """Contexts at the edges of the parts that threads share, a head as wide as real ones, and blocks of 16."""
     generator = torch.Generator().manual_seed(0)
     lens = [1, 255, 256, 257, 511, 600]
-    counts = [-(-n // 16) for n in lens]
+    counts = [cdiv(n, 16) for n in lens]
     order = torch.randperm(sum(counts), generator=generator).to(torch.int32).split(counts)
     tables = torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True, padding_value=-1)
     keys, values = torch.randn(2, sum(counts), 2, 16, 64, generator=generator, dtype=torch.float64)
@@ -173,7 +174,7 @@ def test_slots_before_the_window_are_never_read(attend, batch, window):
 def _decode(seq_len=700, dtype=torch.float32):
     """What decoding 8 sequences of the same length gives, and what it should give."""
     generator = torch.Generator().manual_seed(seq_len)
-    counts = -(-seq_len // 16)
+    counts = cdiv(seq_len, 16)
     keys, values = torch.randn(2, 8 * counts, 2, 16, 64, generator=generator).to(dtype)
     tables = torch.randperm(8 * counts, generator=generator).to(torch.int32).view(8, counts)
     lens, starts = torch.full((8,), seq_len, dtype=torch.int32), torch.arange(9, dtype=torch.int32)

@@ -30,7 +30,7 @@ for_each = pytest.mark.parametrize(("target", "head_dim"), [(t, d) for t in TARG
 def report(tmp_path_factory):
     """(kernel, target, head_dim) -> the row, and the folder of the code."""
     folder = tmp_path_factory.mktemp("code")
-    command = [sys.executable, "-m", "minipaged.kernels.compile", "--targets", ",".join(TARGETS)]
+    command = [sys.executable, "-m", "minipaged.bench.kernel_report", "--targets", ",".join(TARGETS)]
     command += ["--head-dim", ",".join(map(str, HEAD_DIMS)), "--json", str(folder / "rows.json"), "--keep", str(folder)]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600

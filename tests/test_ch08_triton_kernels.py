@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the kernels need Triton, which runs on Linux")
 
 import minipaged.kernels
+from minipaged.cdiv import cdiv
 from minipaged.kernels import attention, copy_blocks, paged_attention, write_kv
 from minipaged.kernels.paged_decode import paged_decode
 from minipaged.kernels.paged_decode_split import MAX_SPLITS, MIN_TOKENS, choose_num_splits, paged_decode_split
@@ -215,7 +216,7 @@ def test_a_query_without_context_gives_zero(drawn, data):
 def fixed_batch(heads, kv_heads, head_dim, block_size, seq_lens, num_queries, dtype=torch.float32):
     """A batch of given shape over permuted blocks; one block belongs to nobody."""
     rng = np.random.default_rng(0)
-    counts = [-(-n // block_size) for n in seq_lens]
+    counts = [cdiv(n, block_size) for n in seq_lens]
     blocks = torch.from_numpy(rng.permutation(sum(counts) + 1)).to(torch.int32)
     tables = torch.full((len(seq_lens), max(counts)), -1, dtype=torch.int32)
     caches = torch.full((2, len(blocks), kv_heads, block_size, head_dim), torch.nan, dtype=dtype)
@@ -433,7 +434,11 @@ def test_what_does_not_fit_is_refused_by_name(name, wrong, said):
         (paged_prefill, {"rows": 24}, "rows must be a power of two from 16, got 24"),
         (paged_prefill, {"rows": 16, "query": torch.zeros(3, 40, 8)}, "group of 20 query heads, got 16"),
         (paged_prefill, {"query": torch.zeros(3, 400, 8)}, "at most 128 may share one"),
-        (paged_prefill, {"key_cache": torch.zeros(6, 2, 2, 257)}, "head_dim 257"),
+        (
+            paged_prefill,
+            {"query": torch.zeros(3, 4, 257), **dict.fromkeys(("key_cache", "value_cache"), torch.zeros(6, 2, 2, 257))},
+            "head_dim 257",
+        ),
     ],
 )
 def test_what_a_launcher_cannot_do_is_refused(launcher, options, said):

@@ -38,11 +38,11 @@ class Entry:
     """What the model knows of a sequence: its tokens, all of them written, and where it is."""
 
     tokens: list
-    salt: str | None
+    cache_salt: str | None
     on_host: bool = False
 
     def contents(self):
-        return [(self.salt, tuple(self.tokens[: position + 1])) for position in range(len(self.tokens))]
+        return [(self.cache_salt, tuple(self.tokens[: position + 1])) for position in range(len(self.tokens))]
 
 
 class ManagerMachine(RuleBasedStateMachine):
@@ -100,21 +100,21 @@ class ManagerMachine(RuleBasedStateMachine):
         if count := len(entry.tokens) - start:
             self.trace.record("write", seq=name, start=start, count=count)
         before = self.blocks.blocks(name)
-        self.blocks.cache_blocks(name, entry.tokens, entry.salt)
+        self.blocks.cache_blocks(name, entry.tokens, entry.cache_salt)
         assert self.blocks.blocks(name) == before
 
     # The script.
 
     @precondition(lambda self: len(self.entries) < 4)
-    @rule(data=st.data(), salt=SALTS, looks=st.booleans(), reserve=st.integers(0, 3))
-    def enter(self, data, salt, looks, reserve):
+    @rule(data=st.data(), cache_salt=SALTS, looks=st.booleans(), reserve=st.integers(0, 3))
+    def enter(self, data, cache_salt, looks, reserve):
         self.num_named += 1
         name, tokens = f"s{self.num_named}", self.draw_tokens(data, 1, 4 * self.block_size)
         before = everything(self.blocks)
-        prefix = self.blocks.get_computed_blocks(tokens, salt) if looks else NO_PREFIX
+        prefix = self.blocks.get_computed_blocks(tokens, cache_salt) if looks else NO_PREFIX
         assert everything(self.blocks) == before, "to look is not to take"
         assert prefix.num_tokens == len(prefix.blocks) * self.block_size < len(tokens), "one token is left to compute"
-        contents = Entry(tokens, salt).contents()
+        contents = Entry(tokens, cache_salt).contents()
         held = [content for block in prefix.blocks for content in self.pool.block(block)]
         assert held == contents[: prefix.num_tokens], "a hit holds the tokens that it was found by"
         free = self.num_blocks - len({*self.named(), *prefix.blocks})
@@ -130,7 +130,7 @@ class ManagerMachine(RuleBasedStateMachine):
         blocks = self.blocks.blocks(name)
         assert blocks[: len(prefix.blocks)] == prefix.blocks
         assert not taken & {*blocks[len(prefix.blocks) :]}, "a block that another table names was handed out"
-        self.entries[name] = Entry(tokens, salt)
+        self.entries[name] = Entry(tokens, cache_salt)
         self.write(name, prefix.num_tokens)
 
     @precondition(lambda self: self.any_on(False))
@@ -163,7 +163,7 @@ class ManagerMachine(RuleBasedStateMachine):
         child, free, num_events = f"s{self.num_named}", self.blocks.num_free, len(self.trace.events)
         self.blocks.fork(parent, child)
         entry, blocks = self.entries[parent], self.blocks.blocks(parent)
-        self.entries[child] = Entry(list(entry.tokens), entry.salt)
+        self.entries[child] = Entry(list(entry.tokens), entry.cache_salt)
         assert (self.blocks.blocks(child), self.blocks.num_free) == (blocks, free), "the same blocks, and none is taken"
         shares = [("share", child, logical, block) for logical, block in enumerate(blocks)]
         events = [tuple(v for k, v in event.items() if k != "step") for event in self.trace.events[num_events:]]
@@ -280,22 +280,24 @@ TestManager = ManagerMachine.TestCase
     tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12),
     written=st.integers(0, 12),
     block_size=BLOCK_SIZES,
-    salt=SALTS,
+    cache_salt=SALTS,
 )
-def test_a_prefix_is_found_as_far_as_it_was_cached_and_its_keys_say_by_what(tokens, written, block_size, salt):
+def test_a_prefix_is_found_as_far_as_it_was_cached_and_its_keys_say_by_what(tokens, written, block_size, cache_salt):
     blocks = BlockManager(12, block_size, enable_prefix_caching=True)
     blocks.allocate_slots("A", len(tokens))
-    blocks.cache_blocks("A", tokens[:written], salt)
+    blocks.cache_blocks("A", tokens[:written], cache_salt)
     num_cached = min(min(written, len(tokens)), len(tokens) - 1) // block_size
-    assert blocks.get_computed_blocks(tokens, salt) == Prefix(blocks.blocks("A")[:num_cached], num_cached * block_size)
-    keys = blocks.block_keys(tokens, salt)
+    assert blocks.get_computed_blocks(tokens, cache_salt) == Prefix(
+        blocks.blocks("A")[:num_cached], num_cached * block_size
+    )
+    keys = blocks.block_keys(tokens, cache_salt)
     assert len(keys) == len({*keys}) == len(tokens) // block_size
-    assert blocks.block_keys([*tokens, 0], salt)[: len(keys)] == keys
-    assert not {*keys} & {*blocks.block_keys(tokens, f"not {salt}")}
+    assert blocks.block_keys([*tokens, 0], cache_salt)[: len(keys)] == keys
+    assert not {*keys} & {*blocks.block_keys(tokens, f"not {cache_salt}")}
     plain = BlockManager(12, block_size)
     plain.allocate_slots("A", len(tokens))
-    plain.cache_blocks("A", tokens, salt)
-    assert (plain.get_computed_blocks(tokens, salt), plain.block_keys(tokens, salt)) == (NO_PREFIX, [])
+    plain.cache_blocks("A", tokens, cache_salt)
+    assert (plain.get_computed_blocks(tokens, cache_salt), plain.block_keys(tokens, cache_salt)) == (NO_PREFIX, [])
 
 
 @given(

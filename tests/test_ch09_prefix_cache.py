@@ -22,31 +22,31 @@ TestPrefixCache = PrefixMachine.TestCase
 END = 0  # one more token behind a prompt, so that all of the prompt may be found
 
 
-def written(cache, tokens, extra=None):
-    """A sequence that computed its whole prompt, found or not, and made it findable."""
+def written(cache, tokens, cache_salt=None):
+    """A sequence that computed its whole prompt, found or not, and cached it."""
     table = BlockTable(cache, cache.block_size)
-    table.append_shared(cache.match(tokens, extra))
+    table.append_shared(cache.match(tokens, cache_salt))
     table.append_tokens(len(tokens) - table.num_tokens)
-    cache.insert(table, tokens, extra)
+    cache.cache_blocks(table, tokens, cache_salt)
     return table
 
 
-def num_found(cache, tokens, extra=None):
-    return len(cache.match([*tokens, END], extra))
+def num_found(cache, tokens, cache_salt=None):
+    return len(cache.match([*tokens, END], cache_salt))
 
 
 TOKENS = st.lists(st.integers(0, 3) | st.integers(-(2**63), 2**63 - 1), max_size=8)
-EXTRAS = st.sampled_from([None, "a"]) | st.text(max_size=4)
+SALTS = st.sampled_from([None, "a"]) | st.text(max_size=4)
 
 
-@given(same=TOKENS, tokens=TOKENS, other=TOKENS, extra=EXTRAS, other_extra=EXTRAS, block_size=BLOCK_SIZES)
-def test_a_prompt_finds_the_common_prefix_in_whole_blocks(same, tokens, other, extra, other_extra, block_size):
+@given(same=TOKENS, tokens=TOKENS, other=TOKENS, cache_salt=SALTS, other_salt=SALTS, block_size=BLOCK_SIZES)
+def test_a_prompt_finds_the_common_prefix_in_whole_blocks(same, tokens, other, cache_salt, other_salt, block_size):
     cache = PrefixCache(20, block_size)
-    table = written(cache, same + tokens, extra)
+    table = written(cache, same + tokens, cache_salt)
     pairs = zip(same + tokens, same + other, strict=False)
     num_common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-    expected = min(num_common, max(0, len(same + other) - 1)) // block_size if extra == other_extra else 0
-    assert cache.match(same + other, other_extra) == table.blocks[:expected]
+    expected = min(num_common, max(0, len(same + other) - 1)) // block_size if cache_salt == other_salt else 0
+    assert cache.match(same + other, other_salt) == table.blocks[:expected]
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def test_equal_tokens_behind_another_prefix_are_another_block():
     assert num_found(cache, [9, 9, 3, 4]) == 1
 
 
-@pytest.mark.parametrize(("extra", "other"), [(None, ""), ("a", "b"), (None, "None"), ("", "a"), ("a", "aa")])
-def test_tenants_do_not_find_each_other(extra, other):
+@pytest.mark.parametrize(("cache_salt", "other"), [(None, ""), ("a", "b"), (None, "None"), ("", "a"), ("a", "aa")])
+def test_tenants_do_not_find_each_other(cache_salt, other):
     """The same prompt under two salts: not even the fact that somebody else sent it may show."""
     cache = PrefixCache(8, 2)
-    written(cache, [1, 2, 3, 4], extra)
-    assert (num_found(cache, [1, 2, 3, 4], extra), num_found(cache, [1, 2, 3, 4], other)) == (2, 0)
-    assert not set(written(cache, [1, 2, 3, 4], other).blocks) & set(cache.match([1, 2, 3, 4, END], extra))
+    written(cache, [1, 2, 3, 4], cache_salt)
+    assert (num_found(cache, [1, 2, 3, 4], cache_salt), num_found(cache, [1, 2, 3, 4], other)) == (2, 0)
+    assert not set(written(cache, [1, 2, 3, 4], other).blocks) & set(cache.match([1, 2, 3, 4, END], cache_salt))
 
 
 @given(num_tokens=st.integers(0, 20), block_size=st.integers(1, 5))
@@ -100,9 +100,9 @@ def test_what_is_planned_is_not_found():
     table = BlockTable(cache, 2)
     table.append_tokens(4)
     assert num_found(cache, [1, 2, 3, 4]) == 0, "there is room for these tokens, and nothing in it"
-    cache.insert(table, [1, 2, 3])
+    cache.cache_blocks(table, [1, 2, 3])
     assert num_found(cache, [1, 2, 3, 4]) == 1, "a block that is not full would still be written"
-    cache.insert(table, [1, 2, 3, 4])
+    cache.cache_blocks(table, [1, 2, 3, 4])
     assert num_found(cache, [1, 2, 3, 4]) == 2
 
 
@@ -120,7 +120,7 @@ def test_of_requests_of_one_step_the_first_is_found_and_each_keeps_its_own_block
             table.append_tokens(len(prompt[start : start + chunk]))
         before = [table.blocks for table in tables]
         for table, prompt in zip(tables, prompts, strict=True):
-            cache.insert(table, prompt[: start + chunk])
+            cache.cache_blocks(table, prompt[: start + chunk])
         assert [table.blocks for table in tables] == before
         for table, prompt in zip(tables, prompts, strict=True):
             written = prompt[: start + chunk]
@@ -140,24 +140,24 @@ def test_a_table_and_its_fork_stay_as_they_are_where_another_block_has_the_key()
     table = BlockTable(cache, 2)
     table.append_tokens(4)
     fork, own = table.fork(), table.blocks
-    for inserted in (table, fork, table):
-        cache.insert(inserted, [1, 2, 3, 4])
+    for each in (table, fork, table):
+        cache.cache_blocks(each, [1, 2, 3, 4])
         assert table.blocks == fork.blocks == own
         assert cache.match([1, 2, 9, 9, END]) == other.blocks
         assert cache.match([1, 2, 3, 4, END]) == other.blocks[:1], "nor is the block behind it found"
 
 
-def test_a_twin_is_inserted_when_the_block_that_had_its_key_is_gone():
+def test_a_twin_is_cached_when_the_block_that_had_its_key_is_gone():
     """Its blocks were written all the time. From then on a request finds them."""
     cache = PrefixCache(4, 2)
     first, twin = written(cache, [1, 2]), BlockTable(cache, 2)
     twin.append_tokens(4)
-    cache.insert(twin, [1, 2, 3, 4])
+    cache.cache_blocks(twin, [1, 2, 3, 4])
     assert cache.match([1, 2, 3, 4, END]) == first.blocks
     first.release()
     BlockTable(cache, 2).append_tokens(4)  # the whole pool is in use: this evicts what the first one left
     assert num_found(cache, [1, 2, 3, 4]) == 0
-    cache.insert(twin, [1, 2, 3, 4])
+    cache.cache_blocks(twin, [1, 2, 3, 4])
     assert cache.match([1, 2, 3, 4, END]) == twin.blocks
 
 
@@ -249,12 +249,12 @@ def test_a_reused_block_is_found_no_more_by_what_it_held(tokens):
     new = BlockTable(cache, 2)
     new.append_tokens(4)  # takes both blocks; nothing is written yet
     assert num_found(cache, [0, 0, 1, 1]) == 0
-    cache.insert(new, tokens)
+    cache.cache_blocks(new, tokens)
     assert num_found(cache, [0, 0, 1, 1]) == (1 if tokens[:2] == [0, 0] else 0)
     assert num_found(cache, tokens) == 2
 
 
-def test_a_findable_block_is_not_written_by_its_last_owner():
+def test_a_cached_block_is_not_written_by_its_last_owner():
     """A sequence is cut back into a full block, and goes on differently: whoever finds the block must not see that."""
     cache = PrefixCache(4, 2)
     table = written(cache, [1, 2, 3, 4])
@@ -263,18 +263,18 @@ def test_a_findable_block_is_not_written_by_its_last_owner():
     assert table.append_tokens(1) == [(old, table.blocks[1])]
     assert table.blocks[1] != old
     assert cache.match([1, 2, 3, 4, END]) == [table.blocks[0], old]
-    cache.insert(table, [1, 2, 3, 5])
+    cache.cache_blocks(table, [1, 2, 3, 5])
     assert cache.match([1, 2, 3, 5, END]) == table.blocks
 
 
-def test_inserting_twice_is_inserting_once():
+def test_caching_twice_is_caching_once():
     cache = PrefixCache(4, 2)
     table = written(cache, [1, 2, 3, 4])
     other = table.fork()
     before = state(cache, table, other)
-    cache.insert(table, [1, 2, 3, 4])
-    cache.insert(table, [1, 2])
-    cache.insert(other, [1, 2, 3, 4])
+    cache.cache_blocks(table, [1, 2, 3, 4])
+    cache.cache_blocks(table, [1, 2])
+    cache.cache_blocks(other, [1, 2, 3, 4])
     assert state(cache, table, other) == before
     assert num_found(cache, [1, 2, 3, 4]) == 2
 
@@ -308,7 +308,7 @@ def test_a_free_block_is_neither_freed_nor_shared():
             assert state(cache) == before
 
 
-def test_what_cannot_be_inserted():
+def test_what_cannot_be_cached():
     cache = PrefixCache(6, 2)
     table = BlockTable(cache, 2)
     table.append_tokens(5)
@@ -318,12 +318,12 @@ def test_what_cannot_be_inserted():
     before = state(cache, table, wider)
     for bad, tokens in (
         (table, [1, 2, 3, 4, 5, 6]),  # longer than its table
-        (table, [1, 2, 3, 2**63]),  # no token id; and the block before it must not be findable after
+        (table, [1, 2, 3, 2**63]),  # no token id; and the block before it must not be cached after
         (foreign, [1, 2]),
         (wider, [1, 2]),
     ):
         with pytest.raises(ValueError):
-            cache.insert(bad, tokens)
+            cache.cache_blocks(bad, tokens)
         assert state(cache, table, wider) == before
         assert num_found(cache, [1, 2]) == 0
 

@@ -56,7 +56,6 @@ def test_there_and_back(tokens, block_size):
     memory = Memory(20, 20, block_size)
     table = memory.sequence(tokens)
     num_blocks = len(table.blocks)
-    assert memory.swap.blocks_needed([table]) == num_blocks
     assert len(memory.out(table)) == num_blocks
     assert (memory.device.num_free, memory.host.num_free) == (20, 20 - num_blocks)
     memory.sequence("x" * 20 * block_size).release()  # somebody else uses the device meanwhile
@@ -72,7 +71,6 @@ def test_a_shared_block_moves_once_and_is_shared_after():
     second = first.fork()
     memory.pool.copy(second.append_tokens(1))
     memory.pool.write(second, 6, "X")
-    assert memory.swap.blocks_needed([first, second]) == 3
     assert len(memory.out(first, second)) == 3
     assert (memory.device.num_free, memory.host.num_free) == (8, 5)
     assert first.blocks[0] == second.blocks[0] and memory.host.ref_count(first.blocks[0]) == 2
@@ -240,13 +238,13 @@ def test_nothing_to_move():
     assert memory.device.num_free == 7
 
 
-def test_a_prefix_stays_findable_on_the_device():
+def test_a_prefix_stays_cached_on_the_device():
     """Swapped out, a sequence leaves its full blocks to be found. Swapped in, it has others, and those stay."""
     cache = PrefixCache(8, 2)
     swap = Swap(cache, BlockAllocator(8))
     table = BlockTable(cache, 2)
     table.append_tokens(5)
-    cache.insert(table, [1, 2, 3, 4, 5])
+    cache.cache_blocks(table, [1, 2, 3, 4, 5])
     swap.swap_out([table])
     assert cache.num_free == 8
     found = cache.match([1, 2, 3, 4, 5])
@@ -254,7 +252,7 @@ def test_a_prefix_stays_findable_on_the_device():
     swap.swap_in([table])
     own = table.blocks
     assert cache.num_free == 5 and not {*own} & {*found}
-    cache.insert(table, [1, 2, 3, 4, 5])
+    cache.cache_blocks(table, [1, 2, 3, 4, 5])
     assert (table.blocks, cache.match([1, 2, 3, 4, 5])) == (own, found)
     assert cache.num_free == 5
 
@@ -263,7 +261,7 @@ def test_a_swapped_out_prefix_goes_leaf_first():
     cache = PrefixCache(4, 1)
     table = BlockTable(cache, 1)
     table.append_tokens(4)
-    cache.insert(table, [1, 2, 3, 4])
+    cache.cache_blocks(table, [1, 2, 3, 4])
     Swap(cache, BlockAllocator(4)).swap_out([table])
     for left in (3, 2, 1, 0):
         BlockTable(cache, 1).append_tokens(1)

@@ -46,6 +46,11 @@ class Refusing(tuple):
         raise LookupError("injected")
 
 
+def refusing(params):
+    vars(params)["stop_token_ids"] = Refusing([0])  # a user cannot: they are checked, and kept as numbers
+    return params
+
+
 def greedy(**fields):
     return SamplingParams(**{"max_tokens": 5, "ignore_eos": True, **fields})
 
@@ -64,7 +69,7 @@ def requests_and_steps(user):
     user.add([1, 2, 3, 4, 20], sampled(stop="zz", max_tokens=6))
     user.step(2)
     aborted = user.add([30] * 5, greedy(max_tokens=17))
-    user.add([40, 41], greedy(stop_token_ids=Refusing()))
+    user.add([40, 41], refusing(greedy()))
     user.step(3)
     user.add([50, 51, 52], sampled(max_tokens=6))
     user.step(4)

@@ -15,10 +15,10 @@ from alone import alone as answer_alone
 from alone import beams_alone
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.cdiv import cdiv
-from minipaged.memory.trace import Trace
 from minipaged.model.load import load_model
 from minipaged.model.tokenizer import TextTokenizer
 from minipaged.viz.replay import at
+from minipaged.viz.trace_file import load_trace
 
 pytestmark = pytest.mark.ch10
 
@@ -55,7 +55,9 @@ class Refusing(tuple):
 
 
 def refusing(residue):
-    return SamplingParams(max_tokens=8, ignore_eos=True, stop_token_ids=Refusing([residue]))
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    vars(params)["stop_token_ids"] = Refusing([residue])  # a user cannot: they are checked, and kept as numbers
+    return params
 
 
 class Failing:
@@ -400,8 +402,8 @@ def test_a_second_turn_of_a_chat_computes_only_what_is_new():
 @pytest.mark.parametrize("salts", [("a", "b"), (None, "a"), ("", None)])
 def test_unequal_salts_share_nothing(salts):
     llm = engine()
-    for salt in salts:
-        prompt = {"prompt_token_ids": list(range(12)), **({} if salt is None else {"cache_salt": salt})}
+    for cache_salt in salts:
+        prompt = {"prompt_token_ids": list(range(12)), **({} if cache_salt is None else {"cache_salt": cache_salt})}
         llm.generate(prompt, SamplingParams(max_tokens=1))
     assert llm.metrics().prefix_tokens_found == 0
 
@@ -479,7 +481,7 @@ def test_a_run_is_saved_as_a_trace(tmp_path):
     path = tmp_path / "run.jsonl"
     llm = engine(trace=path, num_blocks=8, preemption="swap", num_host_blocks=8)
     llm.generate(["abcdefg", "hijklmn", "opqrstu"], SamplingParams(max_tokens=9, ignore_eos=True))
-    saved = Trace.load(path)
+    saved = load_trace(path)
     kinds = {event["event"] for event in saved.events}
     assert kinds >= {"allocate", "write", "free", "schedule", "preempt", "swap_out", "swap_in", "finish", "cache"}
     assert saved.num_host_blocks == 8

@@ -44,13 +44,18 @@ class ServingMachine(RuleBasedStateMachine):
             watermark=watermark,
         )
 
-    @rule(prompt=prompts | alike, max_tokens=st.integers(1, 6), n=st.integers(1, 4), salt=st.sampled_from((None, "a")))
-    def ask(self, prompt, max_tokens, n, salt):
+    @rule(
+        prompt=prompts | alike,
+        max_tokens=st.integers(1, 6),
+        n=st.integers(1, 4),
+        cache_salt=st.sampled_from((None, "a")),
+    )
+    def ask(self, prompt, max_tokens, n, cache_salt):
         max_tokens = min(max_tokens, MAX_MODEL_LEN - len(prompt))
         blocks = self.engine.blocks
         fits = cdiv(len(prompt) + max_tokens - 1, blocks.block_size) <= blocks.num_blocks
         try:
-            self.engine.add(prompt, max_tokens, n, salt)
+            self.engine.add(prompt, max_tokens, n, cache_salt)
         except ValueError:
             assert not fits, "a request whose samples fit the pool one by one was refused"
         else:
@@ -205,13 +210,13 @@ def test_searches_in_a_pool_that_is_hardly_larger_than_the_largest_needs(
 # ---- single properties ------------------------------------------------------------------------------------------
 
 
-@given(prompt=prompts, block_size=st.sampled_from((1, 2, 4)), salt=st.sampled_from((None, "a")))
-def test_no_request_waits_for_a_block_that_it_could_not_use(prompt, block_size, salt):
+@given(prompt=prompts, block_size=st.sampled_from((1, 2, 4)), cache_salt=st.sampled_from((None, "a")))
+def test_no_request_waits_for_a_block_that_it_could_not_use(prompt, block_size, cache_salt):
     """Of another salt, or the last one, of which a token must be computed in any case."""
     engine = Engine(64, block_size, prefix_caching=True, max_model_len=MAX_MODEL_LEN, watermark=0.0)
     engine.add(prompt, 1)
-    engine.add(prompt, 1, salt=salt)
-    together = salt is not None or len(prompt) <= block_size
+    engine.add(prompt, 1, cache_salt=cache_salt)
+    together = cache_salt is not None or len(prompt) <= block_size
     assert [*engine.step().num_scheduled_tokens.values()] == [len(prompt)] * (1 + together)
     engine.finish_all()
 

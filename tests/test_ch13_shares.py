@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
+from minipaged.cdiv import cdiv
 from minipaged.distributed.group import CollectiveError, on_threads
 from minipaged.distributed.layers import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead, parallelise
 from minipaged.distributed.load import from_transformer, slice_of
@@ -248,7 +249,7 @@ def test_what_a_step_exchanges_is_the_pages_formula(drawn, tokens, ends):
     """docs/tensor_parallel.md: 2 L + 1 all-reduces of T x H numbers, and one gather of E x ceil(V / R)."""
     model, size = drawn
     found = step_traffic(model, size, tokens, ends, torch.float32)
-    number, words = (2 * model.num_layers + 1, -(-model.vocab_size // size)) if size > 1 else (0, 0)
+    number, words = (2 * model.num_layers + 1, cdiv(model.vocab_size, size)) if size > 1 else (0, 0)
     assert (found.all_reduces, found.all_reduce_bytes) == (number, number * tokens * model.hidden_size * 4)
     assert (found.gathers, found.gather_bytes) == (int(size > 1 and ends > 0), ends * words * 4)
 

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from alone import alone
 from minipaged import LLM, BeamSearchParams, SamplingParams
+from minipaged.cdiv import cdiv
 from minipaged.distributed import launch, table
 from minipaged.distributed.group import thread_groups
 from minipaged.distributed.load import from_transformer, open_source, slice_of
@@ -81,7 +82,7 @@ def batches(draw):
     starts = [draw(st.integers(0, 9)) for _ in tokens]
     tables = []
     for start, new in zip(starts, tokens, strict=True):
-        needed = -(-(start + len(new)) // block_size)
+        needed = cdiv(start + len(new), block_size)
         tables.append(draw(st.lists(st.integers(0, 99), min_size=needed, max_size=needed + 3)))
     sampled = sorted(draw(st.sets(st.integers(0, len(tokens) - 1))))
     return make_batch(tokens, starts, tables, block_size, sampled=sampled)

@@ -12,6 +12,7 @@ from minipaged.memory.block_table import BlockTable
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.swap import Swap
 from minipaged.memory.trace import EVENTS, VERSION, Trace
+from minipaged.viz.trace_file import load_trace, read_trace
 from sharing_model import PagedMemoryMachine
 from trace_model import Replay
 
@@ -57,7 +58,7 @@ class TracedMachine(PagedMemoryMachine):
 
     def teardown(self):
         if hasattr(self, "trace"):
-            again = Trace.loads(self.trace.dumps())
+            again = read_trace(self.trace.dumps().splitlines())
             assert again.events == self.trace.events and again.header() == self.trace.header()
 
 
@@ -84,7 +85,7 @@ def run(script, trace):
                 table = tables[name] = BlockTable(cache, 2, seq=name, trace=trace)
                 table.append_shared(cache.match([1] * argument))
                 seen.append(table.append_tokens(argument - table.num_tokens))
-                cache.insert(table, [1] * argument)
+                cache.cache_blocks(table, [1] * argument)
             elif verb == "swap":
                 seen.append((swap.swap_out if table.allocator is cache else swap.swap_in)([table]))
             elif verb == "release":
@@ -96,7 +97,7 @@ def run(script, trace):
         except OutOfBlocks as error:
             seen.append(str(error))
         seen.append([(name, table.num_tokens, table.blocks) for name, table in tables.items()])
-        seen.append((cache.num_free, cache.num_findable, host.num_free))
+        seen.append((cache.num_free, cache.num_evictable, host.num_free))
     return seen
 
 
@@ -114,11 +115,11 @@ def test_a_trace_survives_json_lines(script, tmp_path_factory):
     trace = Trace(6, 2, 3)
     run(script, trace)
     trace.record("write", seq="A", start=0, count=1, tokens=["\u2028 a line break of its own", "\n"])
-    for again in (Trace.loads(trace.dumps()), Trace.loads(trace.dumps().splitlines(keepends=True))):
+    for again in (read_trace(trace.dumps().splitlines()), read_trace(trace.dumps().splitlines(keepends=True))):
         assert (again.events, again.header(), again.step) == (trace.events, trace.header(), trace.step)
     path = tmp_path_factory.mktemp("trace") / "trace.jsonl"
     trace.save(path)
-    assert Trace.load(path).events == trace.events
+    assert load_trace(path).events == trace.events
     assert len(path.read_text(encoding="utf-8").split("\n")) == len(trace.events) + 2, "a header, and one line an event"
 
 
@@ -132,7 +133,7 @@ def test_what_each_verb_records():
     child = table.fork(seq="B")
     ((source, target),) = child.append_tokens(1)
     trace.step = 2
-    cache.insert(table, [5, 6, 7])
+    cache.cache_blocks(table, [5, 6, 7])
     ((_, host_first), (_, host_second)) = Swap(cache, BlockAllocator(4)).swap_out([table])
     table.release()
     child.truncate(2)
@@ -163,7 +164,7 @@ def test_a_twin_records_nothing():
     first = tables[0].blocks[0]
     del trace.events[:]
     for table in tables:
-        cache.insert(table, [5, 6, 7])
+        cache.cache_blocks(table, [5, 6, 7])
     assert trace.events == [{"event": "cache", "step": 0, "block": first}]
 
 
@@ -266,11 +267,11 @@ HEADER = {"schema": "minipaged.trace", "version": 2, "num_blocks": 2, "block_siz
 )
 def test_a_damaged_trace_names_the_line(line, lines):
     with pytest.raises(ValueError, match=f"line {line} "):
-        Trace.loads("\n".join(lines))
+        read_trace(lines)
 
 
 def test_a_header_is_read_and_written_as_it_is():
-    assert Trace.loads(json.dumps(HEADER)).header() == HEADER
+    assert read_trace([json.dumps(HEADER)]).header() == HEADER
 
 
 def test_a_step_that_falls_behind_the_last_one_is_refused():
@@ -285,4 +286,4 @@ def test_a_step_that_falls_behind_the_last_one_is_refused():
 
 def test_an_empty_trace():
     with pytest.raises(ValueError, match="empty"):
-        Trace.loads("\n\n")
+        read_trace(["", ""])

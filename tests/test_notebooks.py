@@ -26,14 +26,14 @@ FINISHED = {
     2: ["minipaged.model", "minipaged.engine", "minipaged.kvcache"],
     3: ["minipaged.kvcache.contiguous", "ContiguousCache", "minipaged.engine"],
     4: ["minipaged.memory.reservation"],
-    5: ["minipaged.memory.page_table", "minipaged.memory.process", "minipaged.memory.sizes"],
+    5: ["minipaged.memory.page_table", "minipaged.memory.address_space", "minipaged.memory.kv_cache_size"],
     6: ["minipaged.memory.block"],
     7: ["minipaged.attention", "minipaged.kvcache", "minipaged.engine"],
     8: ["minipaged.kernels", "minipaged.attention"],
     9: ["minipaged.memory.prefix_cache", "minipaged.memory.block", "minipaged.memory.swap", "minipaged.engine", "LLM"],
     10: ["minipaged.engine", "LLM"],
     11: ["minipaged.simulator"],
-    12: ["minipaged.simulator", "minipaged.memory.sizes"],
+    12: ["minipaged.simulator", "minipaged.memory.kv_cache_size"],
     13: ["minipaged.distributed", "minipaged.engine", "LLM"],
 }
 

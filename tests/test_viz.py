@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from minipaged.cdiv import cdiv
 from minipaged.memory.trace import EVENTS, Trace
 from minipaged.viz.colours import colours
 from minipaged.viz.export import MAPS, apply_changes, maps_of, to_json
@@ -29,6 +30,7 @@ from minipaged.viz.snapshot import Snapshot
 from minipaged.viz.svg import Picture, to_svg
 from minipaged.viz.svg_parts import CHAR_WIDTH
 from minipaged.viz.terminal import draw
+from minipaged.viz.trace_file import read_trace
 from minipaged.viz.words import in_words, visible
 
 SCRIPTS = Path(__file__).parent.parent / "tutorials" / "traces"
@@ -184,7 +186,7 @@ def test_a_fork_sees_no_more_than_its_parent_where_a_third_sees_more():
 @given(scripts())
 def test_after_a_reset_the_pools_are_empty_and_the_same_events_may_follow(script):
     trace = run_script(script)
-    twice = Trace.loads(trace.dumps())
+    twice = read_trace(trace.dumps().splitlines())
     twice.record("reset")
     number = len(twice.events)
     for event in trace.events:
@@ -416,7 +418,7 @@ def test_the_svg_is_sound_and_names_every_sequence_and_every_block_in_use(trace)
 
 @given(st.lists(st.sampled_from(HOSTILE) | st.text(), min_size=1, max_size=8), st.sampled_from((1, 4, 16)))
 def test_hostile_text_is_only_text_in_an_svg(words, block_size):
-    blocks = list(range(-(-len(words) // block_size)))
+    blocks = list(range(cdiv(len(words), block_size)))
     name = words[0]
     snapshot = Snapshot(8, block_size, {name: blocks}, {name: len(words)}, texts={name: words})
     root = svg_is_sound(to_svg(snapshot))

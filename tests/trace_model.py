@@ -5,6 +5,8 @@ minipaged/viz/state.py is the replay that the pictures are drawn from. This one 
 
 import pytest
 
+from minipaged.cdiv import cdiv
+
 
 class Replay:
     """Tables are dictionaries, sequence -> logical -> block, and each event changes an entry of one."""
@@ -38,7 +40,7 @@ class Replay:
                 table[logical] = event["target"]
             case "fork":
                 assert table == self.tables.get(event["parent"], {}), "its shares come before it"
-                assert len(table) == -(-event["count"] // self.block_size)
+                assert len(table) == cdiv(event["count"], self.block_size)
             case "write":
                 for position in range(event["start"], event["start"] + event["count"]):
                     written = table[position // self.block_size]

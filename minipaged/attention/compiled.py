@@ -21,8 +21,8 @@ from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention, check_write_kv
 from minipaged.attention.contiguous import causal_attention
-from minipaged.attention.paged import gather, paged_attention_gathered
-from minipaged.attention.paged import write_kv as write_kv_by_index
+from minipaged.attention.gathered import gather, paged_attention_gathered
+from minipaged.attention.gathered import write_kv as write_kv_by_index
 from minipaged.cdiv import cdiv
 from minipaged.compiling import BITS, array_of, can_compile, compiled, in_threads, inlined
 from minipaged.compiling_helpers import add_weighted, exp, scores, widen
@@ -94,7 +94,7 @@ def paged_attention(
 def write_kv(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor, *, check: bool = True
 ) -> None:
-    """Arguments and errors of `paged.write_kv`. check=False: the caller has checked the arguments."""
+    """Arguments and errors of `gathered.write_kv`. check=False: the caller has checked the arguments."""
     if check:
         check_write_kv(key, value, key_cache, value_cache, slot_mapping)
     if can_compile(key, value, key_cache, value_cache):

@@ -1,8 +1,8 @@
-"""Chapter 7. Paged attention, block by block: no copy of the context, because softmax can be computed in passing.
+"""Chapter 7. Paged attention, block by block: no copy of the context, because softmax can be computed in one pass.
 
 Softmax needs the maximum and the sum of a whole row, and a block shows only block_size scores of it. So keep, for each
 query, the maximum m so far, the sum l of exp(score - m) so far, and the unnormalised output acc. A new block with
-scores s and values v moves the maximum to m', and what was summed under the old one is rescaled:
+scores s and values v moves the maximum to m', and the sums under the old maximum are rescaled:
 
     m'   = max(m, max_j s_j)
     l'   = l * exp(m - m')   +  sum_j exp(s_j - m')
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention
 from minipaged.attention.contiguous import visible
+from minipaged.cdiv import cdiv
 
 
 def paged_attention_online(
@@ -30,7 +31,7 @@ def paged_attention_online(
     scale: float,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """The same signature and the same answer as `paged_attention`; each block is read where it lies."""
+    """Arguments, answer and errors of `paged_attention_gathered`; each block is read where it lies."""
     check_paged_attention(query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, sliding_window)
     _, num_kv_heads, block_size, head_dim = key_cache.shape
     num_heads = query.shape[1]
@@ -47,7 +48,7 @@ def paged_attention_online(
         maximum = q.new_full((*q.shape[:3], 1), -torch.inf)
         total = torch.zeros_like(maximum)
         accumulator = torch.zeros_like(q)
-        for logical in range(-(-seq_len // block_size)):
+        for logical in range(cdiv(seq_len, block_size)):
             block = int(block_tables[seq, logical])
             first = logical * block_size
             last = min(first + block_size, seq_len)  # the last block may be partly full
@@ -56,8 +57,8 @@ def paged_attention_online(
             scores = q @ key.transpose(-1, -2) * scale  # [num_kv_heads, group, num_queries, tokens]
             scores = scores.masked_fill(~mask[:, first:last], -torch.inf)
             new_maximum = torch.maximum(maximum, scores.amax(-1, keepdim=True))
-            # A query may see nothing of this block nor of those before it (its window starts later). Its maximum is
-            # still -inf then, and -inf - (-inf) is NaN: subtract 0 instead, so that exp gives the 0 that is meant.
+            # A query whose window starts later sees nothing of this block nor of those before it. Its maximum is still
+            # -inf, and -inf - (-inf) is NaN: subtract 0 instead, so that exp gives 0.
             finite = new_maximum.masked_fill(new_maximum == -torch.inf, 0.0)
             weights = torch.exp(scores - finite)
             rescale = torch.exp(maximum - finite)

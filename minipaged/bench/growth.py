@@ -112,7 +112,7 @@ def _decode(model: Any, cache: str, batch: int, context: int) -> tuple[float, in
         llm.step()
     seconds, tokens, slots = [], 0, 0
     for _ in range(NEW):
-        tokens, slots = llm.blocks.num_stored_tokens, llm.blocks.num_slots_used
+        tokens, slots = llm.blocks.num_stored_tokens, llm.blocks.num_used * llm.blocks.block_size
         start = time.perf_counter()
         llm.step()
         seconds.append(time.perf_counter() - start)

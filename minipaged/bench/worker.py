@@ -62,7 +62,7 @@ def ours(cache: str, model: str, dtype: str, caching: bool = False, static: bool
             for seq in llm.step():
                 first.setdefault(seq.request_id, time.perf_counter() - start)
             if len(llm.scheduler.running) == len(prompts):
-                held.append(llm.blocks.num_stored_tokens / llm.blocks.num_slots_used)
+                held.append(llm.blocks.num_stored_tokens / (llm.blocks.num_used * llm.blocks.block_size))
             step += 1
         seconds = time.perf_counter() - start
         after = llm.metrics()

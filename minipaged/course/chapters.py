@@ -94,7 +94,6 @@ _CACHE = (
     "# head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None."
 )
 _OF_BLOCK_MANAGERS = ("in_use_exactly", "can_ever_fit", "fork_of_a_slab")  # tests in chapter 3's file
-_POOL = ("ReservationPool.__init__", "ReservationPool.num_slots", "ReservationPool.num_requests")
 
 CHAPTERS = {
     chapter.number: chapter
@@ -133,7 +132,14 @@ CHAPTERS = {
             4,
             "fragmentation",
             ("test_ch04_fragmentation.py",),
-            (Exercise("ch04_fragmentation.py", "minipaged.memory.reservation", 60, given=("_Request", *_POOL)),),
+            (
+                Exercise(
+                    "ch04_fragmentation.py",
+                    "minipaged.memory.reservation",
+                    60,
+                    given=("_Request", "ReservationPool.__init__", "ReservationPool.num_free"),
+                ),
+            ),
         ),
         Chapter(
             5,
@@ -148,15 +154,14 @@ CHAPTERS = {
                         "PageFault",
                         "AddressLayout.__post_init__",
                         "AddressLayout._check_count",
-                        "FlatPageTable.__init__",
                         "MultiLevelPageTable.__init__",
-                        "_check_free",
-                        "_check_mapped",
+                        "MultiLevelPageTable.check_unmapped",
+                        "FlatPageTable.__init__",
                     ),
                 ),
                 Exercise(
-                    "ch05_process.py",
-                    "minipaged.memory.process",
+                    "ch05_address_space.py",
+                    "minipaged.memory.address_space",
                     30,
                     given=("PhysicalMemory.__init__", "Process.__init__"),
                 ),
@@ -186,7 +191,7 @@ CHAPTERS = {
             "paged attention",
             ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
             (
-                Exercise("ch07_paged_attention.py", "minipaged.attention.paged", 40, note=_SHAPES),
+                Exercise("ch07_paged_attention.py", "minipaged.attention.gathered", 40, note=_SHAPES),
                 Exercise("ch07_online_softmax.py", "minipaged.attention.online_softmax", 40, note=_SHAPES),
                 Exercise(
                     "ch07_paged_cache.py",
@@ -257,16 +262,14 @@ CHAPTERS = {
                     blank=(
                         "block_keys",
                         "PrefixCache.num_free",
-                        "PrefixCache.num_findable",
-                        "PrefixCache.num_unused",
                         "PrefixCache.num_evictable",
+                        "PrefixCache.is_evictable",
                         "PrefixCache.match",
-                        "PrefixCache.insert",
+                        "PrefixCache.cache_blocks",
                         "PrefixCache.allocate",
                         "PrefixCache.share",
                         "PrefixCache.free",
                     ),
-                    left_out=("PrefixCache._keep", "PrefixCache._evict"),
                 ),
                 Exercise("ch09_swap.py", "minipaged.memory.swap", 30, given=("Swap.__init__",)),
             ),

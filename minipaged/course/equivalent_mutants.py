@@ -37,12 +37,12 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "a set is never larger than what it is made of",
     (
         "minipaged/memory/swap.py",
-        'device, host = (block, new[block]) if event >= "swap_out" else (new[block], block)',
-    ): 'of the two names, "swap_in" is the smaller',
+        "device, host = (block, new[block]) if target == self.host else (new[block], block)",
+    ): "a pool is equal to itself alone",
     (
         "minipaged/memory/swap.py",
-        'device, host = (block, new[block]) if event is "swap_out" else (new[block], block)',
-    ): _SAME_OBJECT,
+        'event = "swap_out" if target == self.host else "swap_in"',
+    ): "a pool is equal to itself alone",
     ("minipaged/memory/swap.py", "if device == host:"): "a pool is equal to itself alone",
     (
         "minipaged/memory/swap.py",
@@ -51,7 +51,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "minipaged/memory/prefix_cache.py",
         "continue",
-    ): "no block is findable behind one that is not: a leaf goes before its parent",
+    ): "no block is cached behind one that is not: a leaf goes before its parent",
     (
         "minipaged/memory/prefix_cache.py",
         "if table.allocator != self or table.block_size != self.block_size:",
@@ -65,31 +65,31 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "while first != 0 and blocks[first - 1] not in self._key_of:",
     ): "it counts down by 1 from a number that is not negative",
     (
-        "minipaged/memory/process.py",
+        "minipaged/memory/address_space.py",
         "self._bytes = bytearray(num_frames >> page_bytes)",
     ): "`take` writes the frames in their order at first, and lengthens what is too short",
     (
-        "minipaged/memory/process.py",
+        "minipaged/memory/address_space.py",
         "self._bytes = bytearray(num_frames << page_bytes)",
     ): "`take` writes the frames in their order at first, and lengthens what is too short",
     (
-        "minipaged/memory/process.py",
+        "minipaged/memory/address_space.py",
         "self._bytes = bytearray(num_frames % page_bytes)",
     ): "`take` writes the frames in their order at first, and lengthens what is too short",
     (
-        "minipaged/memory/process.py",
+        "minipaged/memory/address_space.py",
         "self._bytes = bytearray(num_frames ** page_bytes)",
     ): "`take` writes the frames in their order at first, and lengthens what is too short",
     (
-        "minipaged/memory/process.py",
+        "minipaged/memory/address_space.py",
         "self._bytes = bytearray(num_frames + page_bytes)",
     ): "`take` writes the frames in their order at first, and lengthens what is too short",
-    ("minipaged/memory/process.py", "if not 0 <= byte <= 256:"): "a bytearray refuses 256 with the same error",
-    ("minipaged/memory/process.py", "if owner.memory != self.memory:"): "a memory is equal to itself alone",
+    ("minipaged/memory/address_space.py", "if not 0 <= byte <= 256:"): "a bytearray refuses 256 with the same error",
+    ("minipaged/memory/address_space.py", "if owner.memory != self.memory:"): "a memory is equal to itself alone",
     (
-        "minipaged/memory/process.py",
+        "minipaged/memory/address_space.py",
         "if self._mappings[frame] <= 0:",
-    ): "a count never falls below 0: `_check_in_use` saw to it",
+    ): "a count never falls below 0: `_in_use` saw to it",
     (
         "minipaged/memory/trace.py",
         'if fields.get("schema") != SCHEMA or fields.get("version") is not VERSION:',
@@ -114,9 +114,5 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "minipaged/attention/online_softmax.py",
         "finite = new_maximum.masked_fill(new_maximum == -torch.inf, -1.0)",
     ): "any finite number will do: exp(-inf) is 0",
-    ("minipaged/attention/paged.py", "if rows.start >= rows.stop:"): "a checked query_start_loc never falls",
-    (
-        "minipaged/memory/sizes.py",
-        "return self.block_bytes // ENTRY_BYTES",
-    ): "a block is of whole entries: K and V, of 2 bytes each",
+    ("minipaged/attention/gathered.py", "if rows.start >= rows.stop:"): "a checked query_start_loc never falls",
 }

@@ -181,9 +181,9 @@ HINTS: dict[int, tuple[Topic, ...]] = {
         Topic(
             r"",
             (
-                "Which of your sums was not brought up to date?",
+                "What does the pool keep of each request, and which call changes it?",
                 "A request ends with what it holds now, which need not be its final length.",
-                "allocate adds prompt_len tokens, append adds n, free takes away num_tokens, final_len and asked.",
+                "allocate stores prompt_len tokens, append n more, and free removes the request from the records.",
             ),
         ),
     ),
@@ -220,8 +220,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             (
                 "What must have changed after a call that raised?",
                 "Nothing. A page without a frame is a PageFault when it is read, and a ValueError when it is unmapped.",
-                "Call _check_free or _check_mapped first; Process.map takes a frame only when the page is known to "
-                "be free.",
+                "Call check_unmapped first in map; Process.map takes a frame only when the page is known to be free.",
             ),
         ),
         Topic(
@@ -272,7 +271,7 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             (
                 "How many blocks do 4 tokens take with block_size 4, and how many do 5?",
                 "The last block may have room: count the blocks of all tokens, less those that are there.",
-                "ceil((num_tokens + n) / block_size) - len(blocks), and -(-a // b) is the ceiling of a / b.",
+                "ceil((num_tokens + n) / block_size) - len(blocks), and cdiv(a, b) is the ceiling of a / b.",
             ),
         ),
         Topic(
@@ -422,10 +421,10 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             r"there is room|there is none|enters_exactly|comes_back_exactly|to look is not",
             (
                 "The block manager asks your classes what is free, and what an append takes. Which answer is wrong?",
-                "A block without a table counts as free. A prefix that is found takes it away again: num_evictable "
-                "says how many of the found blocks are such ones.",
-                "num_free: the free blocks and the unused ones. num_evictable: those of the given blocks that are "
-                "unused. blocks_needed: new blocks, and one more for a copy.",
+                "A block without a table counts as free. A prefix that is found takes it away again: is_evictable "
+                "says whether a found block is such a one.",
+                "num_free: the free blocks and the evictable ones. is_evictable: cached, and named "
+                "by no table. blocks_needed: new blocks, and one more for a copy.",
             ),
         ),
         Topic(
@@ -460,12 +459,12 @@ HINTS: dict[int, tuple[Topic, ...]] = {
                 "When a block gets a new owner, by which key can it still be found?",
                 "By none: evicting a block removes it from both maps. It goes when it has been without a table "
                 "longest, a leaf before its parent.",
-                "In allocate, with no free block: take the first of the unused ones, forget its key, super().free it, "
-                "then super().allocate(). A block that a table names again is not unused.",
+                "In allocate, with no free block: take the first evictable one, forget its key, super().free it, then "
+                "super().allocate(). A block that a table names again is not evictable.",
             ),
         ),
         Topic(
-            r"found|different|tenants|prefix|behind|leaves_a_token|hit|insert",
+            r"found|different|tenants|prefix|behind|leaves_a_token|hit|cached",
             (
                 "What does the key of a block depend on?",
                 "On its tokens, on the key of the block before it, and on the salt; and only a full block has one.",
@@ -495,8 +494,8 @@ HINTS: dict[int, tuple[Topic, ...]] = {
             r"",
             (
                 "Draw the tables before and after. Which reference is too many, or too few?",
-                "A findable block has one owner more: the cache.",
-                "Every entry of a table is one reference, every findable block one more; nothing else counts.",
+                "A cached block has one owner more: the cache.",
+                "Every entry of a table is one reference, every cached block one more; nothing else counts.",
             ),
         ),
     ),

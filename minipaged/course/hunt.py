@@ -17,7 +17,7 @@ from minipaged.course import state
 from minipaged.course.chapters import chapter
 from minipaged.course.grade import HOLDS, NOT_WRITTEN, WRONG, grade
 from minipaged.course.museum import Bug, load_bugs
-from minipaged.course.report import print_counterexample
+from minipaged.course.report import print_counterexample, say
 
 
 def hunt(number: int | None, folder: Path, answer: str | None, console: Console) -> int:
@@ -31,7 +31,7 @@ def hunt(number: int | None, folder: Path, answer: str | None, console: Console)
     if answer is None:
         show(number, len(puzzles), bug, file, console)
         if not sys.stdin.isatty():
-            _say(console, f"\nYour answer: minipaged hunt {number} --answer FUNCTION:LINE")
+            say(console, f"\nYour answer: minipaged hunt {number} --answer FUNCTION:LINE")
             return NOT_WRITTEN
         answer = f"{input('Which function? ')}:{input(f'Which line of {file}? ')}"
     return judge(number, bug, folder, answer, console)
@@ -48,7 +48,7 @@ def show(number: int, total: int, bug: Bug, file: Path, console: Console) -> Non
     console.print(Text(f"Puzzle {number} of {total}, chapter {bug.chapter}: {which.title}", style="bold"))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(bug.planted(), encoding="utf-8")
-    _say(console, f"One thing in {file} is wrong. It is {bug.module}, with a few lines changed.")
+    say(console, f"One thing in {file} is wrong. It is {bug.module}, with a few lines changed.")
     with tempfile.TemporaryDirectory() as planted:
         bug.plant(Path(planted))
         found = grade(which, Path(planted))
@@ -67,23 +67,19 @@ def judge(number: int, bug: Bug, folder: Path, answer: str, console: Console) ->
     # What was left out shows between two lines: either of them is right.
     right_line = bug.lines().start - 1 <= line <= bug.lines().stop
     if right_function and right_line:
-        _say(console, f"Found. {' '.join(bug.about.split())}")
-        _say(console, f"Seen: {bug.source}.")
+        say(console, f"Found. {' '.join(bug.about.split())}")
+        say(console, f"Seen: {bug.source}.")
         state.remember(folder, "hunt", str(number), True)
         return HOLDS
     if right_function:
-        _say(
+        say(
             console,
             f"The function is right, line {line} is not. Read the script again: which call makes the first mistake?",
         )
     else:
-        _say(console, f"Not in {name}. Which state is the first that should not be, and which call made it?")
+        say(console, f"Not in {name}. Which state is the first that should not be, and which call made it?")
     return WRONG
 
 
 def _found(folder: Path, number: int) -> bool:
     return state.recall(folder, "hunt", str(number)) is True
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(Text(text), soft_wrap=True, highlight=False)

@@ -20,6 +20,7 @@ from minipaged.course.chapters import Chapter, repository
 from minipaged.course.grade import HOLDS, NOT_WRITTEN, WRONG, environment, read
 from minipaged.course.impl import unwritten
 from minipaged.course.museum import load_bugs
+from minipaged.course.report import say
 
 # Property -> the planted bugs that it must refuse.
 PROPERTIES: dict[int, dict[str, tuple[str, ...]]] = {
@@ -156,19 +157,15 @@ def print_verdicts(chapter: Chapter, verdicts: list[Verdict], console: Console) 
     for verdict in verdicts:
         words = verdict.name.removeprefix("test_").replace("_", " ")
         if verdict.unwritten:
-            _say(console, f"not written  {words}")
+            say(console, f"not written  {words}")
         elif verdict.problem:
-            _say(console, f"TOO STRICT   {words}")
-            _say(console, f"             it refuses the reference itself: {verdict.problem}")
+            say(console, f"TOO STRICT   {words}")
+            say(console, f"             it refuses the reference itself: {verdict.problem}")
         elif verdict.missed:
-            _say(console, f"TOO WEAK     {words}")
-            _say(console, f"             it refuses {verdict.refused} planted bugs, and lets this one pass:")
-            _say(console, f"             {verdict.missed[0]}")
+            say(console, f"TOO WEAK     {words}")
+            say(console, f"             it refuses {verdict.refused} planted bugs, and lets this one pass:")
+            say(console, f"             {verdict.missed[0]}")
         else:
-            _say(console, f"good         {words}: holds for the reference, refuses {verdict.refused} planted bugs")
+            say(console, f"good         {words}: holds for the reference, refuses {verdict.refused} planted bugs")
     codes = {verdict.code for verdict in verdicts}
     return WRONG if WRONG in codes else NOT_WRITTEN if NOT_WRITTEN in codes else HOLDS
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(Text(text), soft_wrap=True, highlight=False)

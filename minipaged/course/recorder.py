@@ -28,8 +28,8 @@ CALLS_UP_TO = 200  # of one example: what is longer is no smallest script
 LOOKS = {
     "ref_count", "slot", "blocks_needed", "match", "num_tokens", "num_free_for", "reservation", "can_allocate",
     "account", "split", "indices", "table_bytes", "dense_bytes", "sparse_bytes", "is_mapped", "frame", "translate",
-    "load", "num_mappings", "kv_bytes_per_token", "check", "finish", "num_evictable", "blocks", "blocks_for",
-    "can_ever_fit", "get_computed_blocks", "prefix_of", "block_keys", "is_swapped",
+    "load", "num_mappings", "kv_bytes_per_token", "check", "finish", "is_evictable", "blocks", "blocks_for",
+    "can_ever_fit", "get_computed_blocks", "prefix_of", "block_keys", "is_swapped", "check_unmapped",
 }  # fmt: skip
 NO_EVENTS = {"__init__", "update_from_output"}  # an object is made; the second half of a step, which `schedule` counts
 WATCHED = {  # classes whose methods make a script
@@ -40,7 +40,7 @@ WATCHED = {  # classes whose methods make a script
     "minipaged.memory.block_manager": ("BlockManager",),
     "minipaged.memory.reservation": ("BuddyAllocator", "ReservationPool"),
     "minipaged.memory.page_table": ("AddressLayout", "FlatPageTable", "MultiLevelPageTable"),
-    "minipaged.memory.process": ("PhysicalMemory", "Process"),
+    "minipaged.memory.address_space": ("PhysicalMemory", "Process"),
     "minipaged.engine.scheduler": ("Scheduler",),
     "minipaged.kvcache.contiguous": ("ContiguousCache",),
     "minipaged.kvcache.paged": ("PagedCache",),

@@ -22,50 +22,50 @@ def print_grade(grade: Grade, console: Console) -> None:
     """The list of properties, and what to write next."""
     chapter = grade.chapter
     console.print(Text(f"Chapter {chapter.number}: {chapter.title}", style="bold"))
-    _say(console, _whose(grade))
+    say(console, _whose(grade))
     console.print()
     for error in grade.errors:
-        _say(console, f"cannot be imported: {_last_line(error)}", "bold red")
+        say(console, f"cannot be imported: {_last_line(error)}", "bold red")
     for words, outcome, count in _grouped(grade.findings):
         outcome, _, wanting = outcome.partition(",")
         line = Text(f"{outcome.upper() if outcome == 'wrong' else outcome:<12} ", style=_STYLES.get(outcome, "dim"))
         line.append(words + (f" ({count} cases)" if count > 1 else ""), style="not bold default")
         line.append(f",{wanting}" if wanting else "", style="not bold dim")
-        _say(console, line)
-    _say(console, "\n" + _sum(grade))
+        say(console, line)
+    say(console, "\n" + _sum(grade))
     for file, names in grade.stubs.items():
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            _say(console, f"To write in {file}: {', '.join(names[:4])}{more}")
+            say(console, f"To write in {file}: {', '.join(names[:4])}{more}")
 
 
 def print_counterexample(finding: dict[str, Any], console: Console) -> None:
     """The property, the smallest script, and the memory before and after its last call."""
     console.print()
     console.print(Text("The first thing that is wrong", style="bold"))
-    _say(console, f"Property  {finding['property']}")
+    say(console, f"Property  {finding['property']}")
     if finding["about"]:
-        _say(console, f"          {finding['about']}")
+        say(console, f"          {finding['about']}")
     for number, line in enumerate(_message(finding)):
-        _say(console, ("Found     " if number == 0 else "          ") + line)
+        say(console, ("Found     " if number == 0 else "          ") + line)
     if finding["where"]:
-        _say(console, f"Seen at   {finding['where']}")
+        say(console, f"Seen at   {finding['where']}")
     script = finding["script"]
     if script:
         events = finding["events"]
         console.print()
-        _say(console, f"The smallest script that shows it{f' ({_events(events)})' if events else ''}:")
+        say(console, f"The smallest script that shows it{f' ({_events(events)})' if events else ''}:")
         first = max(0, len(script) - _SCRIPT_UP_TO)
         for number, call in enumerate(script[first:], start=first + 1):
-            _say(console, f"  {number:>3}  {call['call']}")
+            say(console, f"  {number:>3}  {call['call']}")
     _draw_states([call.get("state") for call in script], console)
 
 
 def print_hint(hint: str, level: int, levels: int, chapter: int, console: Console) -> None:
     console.print()
-    _say(console, f"Hint {level} of {levels}: {hint}", "cyan")
+    say(console, f"Hint {level} of {levels}: {hint}", "cyan")
     if level < levels:
-        _say(console, f"The next one: minipaged check {chapter} --hint")
+        say(console, f"The next one: minipaged check {chapter} --hint")
 
 
 def _grouped(findings: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
@@ -144,10 +144,10 @@ def _draw_states(states: list[dict[str, Any] | None], console: Console) -> None:
         try:
             snapshot = to_snapshot(state)
         except ValueError as error:  # a table names a block that does not exist: say it, there is no picture
-            _say(console, f"\n{words}: {_tables_in_words(state)} ({error})")
+            say(console, f"\n{words}: {_tables_in_words(state)} ({error})")
             continue
         console.print()
-        _say(console, f"{words}:")
+        say(console, f"{words}:")
         console.print(Padding(draw(snapshot, min(console.width - 2, 100)), (0, 0, 0, 2), expand=False))
 
 
@@ -180,7 +180,7 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else text
 
 
-def _say(console: Console, text: str | Text, style: str = "") -> None:
-    """As it is: no markup, no colouring of numbers, no break inside a line that a pipe would not have."""
+def say(console: Console, text: str | Text, style: str = "") -> None:
+    """Print a line as it is: no markup, no coloured numbers, no break that a pipe would not have."""
     line = text if isinstance(text, Text) else Text(text, style=style)
     console.print(line, soft_wrap=True, highlight=False)

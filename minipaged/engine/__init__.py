@@ -3,27 +3,19 @@
 Imported lazily: the scheduler is plain Python, and a program that wants only that does not wait for torch.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minipaged.engine.beam_scheduler import BeamSearchParams
-    from minipaged.engine.llm import LLM
+    from minipaged.engine.beam_scheduler import BeamSearchParams as BeamSearchParams
+    from minipaged.engine.llm import LLM as LLM
     from minipaged.engine.sequence import CompletionOutput, RequestOutput, SamplingParams
 
 __all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LLM":
-        from minipaged.engine.llm import LLM
-
-        return LLM
-    if name == "BeamSearchParams":
-        from minipaged.engine.beam_scheduler import BeamSearchParams
-
-        return BeamSearchParams
-    if name in __all__:
-        from minipaged.engine import sequence
-
-        return getattr(sequence, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = {"LLM": "llm", "BeamSearchParams": "beam_scheduler"}.get(name, "sequence")
+    return getattr(import_module(f"minipaged.engine.{module}"), name)

@@ -12,17 +12,21 @@ Plain Python, and no tensor. The caller says how each search continues: from log
 """
 
 import math
+import sys
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from minipaged.engine.arguments import flag, number, whole
 from minipaged.engine.scheduler_output import SchedulerOutput, cache_computed
-from minipaged.engine.sequence import CompletionOutput, FinishReason, Sequence, Token
+from minipaged.engine.sequence import CompletionOutput, FinishReason, Sequence, Token, stop_tokens
 from minipaged.memory.block_manager import NO_PREFIX, BlockManager
 
 if TYPE_CHECKING:
     from minipaged.model.tokenizer import TextTokenizer
+
+LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,20 @@ class BeamSearchParams:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     ignore_eos: bool = False
-    stop_token_ids: Items[int] = ()
+    stop_token_ids: Items[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.beam_width < 1:
-            raise ValueError(f"beam_width must be at least 1, got {self.beam_width}")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty must be a finite number, got {self.length_penalty}")
+        given = vars(self)  # frozen for its users; here each field gets its plain Python form
+        for name in ("beam_width", "max_tokens"):
+            given[name] = whole(name, given[name], least=1)
+        given["length_penalty"] = number("length_penalty", self.length_penalty)
+        given["ignore_eos"] = flag("ignore_eos", self.ignore_eos)
+        given["stop_token_ids"] = stop_tokens(self.stop_token_ids)
+        if not abs(self.length_penalty) * math.log(self.max_tokens) < LARGEST_EXPONENT:
+            raise ValueError(
+                f"length_penalty must be a number so small that max_tokens ** length_penalty is finite, "
+                f"got {self.max_tokens} ** {self.length_penalty}"
+            )
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
 
@@ -84,10 +93,11 @@ class Search:
 
     def outputs(self, tokenizer: "TextTokenizer") -> list[CompletionOutput]:
         """The hypotheses as an answer, best first. The text of a stop token is no part of it."""
+        stops = self.params.stop_token_ids or ()
         return [
             CompletionOutput(
                 rank,
-                text=tokenizer.decode([token for token in found.token_ids if token not in self.params.stop_token_ids]),
+                text=tokenizer.decode([token for token in found.token_ids if token not in stops]),
                 token_ids=found.token_ids,
                 finish_reason=found.finish_reason,
                 cumulative_logprob=found.cumulative_logprob,

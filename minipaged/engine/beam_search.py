@@ -16,22 +16,38 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minipaged.engine.beam_scheduler import BeamScheduler, Choice, Hypothesis, Search
+from minipaged.engine.beam_scheduler import BeamScheduler, BeamSearchParams, Choice, Hypothesis, Search
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.runner import forward_batch
-from minipaged.engine.sequence import FinishReason
+from minipaged.engine.sequence import FinishReason, Request, RequestOutput
 
 
-def beam_search(engine: LLMEngine, searches: list[Search], on_token: Callable[[], None]) -> None:
-    """Run searches to their ends, in step with one another. The engine's own requests keep their blocks, and wait.
+def beam_search(
+    engine: LLMEngine, requests: list[Request], params: BeamSearchParams, on_token: Callable[[], None]
+) -> list[RequestOutput]:
+    """Search for every request, in step with one another. The engine's own requests keep their blocks, and wait.
 
     Raises ValueError, before anything runs, for a search that does not fit beside them. After an interrupt the next
     call of the engine recovers, and no block is lost.
     """
-    engine.recover()
-    beams = BeamScheduler(engine.blocks, engine.scheduler.max_num_seqs, engine.scheduler.max_num_batched_tokens)
-    for search in searches:
-        beams.check(search)
+    end_tokens = frozenset(params.stop_token_ids or ())
+    if not params.ignore_eos:
+        end_tokens |= engine.tokenizer.eos_token_ids
+    rooms = [engine.scheduler.max_model_len - len(request.seqs[0]) for request in requests]
+    searches = [Search(params, each.seqs, end_tokens, room) for each, room in zip(requests, rooms, strict=True)]
+    with engine.lock:  # other threads wait, and step their requests afterwards
+        engine.recover()
+        beams = BeamScheduler(engine.blocks, engine.scheduler.max_num_seqs, engine.scheduler.max_num_batched_tokens)
+        for search in searches:
+            beams.check(search)
+        _run(engine, beams, searches, on_token)
+    return [
+        RequestOutput(each.request_id, each.prompt, search.prompt_token_ids, search.outputs(engine.tokenizer))
+        for each, search in zip(requests, searches, strict=True)
+    ]
+
+
+def _run(engine: LLMEngine, beams: BeamScheduler, searches: list[Search], on_token: Callable[[], None]) -> None:
     with engine.changing():
         beams.waiting.extend(searches)
         while beams.waiting or beams.running:
@@ -45,7 +61,7 @@ def beam_search(engine: LLMEngine, searches: list[Search], on_token: Callable[[]
             for search in beams.update_from_output(output):
                 beams.advance(search, choose(search, logits[[output.sampled[beam] for beam in search.beams]]))
                 on_token()
-            engine.stats = engine.stats.plus(output, 0.0, time.perf_counter() - start)
+            engine.stats = engine.stats.after_step(output, 0.0, time.perf_counter() - start)
 
 
 def choose(search: Search, logits: Tensor) -> list[Choice]:

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 import torch
 
 from minipaged.cdiv import cdiv
-from minipaged.model.transformer import ModelConfig
+from minipaged.engine.arguments import flag, text, whole
+from minipaged.model.transformer import Transformer
 
 DEFAULT_POOL_BYTES = 1 << 30  # K and V of all layers; the system commits a page of it when it is first written
 CACHES = ("contiguous", "paged")
@@ -40,8 +41,7 @@ def check_cache(cache: str) -> None:
 
 
 def make_cache_config(
-    config: ModelConfig,
-    weights: torch.Tensor,
+    transformer: Transformer,
     *,
     cache: str,
     backend: str,
@@ -54,20 +54,23 @@ def make_cache_config(
     preemption: str,
 ) -> CacheConfig:
     """Fill in what was left open. Raises ValueError for an argument that does not fit the others or the model."""
+    for name, string in (("cache", cache), ("backend", backend), ("preemption", preemption)):
+        text(name, string)
     check_cache(cache)
+    config, weights = transformer.config, transformer.embed_tokens.weight
     for name, value, known in (("backend", backend, BACKENDS), ("preemption", preemption, PREEMPTIONS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     for name, value, of_paged in (("backend", backend, "triton"), ("preemption", preemption, "swap")):
         if value == of_paged and cache != "paged":
             raise ValueError(f"{name} {value!r} is of the paged cache, and cache is {cache!r}")
-    for name, size in (("block_size", block_size), ("num_blocks", num_blocks), ("num_host_blocks", num_host_blocks)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+    block_size = whole("block_size", block_size, least=1)
+    num_blocks = None if num_blocks is None else whole("num_blocks", num_blocks, least=1)
+    num_host_blocks = None if num_host_blocks is None else whole("num_host_blocks", num_host_blocks, least=1)
+    enable_prefix_caching = flag("enable_prefix_caching", enable_prefix_caching)
     if num_host_blocks is not None and preemption != "swap":
         raise ValueError(f"num_host_blocks is for preemption 'swap', and preemption is {preemption!r}")
-    if max_model_len is None:
-        max_model_len = config.max_position
+    max_model_len = config.max_position if max_model_len is None else whole("max_model_len", max_model_len)
     if not 2 <= max_model_len <= config.max_position:
         raise ValueError(f"max_model_len must be 2 to {config.max_position}, got {max_model_len}")
     if num_blocks is None:
@@ -82,6 +85,10 @@ def make_cache_config(
         num_blocks, block_size = num_blocks * block_size // max_model_len, max_model_len
     if backend == "auto":
         backend = "triton" if weights.device.type == "cuda" and find_spec("triton") else "torch"
-    num_host_blocks = (num_host_blocks or num_blocks) if preemption == "swap" else 0
+    if backend == "triton" and weights.device.type == "cpu" and weights.dtype == torch.bfloat16:
+        raise ValueError(
+            "backend 'triton' on a CPU is Triton's interpreter, which computes bfloat16 wrongly: take float32"
+        )
+    host = (num_host_blocks or num_blocks) if preemption == "swap" else 0
     caching = enable_prefix_caching and cache == "paged"
-    return CacheConfig(cache, backend, block_size, num_blocks, num_host_blocks, max_model_len, caching)
+    return CacheConfig(cache, backend, block_size, num_blocks, host, max_model_len, caching)

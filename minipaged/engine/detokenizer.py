@@ -42,7 +42,7 @@ class IncrementalDetokenizer:
     def push(self, token_id: int) -> None:
         """One more token."""
         reason: FinishReason | None = None
-        stops = token_id in self.params.stop_token_ids
+        stops = token_id in (self.params.stop_token_ids or ())
         text = self.text if stops else self.text + self._stream.push(token_id)  # its text is no part of the answer
         if stops or token_id in self.eos_token_ids:
             reason = "stop"

@@ -1,46 +1,29 @@
 """Chapter 10. `LLM`: prompts in, texts out. The engine below does the work."""
 
-import operator
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from minipaged.engine.beam_scheduler import BeamSearchParams, Search
+from minipaged.engine.arguments import flag, items, number, whole
+from minipaged.engine.beam_scheduler import BeamSearchParams
 from minipaged.engine.beam_search import beam_search
 from minipaged.engine.cache_config import CACHES, make_cache_config
 from minipaged.engine.llm_engine import LLMEngine
+from minipaged.engine.prompt import Prompt, Prompts, read_prompt
 from minipaged.engine.runner import Runner
 from minipaged.engine.scheduler import Scheduler
-from minipaged.engine.sequence import (
-    Request,
-    RequestOutput,
-    SamplingParams,
-    Sequence,
-    StreamOutput,
-)
+from minipaged.engine.sequence import Request, RequestOutput, SamplingParams, Sequence, StreamOutput
 from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.trace import Trace
 from minipaged.model.load import Model, default_device, load_model
 from minipaged.model.tokenizer import Message
 
 __all__ = ["CACHES", "LLM", "StreamOutput"]
-
-
-class TokenPrompt(TypedDict):
-    """A prompt as tokens. cache_salt: prompts of unequal salts never share a block (one for each tenant, say)."""
-
-    prompt_token_ids: list[int]
-    cache_salt: NotRequired[str]
-
-
-Prompt = str | TokenPrompt
-Prompts = Prompt | list[Prompt] | list[str]
 
 
 class LLM(LLMEngine):
@@ -87,6 +70,10 @@ class LLM(LLMEngine):
         tensor_parallel_size: int = 1,
         distributed_timeout: float = 60.0,
     ):
+        seed, max_num_seqs = whole("seed", seed), whole("max_num_seqs", max_num_seqs)
+        max_num_batched_tokens = whole("max_num_batched_tokens", max_num_batched_tokens)
+        watermark = number("watermark", watermark)
+        trace = trace if isinstance(trace, str | Path) else flag("trace", trace)
         if trace and cache != "paged":
             raise ValueError(f"a trace shows the blocks of the paged cache, and cache is {cache!r}")
         sharded = None
@@ -97,17 +84,11 @@ class LLM(LLMEngine):
             sharded = ShardedModel(model, tensor_parallel_size, dtype, seed, device, distributed_timeout)
             model = sharded.model
         elif not isinstance(model, Model):
-            model = load_model(model, dtype or "float32", seed, device or default_device())
-        transformer, tokenizer = model
+            device = device or default_device()
+        transformer, tokenizer = load_model(model, dtype, seed, device)
         self.config, self.seed = sharded.loaded.config if sharded else transformer.config, seed
-        weights = transformer.embed_tokens.weight
-        dtype = None if dtype == "auto" else dtype
-        for name, wanted, has in (("dtype", dtype, str(weights.dtype)[6:]), ("device", device, str(weights.device))):
-            if wanted is not None and wanted not in (has, has.partition(":")[0]):
-                raise ValueError(f"{name} {wanted!r} was asked for, and the loaded model has {has!r}")
         cache_config = make_cache_config(
-            transformer.config,
-            weights,
+            transformer,
             cache=cache,
             backend=backend,
             block_size=block_size,
@@ -132,7 +113,7 @@ class LLM(LLMEngine):
             blocks, cache_config.max_model_len, max_num_seqs, max_num_batched_tokens, watermark=watermark
         )
         super().__init__(scheduler, runner, tokenizer)
-        self._request_ids = count()
+        self._request_ids = count()  # threads may ask at once: each gets a number of its own
         runner.start()  # the last thing: where an argument was wrong, no process was started
 
     def close(self) -> None:
@@ -186,7 +167,10 @@ class LLM(LLMEngine):
         A message is {"role": "system" | "user" | "assistant", "content": text}. Raises ValueError as `generate` does,
         and where the model has no chat format.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        given = items("messages", messages)
+        if not given:
+            raise ValueError("messages is empty: a conversation has at least one message")
+        conversations = [given] if isinstance(given[0], dict) else given
         prompts = [self.tokenizer.apply_chat_template(conversation) for conversation in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, progress=progress)
 
@@ -195,31 +179,22 @@ class LLM(LLMEngine):
     ) -> list[RequestOutput]:
         """The likeliest texts of every prompt, best first, each with its score (beam_search.py). Raises ValueError as
         `generate`. Other requests wait meanwhile, and keep their blocks."""
-        params = params or BeamSearchParams()
+        params = BeamSearchParams() if params is None else params
+        if not isinstance(params, BeamSearchParams):
+            raise ValueError(f"params must be BeamSearchParams, got {params!r}")
         requests = self._make_requests(prompts, SamplingParams(max_tokens=params.max_tokens))
-        end_tokens = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            end_tokens |= self.tokenizer.eos_token_ids
-        searches = [
-            Search(params, request.seqs, end_tokens, self.scheduler.max_model_len - len(request.seqs[0]))
-            for request in requests
-        ]
         try:
-            with _progress(progress, params.max_tokens * len(searches)) as advance:
-                beam_search(self, searches, lambda: advance(1))
+            with _progress(progress, params.max_tokens * len(requests)) as advance:
+                return beam_search(self, requests, params, lambda: advance(1))
         finally:
             self._save_trace()
-        return [
-            RequestOutput(request.request_id, request.prompt, search.prompt_token_ids, search.outputs(self.tokenizer))
-            for request, search in zip(requests, searches, strict=True)
-        ]
 
     # ---- one request -------------------------------------------------------------------------------------------
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
         """Queue one prompt; `step` until it is `finished`, and read its `output()` at any time. Raises ValueError,
         changing nothing, where it can never run."""
-        [request] = self._make_requests(prompt, params)
+        [request] = self._make_requests([prompt], params)
         self.add(request)
         return request
 
@@ -240,51 +215,33 @@ class LLM(LLMEngine):
 
     def _make_requests(self, prompts: Prompts, params: SamplingParams | None) -> list[Request]:
         """Requests that are not queued yet: either all prompts are accepted or none."""
-        params = params or SamplingParams()
-        items: Iterable[Prompt] = [prompts] if isinstance(prompts, str | dict) else prompts
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
         checked = []
-        for number, prompt in enumerate(items):
+        for i, prompt in enumerate([prompts] if isinstance(prompts, str | dict) else items("prompts", prompts)):
             try:
-                token_ids = self._encode(prompt)
+                token_ids, cache_salt = read_prompt(prompt, self.tokenizer, self.config.vocab_size)
                 self.scheduler.check(len(token_ids), params.max_tokens)
             except ValueError as error:
-                raise ValueError(f"prompt {number}: {error}") from error
-            checked.append((prompt, token_ids))
-        return [self._make_request(prompt, token_ids, params) for prompt, token_ids in checked]
-
-    def _make_request(self, prompt: Prompt, token_ids: list[int], params: SamplingParams) -> Request:
-        number = next(self._request_ids)
-        # Without a seed of its own, a request draws from the engine's seed and its number.
-        seed = params.seed if params.seed is not None else self.seed + 7919 * (number + 1)
-        text, salt = (prompt, None) if isinstance(prompt, str) else (None, prompt.get("cache_salt"))
-        seqs = [Sequence(str(number), index, token_ids, params, seed, salt) for index in range(params.n)]
-        return Request(str(number), text, seqs, time.perf_counter())
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
-            raise ValueError(f"a prompt is a string or {{'prompt_token_ids': [...]}}, got {prompt!r}")
-        try:
-            token_ids = [operator.index(token) for token in prompt["prompt_token_ids"]]
-        except TypeError as error:
-            raise ValueError(f"prompt_token_ids must be whole numbers: {error}") from error
-        for token in token_ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(
-                    f"token {token!r} does not exist: the vocabulary has 0 to {self.config.vocab_size - 1}"
-                )
-        return token_ids
+                raise ValueError(f"prompt {i}: {error}") from error
+            checked.append((prompt if isinstance(prompt, str) else None, token_ids, cache_salt))
+        requests = []
+        for prompt_text, token_ids, cache_salt in checked:
+            request_id = next(self._request_ids)
+            # Without a seed of its own, a request draws from the engine's seed and its number.
+            seed = params.seed if params.seed is not None else self.seed + 7919 * (request_id + 1)
+            seqs = [Sequence(str(request_id), index, token_ids, params, seed, cache_salt) for index in range(params.n)]
+            requests.append(Request(str(request_id), prompt_text, seqs, time.perf_counter()))
+        return requests
 
 
 @contextmanager
 def _progress(wanted: bool | None, total: int) -> Iterator[Callable[[int], None]]:
     """A bar of tokens, where there is a terminal or it is wanted; yields what to call with the number of new ones."""
     console = Console(stderr=True)
-    if not (console.is_terminal if wanted is None else wanted):
-        yield lambda number: None
-        return
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    hidden = not (console.is_terminal if wanted is None else wanted)
+    columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total)
         yield lambda number: bar.advance(task, number)

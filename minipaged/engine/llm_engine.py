@@ -20,11 +20,12 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
+from threading import RLock
 
 from torch import Tensor
 
 from minipaged.engine.detokenizer import IncrementalDetokenizer
-from minipaged.engine.metrics import Metrics, StepStats, Totals
+from minipaged.engine.metrics import Metrics, Stats
 from minipaged.engine.runner import Runner, forward_batch
 from minipaged.engine.sampling import sample
 from minipaged.engine.scheduler import Scheduler
@@ -41,10 +42,10 @@ class LLMEngine:
         self.scheduler, self.runner, self.tokenizer = scheduler, runner, tokenizer
         self.blocks, self.trace = scheduler.blocks, scheduler.blocks.trace
         self.requests: dict[str, Request] = {}  # state: every unfinished request, in the order of arrival
-        self.totals = Totals()  # state: the requests that are gone
-        self.stats = StepStats()
+        self.stats = Stats()  # state
         self._aborting: Items[Request] = ()  # state: what an abort has still to remove
         self._changing = False
+        self.lock = RLock()  # threads take turns, a call of `add`, `step` or `abort` each
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError, changing nothing, where it can never run or has the id of another."""
@@ -80,7 +81,8 @@ class LLMEngine:
                 self.scheduler.update_from_output(output)
                 updated = time.perf_counter()
                 self._append(sample(_rows(logits, list(output.sampled.values())), list(output.sampled)), output)
-                self.stats = self.stats.plus(output, scheduled - start + updated - ran, time.perf_counter() - start)
+                seconds = scheduled - start + updated - ran, time.perf_counter() - start
+                self.stats = self.stats.after_step(output, *seconds)
         return list(output.sampled)
 
     def _append(self, tokens: list[Token | Exception], output: SchedulerOutput) -> None:
@@ -131,17 +133,18 @@ class LLMEngine:
 
     def metrics(self) -> Metrics:
         """What the engine did so far, and how it stands now."""
-        return Metrics.of(self.scheduler, self.requests.values(), self.totals, self.stats)
+        return Metrics.of(self.stats, self.scheduler, self.requests.values())
 
     # ---- the state, and what is derived from it ------------------------------------------------------------------
 
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Inside, the derived data may disagree with the state. What leaves by an exception stays marked so."""
-        self.recover()
-        self._changing = True
-        yield
-        self._changing = False
+        with self.lock:
+            self.recover()
+            self._changing = True
+            yield
+            self._changing = False
 
     def recover(self) -> None:
         """If the call before was interrupted, rebuild what is derived: no block is held, no token computed."""
@@ -184,9 +187,9 @@ class LLMEngine:
             seq.detokenizer.close("abort" if seq.error is None else "error")
 
     def _retire(self, request: Request) -> None:
-        """Move a finished request from `requests` to `totals`, in one line, so that it is counted once."""
+        """Move a finished request from `requests` to `stats`, in one line, so that it is counted once."""
         if request.finished:
-            self.totals, _ = self.totals.plus(request), self.requests.pop(request.request_id)
+            self.stats, _ = self.stats.after_request(request), self.requests.pop(request.request_id)
 
     def _detokenizer(self, seq: Sequence) -> IncrementalDetokenizer:
         room = self.scheduler.max_model_len - len(seq.prompt_token_ids)

@@ -5,8 +5,9 @@ token: waiting in the queue, and prefill. The time between tokens is from one to
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Self
 
 from minipaged.engine.scheduler import Scheduler
 from minipaged.engine.scheduler_output import SchedulerOutput
@@ -35,68 +36,92 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """A moment's view of an engine. Blocks are 0 where the cache has none."""
+class Stats:
+    """Sums over the steps that ran and the requests that are gone. It grows by one assignment, so an interrupted step
+    is not counted, and a request is counted once."""
 
-    num_blocks: int
-    num_blocks_used: int  # named by a table
-    num_blocks_cached: int  # named by no table, and findable by the prefix cache until they are needed
-    num_blocks_free: int  # neither
-    num_host_blocks: int
-    num_host_blocks_used: int
-    num_running: int  # sequences
-    num_waiting: int  # sequences; those swapped out are among them
-    num_finished: int  # requests
-    num_aborted: int
-    num_failed: int
-    prefix_tokens_looked_up: int  # tokens of requests as they entered, or came back
-    prefix_tokens_found: int
-    preemptions: dict[str, int]  # by mode: recompute, swap
-    num_steps: int
-    num_tokens_computed: int
-    num_tokens_generated: int
-    mean_batch_size: float  # sequences in a step
-    mean_tokens_per_step: float
-    time_to_first_token: Times
-    time_between_tokens: Times
-    step_seconds: float  # all steps together
-    scheduler_seconds: float  # what of it the scheduler and its bookkeeping took
+    num_steps: int = 0
+    num_scheduled_seqs: int = 0  # over all steps
+    num_tokens_computed: int = 0
+    scheduler_seconds: float = 0.0  # the scheduler and its bookkeeping
+    step_seconds: float = 0.0  # all of it
+    num_finished: int = 0  # requests
+    num_aborted: int = 0
+    num_failed: int = 0
+    num_tokens_generated: int = 0
+    first_token_seconds: tuple[float, ...] = ()  # from arrival, of the latest requests
+    between_token_seconds: tuple[float, ...] = ()
+
+    def after_step(self, output: SchedulerOutput, scheduler_seconds: float, step_seconds: float) -> Self:
+        return replace(
+            self,
+            num_steps=self.num_steps + 1,
+            num_scheduled_seqs=self.num_scheduled_seqs + len(output.num_scheduled_tokens),
+            num_tokens_computed=self.num_tokens_computed + output.total_num_scheduled_tokens,
+            scheduler_seconds=self.scheduler_seconds + scheduler_seconds,
+            step_seconds=self.step_seconds + step_seconds,
+        )
+
+    def after_request(self, request: Request) -> Self:
+        reasons = {seq.finish_reason for seq in request.seqs}
+        failed, aborted = "error" in reasons, "abort" in reasons
+        times = [[token.time for token in seq.outputs] for seq in request.seqs]
+        first = [min(each[0] for each in times if each) - request.arrival_time] if any(times) else []
+        between = [b - a for each in times for a, b in pairwise(each)]
+        return replace(
+            self,
+            num_finished=self.num_finished + (not failed and not aborted),
+            num_aborted=self.num_aborted + (aborted and not failed),
+            num_failed=self.num_failed + failed,
+            num_tokens_generated=self.num_tokens_generated + sum(map(len, times)),
+            first_token_seconds=(*self.first_token_seconds, *first)[-KEPT:],
+            between_token_seconds=(*self.between_token_seconds, *between)[-KEPT:],
+        )
+
+
+@dataclass(frozen=True)
+class Metrics(Stats):
+    """The sums, tokens of unfinished requests among them, and how the scheduler stands at this moment."""
+
+    num_blocks: int = 0
+    num_blocks_used: int = 0  # named by a table
+    num_blocks_cached: int = 0  # named by no table: the prefix cache finds them until they are evicted
+    num_blocks_free: int = 0  # neither
+    num_host_blocks: int = 0
+    num_host_blocks_used: int = 0
+    num_running: int = 0  # sequences
+    num_waiting: int = 0  # sequences; those swapped out are among them
+    prefix_tokens_looked_up: int = 0  # tokens of sequences as they entered, or came back
+    prefix_tokens_found: int = 0
+    preemptions: dict[str, int] = field(default_factory=dict)  # by mode: recompute, swap
 
     @classmethod
-    def of(cls, scheduler: Scheduler, unfinished: Iterable[Request], totals: "Totals", stats: "StepStats") -> "Metrics":
-        """The view of an engine with this scheduler, these requests and these sums."""
-        pool, host = scheduler.blocks.device, scheduler.blocks.host
-        used = scheduler.blocks.num_used
-        cached = pool.num_unused if isinstance(pool, PrefixCache) else 0
+    def of(cls, stats: Stats, scheduler: Scheduler, unfinished: Iterable[Request]) -> "Metrics":
+        pool, host, counts = scheduler.blocks.device, scheduler.blocks.host, scheduler.counts
+        cached = pool.num_evictable if isinstance(pool, PrefixCache) else 0
+        num_tokens = sum(len(seq.outputs) for request in unfinished for seq in request.seqs)
         return cls(
+            **vars(stats) | {"num_tokens_generated": stats.num_tokens_generated + num_tokens},
             num_blocks=pool.num_blocks,
-            num_blocks_used=used,
+            num_blocks_used=scheduler.blocks.num_used,
             num_blocks_cached=cached,
             num_blocks_free=pool.num_free - cached,
             num_host_blocks=host.num_blocks if host else 0,
             num_host_blocks_used=host.num_blocks - host.num_free if host else 0,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_finished=totals.num_finished,
-            num_aborted=totals.num_aborted,
-            num_failed=totals.num_failed,
-            prefix_tokens_looked_up=scheduler.counts["looked_up"] if scheduler.blocks.enable_prefix_caching else 0,
-            prefix_tokens_found=scheduler.counts["found"],
-            preemptions={mode: scheduler.counts[mode] for mode in ("recompute", "swap")},
-            num_steps=stats.num_steps,
-            num_tokens_computed=stats.num_computed,
-            num_tokens_generated=totals.num_tokens + sum(len(s.outputs) for each in unfinished for s in each.seqs),
-            mean_batch_size=stats.num_scheduled / max(1, stats.num_steps),
-            mean_tokens_per_step=stats.num_computed / max(1, stats.num_steps),
-            time_to_first_token=Times.of(totals.first),
-            time_between_tokens=Times.of(totals.between),
-            step_seconds=stats.step_seconds,
-            scheduler_seconds=stats.scheduler_seconds,
+            prefix_tokens_looked_up=counts["looked_up"] if scheduler.blocks.enable_prefix_caching else 0,
+            prefix_tokens_found=counts["found"],
+            preemptions={mode: counts[mode] for mode in ("recompute", "swap")},
         )
 
     @property
-    def prefix_hit_rate(self) -> float:
-        return self.prefix_tokens_found / self.prefix_tokens_looked_up if self.prefix_tokens_looked_up else 0.0
+    def time_to_first_token(self) -> Times:
+        return Times.of(self.first_token_seconds)
+
+    @property
+    def time_between_tokens(self) -> Times:
+        return Times.of(self.between_token_seconds)
 
     @property
     def scheduler_share(self) -> float:
@@ -105,63 +130,18 @@ class Metrics:
     def rows(self) -> list[tuple[str, str]]:
         """For a table: what, and how much."""
         blocks = f"{self.num_blocks_used} used, {self.num_blocks_cached} cached, {self.num_blocks_free} free"
+        found = self.prefix_tokens_found / max(1, self.prefix_tokens_looked_up)
+        batch = self.num_scheduled_seqs / max(1, self.num_steps)
         first, between = self.time_to_first_token, self.time_between_tokens
         return [
             ("requests", f"{self.num_running} running, {self.num_waiting} waiting, {self.num_finished} finished"),
             ("blocks", f"{blocks} of {self.num_blocks}"),
             ("blocks on the host", f"{self.num_host_blocks_used} used of {self.num_host_blocks}"),
-            ("prefix cache", f"{self.prefix_hit_rate:.1%} of {self.prefix_tokens_looked_up:,} tokens found"),
+            ("prefix cache", f"{found:.1%} of {self.prefix_tokens_looked_up:,} tokens found"),
             ("preemptions", ", ".join(f"{number} by {mode}" for mode, number in self.preemptions.items())),
-            ("steps", f"{self.num_steps:,}, of {self.mean_batch_size:.1f} sequences on average"),
+            ("steps", f"{self.num_steps:,}, of {batch:.1f} sequences on average"),
             ("tokens", f"{self.num_tokens_computed:,} computed, {self.num_tokens_generated:,} generated"),
             ("time to first token", f"mean {first.mean * 1e3:.1f} ms, p99 {first.p99 * 1e3:.1f} ms"),
             ("time between tokens", f"mean {between.mean * 1e3:.1f} ms, p99 {between.p99 * 1e3:.1f} ms"),
             ("scheduler", f"{self.scheduler_share:.1%} of {self.step_seconds:.2f} s"),
         ]
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over the requests that are gone. What a request adds follows from the request alone."""
-
-    num_finished: int = 0
-    num_aborted: int = 0
-    num_failed: int = 0
-    num_tokens: int = 0
-    first: tuple[float, ...] = ()  # seconds to the first token, of the latest requests
-    between: tuple[float, ...] = ()  # seconds between tokens
-
-    def plus(self, request: Request) -> "Totals":
-        reasons = {seq.finish_reason for seq in request.seqs}
-        failed, aborted = "error" in reasons, "abort" in reasons
-        times = [[token.time for token in seq.outputs] for seq in request.seqs]
-        first = [min(each[0] for each in times if each) - request.arrival_time] if any(times) else []
-        between = [b - a for each in times for a, b in pairwise(each)]
-        return Totals(
-            self.num_finished + (not failed and not aborted),
-            self.num_aborted + (aborted and not failed),
-            self.num_failed + failed,
-            self.num_tokens + sum(map(len, times)),
-            (*self.first, *first)[-KEPT:],
-            (*self.between, *between)[-KEPT:],
-        )
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """What the steps cost. A step that was interrupted is not counted; what it computes again is."""
-
-    num_steps: int = 0
-    num_scheduled: int = 0  # sequences, over all steps
-    num_computed: int = 0  # tokens
-    scheduler_seconds: float = 0.0  # the scheduler and its bookkeeping
-    step_seconds: float = 0.0
-
-    def plus(self, output: SchedulerOutput, scheduler_seconds: float, step_seconds: float) -> "StepStats":
-        return StepStats(
-            self.num_steps + 1,
-            self.num_scheduled + len(output.num_scheduled_tokens),
-            self.num_computed + output.total_num_scheduled_tokens,
-            self.scheduler_seconds + scheduler_seconds,
-            self.step_seconds + step_seconds,
-        )

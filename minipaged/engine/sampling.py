@@ -40,8 +40,10 @@ def sample(logits: Tensor, seqs: Items[Sequence]) -> list[Token | Exception]:
 
 def _sample(logits: Tensor, seqs: Items[Sequence]) -> list[Token]:
     adjusted = penalised(logits, seqs)
-    # Of equal ones the first, as argmax does, in half the time.
-    token_ids: list[int] = adjusted.max(-1).indices.tolist()
+    likeliest = adjusted.max(-1)  # of equal ones the first, as argmax takes, in half the time
+    if not (likeliest.values.isfinite() & adjusted.amin(-1).isfinite()).all():
+        raise FloatingPointError("logits are not finite: the weights are damaged, or a value overflowed")
+    token_ids: list[int] = likeliest.indices.tolist()
     drawn = [i for i, seq in enumerate(seqs) if seq.params.temperature > 0.0]
     if drawn:
         weights = probabilities(adjusted[drawn], [seqs[i].params for i in drawn])  # [num_drawn, vocab_size]
@@ -105,7 +107,8 @@ def _likeliest(weights: Tensor, params: Items[SamplingParams]) -> Tensor:
         # Keep a token while those before it do not make up top_p yet: so the one that crosses it stays.
         enough = (top_k <= num_sorted) | ((top_p < 1.0) & (kept.sum(-1, keepdim=True) >= top_p * total))
         if num_sorted == vocab_size or bool(enough.all()):
-            kept = torch.where((top_p == 1.0) | (before < top_p * total), kept, 0.0)
+            # The likeliest always stays, also where its share of so small a top_p is rounded to 0.
+            kept[:, 1:] = torch.where((top_p == 1.0) | (before < top_p * total), kept, 0.0)[:, 1:]
             return torch.zeros_like(weights).scatter(-1, order, kept)
         num_sorted = vocab_size
 

@@ -130,12 +130,12 @@ class Scheduler:
                 num_grown += 1
 
     def _preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
+        """Free the device blocks of a sequence: its K and V move to the host, or are computed again later."""
         copies = self.blocks.swap_out(seq.seq_id)
         if copies is None:
             self.blocks.free(seq.seq_id)
             seq.num_computed = 0
-        else:
-            output.swap_out += copies
+        output.swap_out += copies or []
         output.preempted[seq] = mode = "recompute" if copies is None else "swap"
         self.counts[mode] += 1
         self.waiting.appendleft(seq)

@@ -20,8 +20,12 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from minipaged.engine.arguments import flag, items, number, text, whole
+
 if TYPE_CHECKING:
     from minipaged.engine.detokenizer import IncrementalDetokenizer
+
+MAX_SAMPLES = 16_384  # of one request
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -47,38 +51,47 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     max_tokens: int = 64
     stop: str | Items[str] | None = None
-    stop_token_ids: Items[int] = ()
+    stop_token_ids: Items[int] | None = None
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n}")
-        if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 1 and self.top_k != -1:
-            raise ValueError(f"top_k must be at least 1, or -1 for all tokens, got {self.top_k}")
-        if not 0.0 <= self.min_p <= 1.0:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if not 0.0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be above 0 (1 changes nothing), got {self.repetition_penalty}")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if self.n > 1 and self.temperature == 0.0:
-            raise ValueError(f"n = {self.n} samples at temperature 0 would all be the same: give a temperature above 0")
-        if "" in self.stop_strings:
-            raise ValueError("a stop string must not be empty: every text contains it")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise ValueError(f"logprobs must be 0 or more, got {self.logprobs}")
+        given = vars(self)  # frozen for its users; here each field gets its plain Python form
+        for name in ("n", "top_k", "max_tokens"):
+            given[name] = whole(name, given[name])
+        for name in ("seed", "logprobs"):
+            given[name] = None if given[name] is None else whole(name, given[name])
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            given[name] = number(name, given[name])
+        given["ignore_eos"] = flag("ignore_eos", self.ignore_eos)
+        given["stop"] = tuple(text("stop", each) for each in items("stop", self.stop_strings))
+        given["stop_token_ids"] = stop_tokens(self.stop_token_ids)
+        for name, fits, takes in (
+            ("n", 1 <= self.n <= MAX_SAMPLES, f"1 to {MAX_SAMPLES:,}"),
+            ("temperature", 0.0 <= self.temperature < math.inf, "0 or more"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]"),
+            ("top_k", self.top_k >= 1 or self.top_k == -1, "at least 1, or -1 for all tokens"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "above 0 (1 changes nothing)"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("n", self.n == 1 or self.temperature > 0.0, "1 at temperature 0, where all samples would be the same"),
+            ("stop", "" not in self.stop_strings, "made of strings that are not empty"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} must be {takes}, got {getattr(self, name)!r}")
 
     @property
-    def stop_strings(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+    def stop_strings(self) -> Items[str]:
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+
+
+def stop_tokens(value: Items[int] | None) -> tuple[int, ...]:
+    """Stop tokens as they are kept. Raises ValueError for what is no whole number."""
+    return tuple(
+        whole("stop_token_ids", token) for token in items("stop_token_ids", value if value is not None else ())
+    )
 
 
 @dataclass

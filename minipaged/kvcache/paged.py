@@ -4,10 +4,10 @@
 
     A: [0, 2]     B: [1]
 
-The tensors know nothing of requests. Who owns which block is decided in memory/, in plain Python, and arrives as two
-arrays of the step: `slot_mapping` says where to write, `block_tables` says where to read. The compiled loop and Triton
-have the same two functions under the same names. Every layer of a step has the same tables, so the numbers in them are
-checked at its first layer.
+memory/ decides, in plain Python, which sequence owns which block. The decision arrives as two tensors of the step:
+`slot_mapping` says where to write, `block_tables` says where to read. The compiled loop and Triton have the same two
+functions under the same names. All layers of a step have the same tables, so the numbers in them are checked at the
+first layer only.
 """
 
 import os
@@ -42,22 +42,22 @@ class PagedCache:
             raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
         shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self._kernels = _triton_functions(backend, torch.device(device))
-        self._checked: ForwardBatch | None = None  # the step whose numbers fit
-        # Not zeroed: the system hands out pages of this memory when they are first written, and not before.
+        self._checked: ForwardBatch | None = None  # the last step whose numbers were checked
+        # Not zeroed: the system hands out pages of this memory when they are first written.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables."""
         key_cache, value_cache = self.key_cache[layer], self.value_cache[layer]
-        # What the host knows, a launcher need not ask the GPU for, and wait.
+        # max_query_len is known on the host: to read it from the GPU would be to wait for the GPU.
         known = {"scale": query.shape[-1] ** -0.5, "max_query_len": batch.max_query_len}
         tables = (batch.block_tables, batch.seq_lens, batch.query_start_loc)
         if self._kernels:
             write_kv, paged_attention = self._kernels
             write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
             return paged_attention(query, key_cache, value_cache, *tables, **known)
-        if self._checked is not batch:  # all of it is refused before anything is written
+        if self._checked is not batch:  # both checks come before the first write
             check_write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
             check_paged_attention(query, key_cache, value_cache, *tables, sliding_window=None)
             self._checked = batch
@@ -72,12 +72,12 @@ class PagedCache:
 
 
 def _triton_functions(backend: str, device: torch.device) -> tuple[Callable[..., None], Callable[..., Tensor]] | None:
-    """write_kv and paged_attention of Triton, imported when chosen: torch users, who get None, need no Triton."""
+    """write_kv and paged_attention of Triton, imported only if chosen; None for the backend torch."""
     if backend == "torch":
         return None
     if backend != "triton":
         raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
-    # Triton has no code for a CPU, but an interpreter. A process has the one or the other, from triton's import on.
+    # On a CPU Triton has only its interpreter, and a process has either that or the compiler, from triton's import on.
     if device.type == "cpu" and "triton" not in sys.modules:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -1,10 +1,10 @@
-"""Chapter 9. The host's share of the paged cache: where the blocks of a request lie while it is swapped out.
+"""Chapter 9. Swap space: the host's memory for the blocks of sequences that are swapped out.
 
     device   key_cache, value_cache  [num_layers, num_blocks,      num_kv_heads, block_size, head_dim]
     host     the same                [num_layers, num_host_blocks, num_kv_heads, block_size, head_dim]
 
-memory/swap.py decides which block goes where; this module moves the tensors, all layers and all blocks of a plan at
-once. On a machine without a GPU both pools lie in the same memory, and the copies are as real as elsewhere.
+memory/swap.py decides which block moves where; this module copies the tensors, all layers and all blocks of a plan at
+once. On a machine without a GPU both pools lie in the same memory, and the copies are made all the same.
 Source: the PagedAttention paper, section 4.5.
 """
 

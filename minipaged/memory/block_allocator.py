@@ -1,10 +1,10 @@
-"""Chapter 6. Who owns which block: a free list and a reference count, and nothing else.
+"""Chapter 6. The block allocator: a free list and a reference count per block.
 
     free:    3 1 6                      blocks that no table names
     owners:  0 -> 2   2 -> 1   ...      how many block tables name each block in use
 
 A block is in exactly one of the two, always. That one sentence is the allocator, and the suite of this chapter
-checks it after every call. What a block contains is not our business; the tensors live in kvcache/.
+checks it after every call. The allocator handles block numbers only; the tensors are in kvcache/.
 
 Every block has the same size, so any free block serves any request: external fragmentation cannot happen.
 The operating-systems textbook calls these blocks page frames, and this list the free-frame list.
@@ -15,7 +15,7 @@ from collections import deque
 
 
 class OutOfBlocks(RuntimeError):
-    """No free block. Nothing was changed: the caller may free, preempt or wait, and ask again."""
+    """No block is free. Nothing was changed: the caller may free blocks, preempt a request or wait, and retry."""
 
 
 class BlockAllocator:
@@ -44,7 +44,7 @@ class BlockAllocator:
         return self._owners[self._known(block)]
 
     def allocate(self) -> int:
-        """Take a free block, with one owner. Raises OutOfBlocks, changing nothing."""
+        """Take a block from the free list, with a reference count of 1. Raises OutOfBlocks, changing nothing."""
         if not self._free:
             raise OutOfBlocks(f"all {len(self._owners)} blocks are in use")
         block = self._free.popleft()
@@ -52,14 +52,14 @@ class BlockAllocator:
         return block
 
     def share(self, block: int) -> None:
-        """One more table names a block in use. A free block cannot be shared: somebody else may be about to own it.
+        """Add one reference to a block in use. A free block is refused: the next allocate() may return it.
 
         Raises ValueError for a block that is free or not in the pool, changing nothing.
         """
         self._owners[self._in_use(block)] += 1
 
     def free(self, block: int) -> None:
-        """One table fewer names the block; with the last one it returns to the pool. Raises ValueError like share."""
+        """Drop one reference. The last one puts the block back on the free list. Raises ValueError like share."""
         self._owners[self._in_use(block)] -= 1
         if self._owners[block] == 0:
             self._free.append(block)

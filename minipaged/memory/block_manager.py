@@ -94,11 +94,6 @@ class BlockManager:
         return self.num_blocks - self.num_free
 
     @property
-    def num_slots_used(self) -> int:
-        """Slots in the blocks in use, written or not."""
-        return self.num_used * self.block_size
-
-    @property
     def num_stored_tokens(self) -> int:
         """Tokens that the sequences have slots for, on the device or the host; in a shared block, once for each."""
         return sum(table.num_tokens for table in self.tables.values())
@@ -142,7 +137,7 @@ class BlockManager:
     def cache_blocks(self, seq_id: str, tokens: Sequence[int], cache_salt: str | None = None) -> None:
         """These first tokens of the sequence are written: cache their full blocks."""
         if isinstance(self.device, PrefixCache):
-            self.device.insert(self.tables[seq_id], tokens, cache_salt)
+            self.device.cache_blocks(self.tables[seq_id], tokens, cache_salt)
 
     def fork(self, parent: str, child: str) -> None:
         """A second sequence with the same tokens, in the same blocks."""
@@ -163,7 +158,7 @@ class BlockManager:
             return table.append_tokens(num_new)
         num_free = self.device.num_free
         if isinstance(self.device, PrefixCache):  # what the prefix cache alone holds is free until a table names it
-            num_free -= self.device.num_evictable(prefix.blocks)
+            num_free -= sum(map(self.device.is_evictable, prefix.blocks))
         if self.blocks_for(num_tokens) - len(prefix.blocks) > num_free - reserve:
             return None
         table = self.tables[seq_id] = BlockTable(self.device, self.block_size, seq=seq_id, trace=self.trace)

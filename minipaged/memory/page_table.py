@@ -1,7 +1,7 @@
 """Chapter 5. How did operating systems solve it? Pages, frames, and a table between them.
 
-A program sees one long run of addresses. Memory is cut into frames of one size, and any frame may stand behind any
-page of the program. So nothing has to be contiguous, and nothing is reserved before it is used.
+A program sees one long run of addresses. Memory is cut into frames of one size, and any frame may hold any page of the
+program. So nothing has to be contiguous, and nothing is reserved before it is used.
 
     virtual address   1  0 | 1  1 | 0  1  1      two bits of page directory, two of page table, three of offset
                       dir=2  tab=3  offset=3
@@ -19,8 +19,10 @@ Source: Silberschatz, Galvin, Gagne, "Operating System Concepts", chapter "Main 
 x86 are those of Intel's Software Developer's Manual, volume 3A, chapter "Paging".
 """
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any
+
+from minipaged.cdiv import cdiv
 
 
 class PageFault(LookupError):
@@ -91,20 +93,18 @@ class AddressLayout:
         """The least that tables of all levels cost when num_pages are mapped: pages 0, 1, 2, ... with no hole."""
         self._check_count(num_pages)
         total = self.table_bytes(0)  # the top table always exists
-        covered = self.num_pages  # pages under one table of the level
         for level in range(1, len(self.index_bits)):
-            covered >>= self.index_bits[level - 1]
-            total += -(-num_pages // covered) * self.table_bytes(level)
+            pages_of_a_table = 1 << sum(self.index_bits[level:])
+            total += cdiv(num_pages, pages_of_a_table) * self.table_bytes(level)
         return total
 
     def sparse_bytes(self, num_pages: int) -> int:
         """The most that they cost: every page as far from the others as can be, so that it needs tables of its own."""
         self._check_count(num_pages)
         total = self.table_bytes(0)
-        tables = 1  # of the level, that could exist
         for level in range(1, len(self.index_bits)):
-            tables <<= self.index_bits[level - 1]
-            total += min(num_pages, tables) * self.table_bytes(level)
+            possible_tables = 1 << sum(self.index_bits[:level])
+            total += min(num_pages, possible_tables) * self.table_bytes(level)
         return total
 
     def _check_count(self, num_pages: int) -> None:
@@ -116,53 +116,11 @@ X86_32 = AddressLayout(index_bits=(10, 10), offset_bits=12, entry_bytes=4)  # pa
 X86_64 = AddressLayout(index_bits=(9, 9, 9, 9), offset_bits=12, entry_bytes=8)  # 48 bits; a table fills one page
 
 
-class FlatPageTable:
-    """One level: the page number is the index. All index bits of the layout are read as one.
-
-    A real table is an array of layout.num_pages entries. Here it is a dictionary of the entries that are filled, so
-    that a table over 48 bits can be built too, and `cost_bytes` bills the whole array.
-    """
-
-    def __init__(self, layout: AddressLayout):
-        self.layout = layout
-        self._entries: dict[int, int] = {}  # page -> frame
-
-    @property
-    def cost_bytes(self) -> int:
-        """Bytes of the table: the same with no page mapped and with all of them."""
-        return self.layout.flat_bytes
-
-    def map(self, page: int, frame: int) -> None:
-        """Write the page's entry. Raises ValueError if it has one, or if page or frame do not exist."""
-        _check_free(self, page, frame)
-        self._entries[page] = frame
-
-    def unmap(self, page: int) -> int:
-        """Clear the page's entry, and return its frame. Raises ValueError if there is none."""
-        _check_mapped(self, page)
-        return self._entries.pop(page)
-
-    def is_mapped(self, page: int) -> bool:
-        self.layout.indices(page)  # refuses a page outside the space
-        return page in self._entries
-
-    def frame(self, page: int) -> int:
-        """The frame behind a page: one table read. Raises PageFault where there is none."""
-        if not self.is_mapped(page):
-            raise PageFault(page)
-        return self._entries[page]
-
-    def translate(self, address: int) -> int:
-        """Virtual address -> physical address: frame * page_bytes + offset. Raises PageFault."""
-        _, offset = self.layout.split(address)
-        return self.frame(address >> self.layout.offset_bits) * self.layout.page_bytes + offset
-
-
 class MultiLevelPageTable:
     """A table for each level of the layout: a page directory's entry names a table one level down, the last a frame.
 
     Invariant: a table below the top exists as long as a page under it is mapped, and no longer.
-    Each table is a dictionary of its filled entries, and billed as the whole array that a real one is.
+    A real table is an array. Here it is a dictionary of the filled entries, and `cost_bytes` counts the whole array.
     """
 
     def __init__(self, layout: AddressLayout):
@@ -176,8 +134,13 @@ class MultiLevelPageTable:
         return sum(count * self.layout.table_bytes(level) for level, count in enumerate(self._num_tables))
 
     def map(self, page: int, frame: int) -> None:
-        """Write the page's entry; the tables on the way come into being. Raises ValueError as FlatPageTable does."""
-        _check_free(self, page, frame)
+        """Write the page's entry, and make the tables on the way that do not exist yet.
+
+        Raises ValueError, changing nothing, if the page has a frame already, or if page or frame do not exist.
+        """
+        if frame < 0:
+            raise ValueError(f"frame {frame} does not exist: frames are numbered from 0")
+        self.check_unmapped(page)
         *directories, last = self.layout.indices(page)
         table = self._top
         for level, index in enumerate(directories, start=1):
@@ -188,8 +151,12 @@ class MultiLevelPageTable:
         table[last] = frame
 
     def unmap(self, page: int) -> int:
-        """Clear the page's entry, and return its frame. A table that is left empty goes too; the top one stays."""
-        _check_mapped(self, page)
+        """Clear the page's entry, and return its frame. A table that is left empty is removed; the top one stays.
+
+        Raises ValueError if the page has no frame.
+        """
+        if not self.is_mapped(page):
+            raise ValueError(f"page {page} has no frame: unmapped twice, or never mapped?")
         indices = self.layout.indices(page)
         path = [self._top]  # the tables on the way to the page
         for index in indices[:-1]:
@@ -206,7 +173,7 @@ class MultiLevelPageTable:
         return self._walk(page) is not None
 
     def frame(self, page: int) -> int:
-        """The frame behind a page: one table read for each level. Raises PageFault where there is none."""
+        """The frame of a page: one table read for each level. Raises PageFault if it has none."""
         frame = self._walk(page)
         if frame is None:
             raise PageFault(page)
@@ -216,6 +183,11 @@ class MultiLevelPageTable:
         """Virtual address -> physical address: frame * page_bytes + offset. Raises PageFault."""
         _, offset = self.layout.split(address)
         return self.frame(address >> self.layout.offset_bits) * self.layout.page_bytes + offset
+
+    def check_unmapped(self, page: int) -> None:
+        """Raises ValueError if the page has a frame."""
+        if self.is_mapped(page):
+            raise ValueError(f"page {page} has frame {self.frame(page)} already: unmap it first")
 
     def _walk(self, page: int) -> int | None:
         entry: Any = self._top
@@ -227,16 +199,9 @@ class MultiLevelPageTable:
         return frame
 
 
-PageTable: TypeAlias = FlatPageTable | MultiLevelPageTable  # one contract, two prices
+class FlatPageTable(MultiLevelPageTable):
+    """One level: all index bits of the layout are read as one, so the page number is the index. One table read finds
+    a frame, and the table costs the same with no page mapped and with all of them."""
 
-
-def _check_free(table: PageTable, page: int, frame: int) -> None:
-    if frame < 0:
-        raise ValueError(f"frame {frame} does not exist: frames are numbered from 0")
-    if table.is_mapped(page):
-        raise ValueError(f"page {page} has frame {table.frame(page)} already: unmap it first")
-
-
-def _check_mapped(table: PageTable, page: int) -> None:
-    if not table.is_mapped(page):
-        raise ValueError(f"page {page} has no frame: unmapped twice, or never mapped?")
+    def __init__(self, layout: AddressLayout):
+        super().__init__(replace(layout, index_bits=(sum(layout.index_bits),)))

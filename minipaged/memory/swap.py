@@ -1,16 +1,14 @@
-"""Chapter 9. Swap: a sequence that must wait moves to the host's memory, and comes back where there is room.
+"""Chapter 9. Swap: a sequence that must wait moves to the host's memory, and back when there is room.
 
     device                              host
     A  [7, 1, 4]     swap_out([A, B])   A  [0, 1, 2]      plan [(7, 0), (1, 1), (4, 2), (3, 3)]
     B  [7, 1, 3]     --------------->   B  [0, 1, 3]      four copies for six entries; 7 and 1 are still shared
 
-Tables that are given together form a group. The plan names each block once, so what was shared moves once and is
-shared after. (The paper moves all sequences of a request together. The scheduler of chapter 10 moves one at a time, and
-a sample that comes back names the blocks of the prompt that another sample still has on the device.) The last block
-moves whole, also when it is partly empty. Blocks that a table outside the group names too are copied like the others:
-the group leaves nothing behind, and the other table keeps the block.
-
-Both directions are the same walk between two pools; this class decides, and the caller copies the tensors.
+Tables that move together form a group. The plan names each block once, so a shared block moves once and is shared
+after. (The paper moves all sequences of a request together. The scheduler of chapter 10 moves one at a time, and a
+sample that moves back names the blocks of the prompt that another sample still has on the device.) The last block
+moves whole, also when it is partly empty. A block that a table outside the group names too is copied like the others,
+and the other table keeps it. This class decides, and the caller copies the tensors.
 Source: the PagedAttention paper, section 4.5, which compares this with dropping the blocks and computing them anew.
 """
 
@@ -36,37 +34,28 @@ class Swap:
         """Move a group to the host. Returns the copies to make, (device_block, host_block).
 
         The copies come before whatever is written to the device next, and plans of several calls are carried out in
-        the order of the calls: the blocks that one gives back are the next one's to take.
+        the order of the calls: the next call may take the blocks that this one frees.
         Raises OutOfBlocks if the host has too few blocks, and ValueError if a table is not on the device or is
         given twice; both change nothing.
         """
-        return self._move(tables, self.device, self.host, "swap_out", {})
+        return self._move(tables, self.device, self.host, {})
 
     def swap_in(self, tables: Sequence[BlockTable], known: Mapping[int, int] | None = None) -> list[tuple[int, int]]:
-        """Move a group back. Returns the copies to make, (host_block, device_block). Refuses as swap_out does.
+        """Move a group back. Returns the copies to make, (host_block, device_block). Raises as swap_out does.
 
         known: host block -> a block in use on the device with the same tokens. It is named, and nothing is copied.
         """
-        return self._move(tables, self.host, self.device, "swap_in", known or {})
-
-    @staticmethod
-    def blocks_needed(tables: Sequence[BlockTable]) -> int:
-        """How many blocks the group takes in the pool that it moves to: a shared block counts once."""
-        return len({block for table in tables for block in table.blocks})
+        return self._move(tables, self.host, self.device, known or {})
 
     def _move(
-        self,
-        tables: Sequence[BlockTable],
-        source: BlockAllocator,
-        target: BlockAllocator,
-        event: str,
-        known: Mapping[int, int],
+        self, tables: Sequence[BlockTable], source: BlockAllocator, target: BlockAllocator, known: Mapping[int, int]
     ) -> list[tuple[int, int]]:
+        event = "swap_out" if target is self.host else "swap_in"
         if len({id(table) for table in tables}) != len(tables):
             raise ValueError("a table is given twice: it can move once")
         if any(table.allocator is not source for table in tables):
             raise ValueError(f"{event} moves tables of one pool, and one of these is not there")
-        needed = self.blocks_needed(tables) - len(known)
+        needed = len({block for table in tables for block in table.blocks}) - len(known)  # a shared block moves once
         if needed > target.num_free:
             raise OutOfBlocks(f"{event} of {len(tables)} tables needs {needed} blocks, {target.num_free} are free")
         new = dict(known)  # source block -> its target block, in the order of the plan
@@ -80,6 +69,6 @@ class Swap:
             table.move(target, [new[block] for block in old])
             if table.trace is not None:
                 for logical, block in enumerate(old):
-                    device, host = (block, new[block]) if event == "swap_out" else (new[block], block)
+                    device, host = (block, new[block]) if target is self.host else (new[block], block)
                     table.trace.record(event, seq=table.seq, logical=logical, block=device, host_block=host)
         return [pair for pair in new.items() if pair[0] not in known]

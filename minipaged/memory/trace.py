@@ -20,9 +20,8 @@ script runner of `minipaged trace`. Where no trace is wanted, none is passed, an
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 SCHEMA = "minipaged.trace"
 VERSION = 2
@@ -35,7 +34,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "fork": ("seq", "parent", "count"),  # after its shares: seq has the first count tokens of parent
     "write": ("seq", "start", "count"),  # K and V of positions start .. start + count - 1 are stored; seq ends there
     "free": ("seq", "logical", "block"),  # seq names the block no more; with no owner left it is free, or cached
-    "cache": ("block",),  # the block is full and findable by its tokens, also with no owner, until it is evicted
+    "cache": ("block",),  # the block is full and found by its tokens, also with no owner, until it is evicted
     "evict": ("block",),  # a cached block with no owner is forgotten, and free
     "swap_out": ("seq", "logical", "block", "host_block"),  # seq names the host block, and the device block no more
     "swap_in": ("seq", "logical", "block", "host_block"),  # seq names the device block, and the host block no more
@@ -53,16 +52,12 @@ class Trace:
     """A list of events that is checked as it grows. Invariant: `step` never falls from one event to the next."""
 
     def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0):
-        for name, value, least in (
-            ("num_blocks", num_blocks, 1),
-            ("block_size", block_size, 1),
-            ("num_host_blocks", num_host_blocks, 0),
-        ):
+        sizes = {"num_blocks": num_blocks, "block_size": block_size, "num_host_blocks": num_host_blocks}
+        for name, value in sizes.items():
+            least = 0 if name == "num_host_blocks" else 1
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.num_host_blocks = num_host_blocks
+        self.num_blocks, self.block_size, self.num_host_blocks = num_blocks, block_size, num_host_blocks
         self.step = 0  # the engine counts it up; script runners too
         self.events: list[Event] = []
 
@@ -81,53 +76,12 @@ class Trace:
         self.events.append({"event": event, "step": self.step, **fields})
 
     def header(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "version": VERSION,
-            "num_blocks": self.num_blocks,
-            "block_size": self.block_size,
-            "num_host_blocks": self.num_host_blocks,
-        }
+        sizes = {"num_blocks": self.num_blocks, "block_size": self.block_size, "num_host_blocks": self.num_host_blocks}
+        return {"schema": SCHEMA, "version": VERSION, **sizes}
 
     def dumps(self) -> str:
-        """The trace as JSON Lines: the header, then one line an event."""
+        """The trace as JSON Lines: the header, then one line an event. viz/trace_file.py reads it back."""
         return "".join(json.dumps(line) + "\n" for line in [self.header(), *self.events])
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.dumps(), encoding="utf-8")
-
-    @classmethod
-    def loads(cls, lines: str | Iterable[str]) -> Self:
-        """Read a trace back. Raises ValueError with the line's number where it is not one, or of another version."""
-        lines = lines.splitlines() if isinstance(lines, str) else lines
-        trace: Self | None = None
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-                if not isinstance(fields, dict):
-                    raise ValueError(f"expected an object, got {line.strip()[:40]}")
-                if trace is None:
-                    trace = cls._from_header(fields)
-                else:
-                    trace.step = fields.pop("step")
-                    trace.record(fields.pop("event"), **fields)
-            except KeyError as error:
-                raise ValueError(f"line {number} of the trace: it has no {error}") from error
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"line {number} of the trace: {error}") from error
-        if trace is None:
-            raise ValueError("the trace is empty: not even a header")
-        return trace
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        return cls.loads(Path(path).read_text(encoding="utf-8"))
-
-    @classmethod
-    def _from_header(cls, fields: dict[str, Any]) -> Self:
-        if fields.get("schema") != SCHEMA or fields.get("version") != VERSION:
-            got = f"{fields.get('schema')!r} version {fields.get('version')!r}"
-            raise ValueError(f"expected the header of {SCHEMA!r} version {VERSION}, got {got}")
-        return cls(fields["num_blocks"], fields["block_size"], fields["num_host_blocks"])

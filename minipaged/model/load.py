@@ -51,13 +51,22 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_model(name: str | Path, dtype: str = "float32", seed: int = 0, device: str = "cpu") -> Model:
+def load_model(name: str | Path | Model, dtype: str | None = None, seed: int = 0, device: str | None = None) -> Model:
     """`name`: "smollm2-135m", "tiny", a GGUF file, or a folder with config.json, *.safetensors and tokenizer.json.
 
-    dtype: one of DTYPES, or "auto": float32 or bfloat16, whichever is the faster here (`trial.py`). `seed` draws the
-    weights of "tiny". Raises ValueError (ModelFileError, where a file is to blame) with what is wrong,
-    and FetchError where SmolLM2 is not here and cannot be brought.
+    dtype: one of DTYPES, or "auto": float32 or bfloat16, whichever is the faster here (`trial.py`); by default float32.
+    device: by default the CPU. `seed` draws the weights of "tiny". A model that is loaded already is returned as it is.
+    Raises ValueError (ModelFileError, where a file is to blame) with what is wrong, or where a loaded model has another
+    dtype or device than is asked for; FetchError where SmolLM2 is not here and cannot be brought.
     """
+    if isinstance(name, Model):
+        weights = name.transformer.embed_tokens.weight
+        dtype = None if dtype == "auto" else dtype
+        for what, wanted, has in (("dtype", dtype, str(weights.dtype)[6:]), ("device", device, str(weights.device))):
+            if wanted not in (None, has, has.partition(":")[0]):
+                raise ValueError(f"{what} {wanted!r} was asked for, and the loaded model has {has!r}")
+        return name
+    dtype, device = dtype or "float32", device or "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not in this machine

@@ -9,8 +9,7 @@ Figures 18 and 19 of the paper, and what block tables cost beside the pool, whic
 from collections.abc import Sequence
 
 from minipaged.cdiv import cdiv
-from minipaged.memory.page_table import AddressLayout
-from minipaged.memory.sizes import (
+from minipaged.memory.kv_cache_size import (
     ENTRY_BYTES,
     LLAMA_3_8B,
     LLAMA_3_8B_POOL_BYTES,
@@ -18,6 +17,7 @@ from minipaged.memory.sizes import (
     OPT_13B_POOL_BYTES,
     block_table_cost,
 )
+from minipaged.memory.page_table import AddressLayout
 from minipaged.simulator import paper
 from minipaged.simulator.cost import CostModel
 from minipaged.simulator.memory_use import Experiment, Job

@@ -49,7 +49,7 @@ class ReservedMemory(BlockManager):
     @property
     def num_free(self) -> int:
         """Runs of the longest sequence that the free slots would make, wherever they lie."""
-        return self.pool.account().free // self.block_size
+        return self.pool.num_free // self.block_size
 
     def num_tokens(self, seq_id: str) -> int:
         return self.pool.num_tokens(seq_id) if seq_id in self.running else 0

@@ -15,7 +15,7 @@ another model and another engine. It stretches all seconds alike, so ratios betw
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from minipaged.memory.sizes import OPT_13B, KVShape
+from minipaged.memory.kv_cache_size import OPT_13B, KVShape
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from minipaged.engine.beam_scheduler import BeamScheduler, BeamSearchParams, Sea
 from minipaged.engine.scheduler import Scheduler
 from minipaged.engine.sequence import SamplingParams, Sequence
 from minipaged.memory.block_manager import BlockManager
+from minipaged.memory.kv_cache_size import OPT_13B, OPT_13B_POOL_BYTES
 from minipaged.memory.reservation import POLICIES, MemoryAccount
-from minipaged.memory.sizes import OPT_13B, OPT_13B_POOL_BYTES
 from minipaged.simulator.contiguous import ReservedMemory
 from minipaged.simulator.cost import CostModel
 from minipaged.simulator.lengths import MAX_MODEL_LEN
@@ -144,7 +144,7 @@ def paged_account(memory: BlockManager, running: list[Sequence], num_slots: int)
         to_come = len(seq.prompt_token_ids) + seq.params.max_tokens - num_tokens
         reserved += min(empty, to_come)
         rounding += max(0, empty - to_come)
-    in_use = memory.num_slots_used
+    in_use = memory.num_used * memory.block_size
     return MemoryAccount(
         held=in_use - reserved - rounding,
         reserved=reserved,

@@ -12,7 +12,7 @@ that the event changed, and null for an entry that is gone:
     host_tables   the same for the host pool
     num_tokens    sequence -> tokens written
     texts         sequence -> a text a position, made fit to be seen; left out where nothing has a text
-    cached        block -> its texts: findable, and kept with no owner until it is evicted
+    cached        block -> its texts: in the prefix cache, and kept with no owner until it is evicted
 
     for (const [map, entries] of Object.entries(event.changes))
         for (const [key, value] of Object.entries(entries))

@@ -7,7 +7,7 @@
         {"op": "free", "seq": "A"}]}
 
 Two keys at the top ask for more of chapter 9. "num_host_blocks": 4 gives a host pool, and with it two ops,
-{"op": "swap_out", "seqs": ["A", "B"]} and "swap_in". "prefix_cache": true makes full blocks findable: the first append
+{"op": "swap_out", "seqs": ["A", "B"]} and "swap_in". "prefix_cache": true caches full blocks: the first append
 of a sequence then names what another one has already written. Step n of the trace is op n, counted from 1.
 """
 
@@ -131,7 +131,7 @@ class _Runner:
         self.tables[seq] = table
         self.tokens[seq] = self.tokens.get(seq, []) + ids
         if self.cache:
-            self.cache.insert(table, self.tokens[seq])
+            self.cache.cache_blocks(table, self.tokens[seq])
 
     def _fork(self, op: dict[str, Any]) -> None:
         parent, child = self._known(op["seq"]), op["as"]

@@ -44,7 +44,7 @@ class Snapshot:
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # sequence -> a short text per position
     num_host_blocks: int = 0
     host_tables: Mapping[str, Sequence[int]] = field(default_factory=dict)  # swapped: block of the host pool
-    cached: Collection[int] = frozenset()  # findable by a hash; one with no owner is kept until it is evicted
+    cached: Collection[int] = frozenset()  # in the prefix cache; one with no owner is kept until it is evicted
     cached_texts: Mapping[int, Sequence[str]] = field(default_factory=dict)  # words of cached blocks, owned or not
     copies: Sequence[tuple[int, int]] = ()  # (source, target) made last: drawn as arrows
     events: Sequence[Event] = ()  # what led here since the picture before

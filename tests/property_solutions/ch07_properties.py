@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minipaged.attention.gathered import write_kv
 from minipaged.attention.online_softmax import paged_attention_online
-from minipaged.attention.paged import write_kv
 from strategies import paged_batches
 
 

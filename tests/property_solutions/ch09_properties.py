@@ -65,7 +65,7 @@ def test_a_prompt_finds_the_blocks_of_its_own_prefix_alone(data):
     cache = PrefixCache(4, 2)
     table = BlockTable(cache, 2)
     table.append_tokens(len(first))
-    cache.insert(table, first, salts[0])
+    cache.cache_blocks(table, first, salts[0])
     table.release()
     pairs = list(zip(first, other, strict=False))
     common = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))

@@ -40,7 +40,7 @@ CHAPTERS = (
         ("minipaged/kvcache/contiguous.py", "minipaged/attention/contiguous.py"),
     ),
     Chapter(4, "Where does the memory go?", ("minipaged/memory/reservation.py",), ("fragmentation",)),
-    Chapter(5, "Page tables", ("minipaged/memory/page_table.py", "minipaged/memory/process.py")),
+    Chapter(5, "Page tables", ("minipaged/memory/page_table.py", "minipaged/memory/address_space.py")),
     Chapter(
         6,
         "The block table",
@@ -50,7 +50,7 @@ CHAPTERS = (
     Chapter(
         7,
         "Paged attention",
-        ("minipaged/attention/paged.py", "minipaged/attention/*.py", "minipaged/kvcache/paged.py"),
+        ("minipaged/attention/gathered.py", "minipaged/attention/*.py", "minipaged/kvcache/paged.py"),
     ),
     Chapter(8, "Triton kernels", ("kernels/paged_decode.py", "kernels/*.py")),
     Chapter(
@@ -73,7 +73,7 @@ CHAPTERS = (
         ("preemption_recompute", "preemption_swap"),
     ),
     Chapter(11, "What did it buy?", ("minipaged/simulator/simulate.py", "minipaged/simulator/*.py")),
-    Chapter(12, "What does the choice cost?", ("minipaged/simulator/blocks.py", "minipaged/memory/sizes.py")),
+    Chapter(12, "What does the choice cost?", ("minipaged/simulator/blocks.py", "minipaged/memory/kv_cache_size.py")),
     Chapter(
         13,
         "More than one device",

@@ -1,12 +1,12 @@
 """Chapter 1. Masked attention, in NumPy float64: what every later step must reproduce.
 
-Written for the eye, not for speed: each line is one line of the formula
+Written to be read, not to be fast: each line of code is one line of the formula
 
     Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k) + M) V,    M[i, j] = 0 if j <= i, else -inf
 
     MultiHead(X) = Concat(head_1, ..., head_h) W^O,           head_i = Attention(X W^Q_i, X W^K_i, X W^V_i)
 
-Nothing in this file knows what a cache is. That is the point: a cache must not change the answer.
+This file has no cache. Every cache in this project is tested against it: a cache must not change the result.
 
 Sources: Vaswani et al., "Attention Is All You Need" (2017), section 3.2, for the formulas; Ainslie et al., "GQA"
 (2023), section 2.2, for key/value heads shared by a group of query heads; Beltagy et al., "Longformer" (2020),
@@ -33,8 +33,8 @@ Array = NDArray[np.float64]
 def causal_mask(num_queries: int, num_keys: int, sliding_window: int | None = None) -> Array:
     """M of shape [num_queries, num_keys]: 0 where query i may see key j, -inf elsewhere.
 
-    The queries are the *last* num_queries of the num_keys positions, so query i stands at position
-    num_keys - num_queries + i. With a window it sees the sliding_window latest positions, itself included.
+    The queries are the *last* num_queries of the num_keys positions, so query i is at position
+    num_keys - num_queries + i. With a window it sees the last sliding_window positions, its own included.
     Invariant: every row has at least one 0, since a query always sees itself.
     """
     raise NotImplementedError("ch01: causal_mask")

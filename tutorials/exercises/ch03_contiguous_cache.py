@@ -1,12 +1,12 @@
-"""Chapter 3. The naive cache: one slab a request, reserved to the greatest length it may reach.
+"""Chapter 3. The contiguous cache: one slab a request, as long as the request may become.
 
-    slab 0   [ A A A A A . . . . . . . . . . . ]     5 tokens held, 11 slots reserved for what may never come
+    slab 0   [ A A A A A . . . . . . . . . . . ]     5 tokens held, 11 slots reserved for tokens that may never come
     slab 1   [ B B . . . . . . . . . . . . . . ]
     slab 2   [ . . . . . . . . . . . . . . . . ]     free
 
-K and V of past tokens are asked for at every step and never change, so keep them. Q is not kept: the query of a token
-is used once, in the step that computes the token. Attention reads a slab as it lies: a view, no table, no copy.
-In the step's `block_tables` a row has one entry here, the number of the slab. Chapter 6 will need more of them.
+K and V of past tokens are needed at every step and never change, so they are kept. Q is not: the query of a token is
+used once, in the step that computes the token. Attention reads a view of the slab: no table, no copy.
+A row of the step's `block_tables` has one entry here, the number of the slab. Chapter 6 will need more of them.
 """
 
 # Exercise ch03_contiguous_cache, about 30 minutes. Write what raises
@@ -47,11 +47,11 @@ class ContiguousCache:
         raise NotImplementedError("ch03: ContiguousCache.__init__")
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch) -> Tensor:
-        """Store the new K and V behind the old ones of each slab, then attend over the slab."""
+        """Store the new K and V behind the old ones in each slab, then attend over the slab."""
         raise NotImplementedError("ch03: ContiguousCache.attend")
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Copy whole slabs (source, target) in every layer, in this order: what a fork costs without blocks."""
+        """Copy whole slabs (source, target) in every layer, in this order: the cost of a fork without blocks."""
         for source, target in copies:
             self.key_cache[:, target] = self.key_cache[:, source]
             self.value_cache[:, target] = self.value_cache[:, source]

@@ -1,7 +1,7 @@
 """Chapter 5. How did operating systems solve it? Pages, frames, and a table between them.
 
-A program sees one long run of addresses. Memory is cut into frames of one size, and any frame may stand behind any
-page of the program. So nothing has to be contiguous, and nothing is reserved before it is used.
+A program sees one long run of addresses. Memory is cut into frames of one size, and any frame may hold any page of the
+program. So nothing has to be contiguous, and nothing is reserved before it is used.
 
     virtual address   1  0 | 1  1 | 0  1  1      two bits of page directory, two of page table, three of offset
                       dir=2  tab=3  offset=3
@@ -31,24 +31,20 @@ x86 are those of Intel's Software Developer's Manual, volume 3A, chapter "Paging
 #   7. AddressLayout.flat_bytes
 #   8. AddressLayout.dense_bytes
 #   9. AddressLayout.sparse_bytes
-#   10. FlatPageTable.cost_bytes
-#   11. FlatPageTable.map
-#   12. FlatPageTable.unmap
-#   13. FlatPageTable.is_mapped
-#   14. FlatPageTable.frame
-#   15. FlatPageTable.translate
-#   16. MultiLevelPageTable.cost_bytes
-#   17. MultiLevelPageTable.map
-#   18. MultiLevelPageTable.unmap
-#   19. MultiLevelPageTable.is_mapped
-#   20. MultiLevelPageTable.frame
-#   21. MultiLevelPageTable.translate
+#   10. MultiLevelPageTable.cost_bytes
+#   11. MultiLevelPageTable.map
+#   12. MultiLevelPageTable.unmap
+#   13. MultiLevelPageTable.is_mapped
+#   14. MultiLevelPageTable.frame
+#   15. MultiLevelPageTable.translate
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # Made from minipaged/memory/page_table.py by minipaged/course/generate.py.
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any
+
+from minipaged.cdiv import cdiv
 
 
 class PageFault(LookupError):
@@ -124,47 +120,11 @@ X86_32 = AddressLayout(index_bits=(10, 10), offset_bits=12, entry_bytes=4)  # pa
 X86_64 = AddressLayout(index_bits=(9, 9, 9, 9), offset_bits=12, entry_bytes=8)  # 48 bits; a table fills one page
 
 
-class FlatPageTable:
-    """One level: the page number is the index. All index bits of the layout are read as one.
-
-    A real table is an array of layout.num_pages entries. Here it is a dictionary of the entries that are filled, so
-    that a table over 48 bits can be built too, and `cost_bytes` bills the whole array.
-    """
-
-    def __init__(self, layout: AddressLayout):
-        self.layout = layout
-        self._entries: dict[int, int] = {}  # page -> frame
-
-    @property
-    def cost_bytes(self) -> int:
-        """Bytes of the table: the same with no page mapped and with all of them."""
-        raise NotImplementedError("ch05: FlatPageTable.cost_bytes")
-
-    def map(self, page: int, frame: int) -> None:
-        """Write the page's entry. Raises ValueError if it has one, or if page or frame do not exist."""
-        raise NotImplementedError("ch05: FlatPageTable.map")
-
-    def unmap(self, page: int) -> int:
-        """Clear the page's entry, and return its frame. Raises ValueError if there is none."""
-        raise NotImplementedError("ch05: FlatPageTable.unmap")
-
-    def is_mapped(self, page: int) -> bool:
-        raise NotImplementedError("ch05: FlatPageTable.is_mapped")
-
-    def frame(self, page: int) -> int:
-        """The frame behind a page: one table read. Raises PageFault where there is none."""
-        raise NotImplementedError("ch05: FlatPageTable.frame")
-
-    def translate(self, address: int) -> int:
-        """Virtual address -> physical address: frame * page_bytes + offset. Raises PageFault."""
-        raise NotImplementedError("ch05: FlatPageTable.translate")
-
-
 class MultiLevelPageTable:
     """A table for each level of the layout: a page directory's entry names a table one level down, the last a frame.
 
     Invariant: a table below the top exists as long as a page under it is mapped, and no longer.
-    Each table is a dictionary of its filled entries, and billed as the whole array that a real one is.
+    A real table is an array. Here it is a dictionary of the filled entries, and `cost_bytes` counts the whole array.
     """
 
     def __init__(self, layout: AddressLayout):
@@ -178,35 +138,39 @@ class MultiLevelPageTable:
         raise NotImplementedError("ch05: MultiLevelPageTable.cost_bytes")
 
     def map(self, page: int, frame: int) -> None:
-        """Write the page's entry; the tables on the way come into being. Raises ValueError as FlatPageTable does."""
+        """Write the page's entry, and make the tables on the way that do not exist yet.
+
+        Raises ValueError, changing nothing, if the page has a frame already, or if page or frame do not exist.
+        """
         raise NotImplementedError("ch05: MultiLevelPageTable.map")
 
     def unmap(self, page: int) -> int:
-        """Clear the page's entry, and return its frame. A table that is left empty goes too; the top one stays."""
+        """Clear the page's entry, and return its frame. A table that is left empty is removed; the top one stays.
+
+        Raises ValueError if the page has no frame.
+        """
         raise NotImplementedError("ch05: MultiLevelPageTable.unmap")
 
     def is_mapped(self, page: int) -> bool:
         raise NotImplementedError("ch05: MultiLevelPageTable.is_mapped")
 
     def frame(self, page: int) -> int:
-        """The frame behind a page: one table read for each level. Raises PageFault where there is none."""
+        """The frame of a page: one table read for each level. Raises PageFault if it has none."""
         raise NotImplementedError("ch05: MultiLevelPageTable.frame")
 
     def translate(self, address: int) -> int:
         """Virtual address -> physical address: frame * page_bytes + offset. Raises PageFault."""
         raise NotImplementedError("ch05: MultiLevelPageTable.translate")
 
-
-PageTable: TypeAlias = FlatPageTable | MultiLevelPageTable  # one contract, two prices
-
-
-def _check_free(table: PageTable, page: int, frame: int) -> None:
-    if frame < 0:
-        raise ValueError(f"frame {frame} does not exist: frames are numbered from 0")
-    if table.is_mapped(page):
-        raise ValueError(f"page {page} has frame {table.frame(page)} already: unmap it first")
+    def check_unmapped(self, page: int) -> None:
+        """Raises ValueError if the page has a frame."""
+        if self.is_mapped(page):
+            raise ValueError(f"page {page} has frame {self.frame(page)} already: unmap it first")
 
 
-def _check_mapped(table: PageTable, page: int) -> None:
-    if not table.is_mapped(page):
-        raise ValueError(f"page {page} has no frame: unmapped twice, or never mapped?")
+class FlatPageTable(MultiLevelPageTable):
+    """One level: all index bits of the layout are read as one, so the page number is the index. One table read finds
+    a frame, and the table costs the same with no page mapped and with all of them."""
+
+    def __init__(self, layout: AddressLayout):
+        super().__init__(replace(layout, index_bits=(sum(layout.index_bits),)))

@@ -1,8 +1,8 @@
-"""Chapter 7. Paged attention, block by block: no copy of the context, because softmax can be computed in passing.
+"""Chapter 7. Paged attention, block by block: no copy of the context, because softmax can be computed in one pass.
 
 Softmax needs the maximum and the sum of a whole row, and a block shows only block_size scores of it. So keep, for each
 query, the maximum m so far, the sum l of exp(score - m) so far, and the unnormalised output acc. A new block with
-scores s and values v moves the maximum to m', and what was summed under the old one is rescaled:
+scores s and values v moves the maximum to m', and the sums under the old maximum are rescaled:
 
     m'   = max(m, max_j s_j)
     l'   = l * exp(m - m')   +  sum_j exp(s_j - m')
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention
 from minipaged.attention.contiguous import visible
+from minipaged.cdiv import cdiv
 
 
 def paged_attention_online(
@@ -41,5 +42,5 @@ def paged_attention_online(
     scale: float,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """The same signature and the same answer as `paged_attention`; each block is read where it lies."""
+    """Arguments, answer and errors of `paged_attention_gathered`; each block is read where it lies."""
     raise NotImplementedError("ch07: paged_attention_online")

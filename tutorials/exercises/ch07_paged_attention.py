@@ -4,8 +4,8 @@
     key_cache                     [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 ]     blocks of block_size tokens
     gathered                      [ 7 | 1 | 3 ] -> cut to seq_len -> causal attention of chapter 3
 
-The gather copies the context once a step. `online_softmax.py` does without the copy, and `compiled.py` is that loop at
-full speed, which is what the engine runs; this form is the one to read first, and a second oracle beside the first.
+The gather copies the context once a step. `online_softmax.py` works without the copy, and `compiled.py` is that loop at
+full speed, which the engine runs. This form is the one to read first, and a second oracle.
 Source: the PagedAttention paper, section 4.1.
 """
 
@@ -20,20 +20,21 @@ Source: the PagedAttention paper, section 4.1.
 # Shapes: docs/design.md, section 3. Sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1 of
 # query, perhaps none; its last query stands at position seq_lens[s] - 1. What no token owns is never read.
 # The promised errors: call check_write_kv or check_paged_attention (minipaged/attention/checks.py) first.
-# Made from minipaged/attention/paged.py by minipaged/course/generate.py.
+# Made from minipaged/attention/gathered.py by minipaged/course/generate.py.
 
 import torch
 from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention, check_write_kv
 from minipaged.attention.contiguous import causal_attention
+from minipaged.cdiv import cdiv
 
 
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     """Store each new token's K and V in its slot: block = slot // block_size, offset = slot % block_size.
 
     key, value [num_tokens, num_kv_heads, head_dim]; caches [num_blocks, num_kv_heads, block_size, head_dim];
-    slot_mapping int64 [num_tokens], -1 for a token that is not stored. No slot may stand in it twice.
+    slot_mapping int64 [num_tokens], -1 for a token that is not stored. No slot may appear twice.
     Raises ValueError for arguments that do not fit, before anything is written.
     """
     raise NotImplementedError("ch07: write_kv")
@@ -62,9 +63,6 @@ def paged_attention_gathered(
     raise NotImplementedError("ch07: paged_attention_gathered")
 
 
-paged_attention = paged_attention_gathered  # one signature, one name: the module says which form it is
-
-
 def gather(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor:
-    """The tokens of one sequence, in logical order, as one piece: [num_kv_heads, seq_len, head_dim]."""
+    """K or V of one sequence, in logical order, in one piece: [num_kv_heads, seq_len, head_dim]."""
     raise NotImplementedError("ch07: gather")

@@ -4,10 +4,10 @@
 
     A: [0, 2]     B: [1]
 
-The tensors know nothing of requests. Who owns which block is decided in memory/, in plain Python, and arrives as two
-arrays of the step: `slot_mapping` says where to write, `block_tables` says where to read. The compiled loop and Triton
-have the same two functions under the same names. Every layer of a step has the same tables, so the numbers in them are
-checked at its first layer.
+memory/ decides, in plain Python, which sequence owns which block. The decision arrives as two tensors of the step:
+`slot_mapping` says where to write, `block_tables` says where to read. The compiled loop and Triton have the same two
+functions under the same names. All layers of a step have the same tables, so the numbers in them are checked at the
+first layer only.
 """
 
 # Exercise ch07_paged_cache, about 15 minutes. Write what raises
@@ -53,8 +53,8 @@ class PagedCache:
             raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
         shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self._kernels = _triton_functions(backend, torch.device(device))
-        self._checked: ForwardBatch | None = None  # the step whose numbers fit
-        # Not zeroed: the system hands out pages of this memory when they are first written, and not before.
+        self._checked: ForwardBatch | None = None  # the last step whose numbers were checked
+        # Not zeroed: the system hands out pages of this memory when they are first written.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
 
@@ -68,12 +68,12 @@ class PagedCache:
 
 
 def _triton_functions(backend: str, device: torch.device) -> tuple[Callable[..., None], Callable[..., Tensor]] | None:
-    """write_kv and paged_attention of Triton, imported when chosen: torch users, who get None, need no Triton."""
+    """write_kv and paged_attention of Triton, imported only if chosen; None for the backend torch."""
     if backend == "torch":
         return None
     if backend != "triton":
         raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
-    # Triton has no code for a CPU, but an interpreter. A process has the one or the other, from triton's import on.
+    # On a CPU Triton has only its interpreter, and a process has either that or the compiler, from triton's import on.
     if device.type == "cpu" and "triton" not in sys.modules:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -23,40 +23,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.kernels.checks import check_write_kv
+from minipaged.attention.checks import check_write_kernel
+from minipaged.kernels.launch import strides
 
 
 def write_kv(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor, *, check: bool = False
 ) -> None:
-    """Store each new token's K and V in its slot: block = slot // block_size, offset = slot % block_size.
+    """`minipaged.attention.write_kv`: the same arguments, effect and errors.
 
-    key, value [num_tokens, num_kv_heads, head_dim]; caches [num_blocks, num_kv_heads, block_size, head_dim];
-    slot_mapping int64 [num_tokens], -1 for a token that is not stored. No slot may stand in it twice.
-    Raises ValueError for shapes, dtypes, strides and devices that do not fit, before anything is written; for slots
-    outside the pool only with `check`, which has to wait for the device.
+    Slots outside the pool are refused only with `check`, which has to wait for the device.
     """
-    check_write_kv(key, value, key_cache, value_cache, slot_mapping, check)
+    check_write_kernel(key, value, key_cache, value_cache, slot_mapping, numbers=check)
     num_tokens, num_kv_heads, head_dim = key.shape
-    if num_tokens == 0:
-        return
-    write_kv_kernel[(num_tokens,)](
-        key,
-        value,
-        key_cache,
-        value_cache,
-        slot_mapping,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        *key_cache.stride()[:3],
-        NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=key_cache.shape[2],
-        NUM_KV_HEADS_PADDED=triton.next_power_of_2(num_kv_heads),
-        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
-    )
+    if num_tokens > 0:
+        write_kv_kernel[(num_tokens,)](
+            *(key, value, key_cache, value_cache, slot_mapping),
+            *strides(key, value, key_cache),
+            NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_SIZE=key_cache.shape[2],
+            NUM_KV_HEADS_PADDED=triton.next_power_of_2(num_kv_heads),
+            HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+        )
 
 
 @triton.jit
@@ -66,13 +55,9 @@ def write_kv_kernel(
     key_cache_ptr,  # [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
     value_cache_ptr,
     slot_mapping_ptr,  # [num_tokens]
-    key_stride_token,
-    key_stride_head,
-    value_stride_token,
-    value_stride_head,
-    stride_block,  # of both caches
-    stride_head,
-    stride_slot,
+    key_strides,  # of a token and a head
+    value_strides,
+    cache_strides,  # of a block, a KV head and a slot, in both caches
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,

@@ -31,9 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.kernels.checks import check_attention
-from minipaged.kernels.online_softmax import LOG2_E, attend_context, start_softmax
-from minipaged.kernels.paged_decode import decode_constants
+from minipaged.attention.checks import check_attention_kernel
+from minipaged.cdiv import cdiv
+from minipaged.kernels.launch import LOG2_E, decode_constants, strides
+from minipaged.kernels.online_softmax import attend_context, locate_context, locate_rows, start_softmax
 
 MAX_SPLITS = 64  # the merge holds all splits of a head in registers
 MIN_TOKENS = 128  # of a split: below, what is written for the merge weighs against the K and V that is read
@@ -69,43 +70,24 @@ def paged_decode_split(
     check: bool = False,
 ) -> Tensor:
     """The arguments and the answer of `paged_decode`; each context is cut into `num_splits` parts, 1 to MAX_SPLITS."""
-    tables = block_tables, seq_lens, None
-    check_attention(query, key_cache, value_cache, *tables, sliding_window, out=out, tile=tile, check=check)
+    tensors = query, key_cache, value_cache, block_tables, seq_lens
+    check_attention_kernel(*tensors, None, sliding_window, out=out, tile=tile, numbers=check)
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits must lie in 1 to {MAX_SPLITS}, got {num_splits}")
     num_seqs, num_heads, head_dim = query.shape
-    _, num_kv_heads, block_size, _ = key_cache.shape
     out = torch.empty_like(query) if out is None else out
     if num_seqs == 0:
         return out
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     accumulators = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=dtype, device=query.device)
     maxima, totals = torch.empty((2, num_seqs, num_heads, num_splits), dtype=dtype, device=query.device)
-    constants = decode_constants(
-        num_heads // num_kv_heads, head_dim, block_size, query.dtype.itemsize, sliding_window, tile
-    )
-    paged_decode_split_kernel[(num_seqs, num_kv_heads, num_splits)](
-        accumulators,
-        maxima,
-        totals,
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        seq_lens,
-        scale * LOG2_E,
-        *query.stride()[:2],
-        *key_cache.stride()[:3],
-        block_tables.stride(0),
-        **constants,
-    )
+    parts = accumulators, maxima, totals
+    places = strides(query, key_cache, block_tables)
+    constants = decode_constants(query, key_cache, sliding_window, tile)
+    grid = num_seqs, key_cache.shape[1], num_splits
+    paged_decode_split_kernel[grid](*parts, *tensors, scale * LOG2_E, *places, **constants)
     merge_splits_kernel[(num_seqs, num_heads)](
-        out,
-        accumulators,
-        maxima,
-        totals,
-        num_splits,
-        *out.stride()[:2],
+        *(out, *parts, num_splits, *strides(out)),
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=constants["HEAD_DIM_PADDED"],
         SPLITS_PADDED=triton.next_power_of_2(num_splits),
@@ -124,12 +106,9 @@ def paged_decode_split_kernel(
     block_tables_ptr,  # [num_seqs, max_blocks]
     seq_lens_ptr,  # [num_seqs]
     scale_log2,
-    query_stride_seq,
-    query_stride_head,
-    stride_block,  # of both caches
-    stride_kv_head,
-    stride_slot,
-    table_stride_seq,
+    query_strides,  # as in decode
+    cache_strides,
+    table_strides,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -148,8 +127,7 @@ def merge_splits_kernel(
     maxima_ptr,  # [num_seqs, num_heads, num_splits]
     totals_ptr,  # [num_seqs, num_heads, num_splits]
     num_splits,
-    out_stride_seq,
-    out_stride_head,
+    out_strides,  # of a sequence and a head
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,

@@ -8,7 +8,7 @@ This is the page table of an operating system with one level: a page is a block 
 and an address is a position. Logical blocks are filled in order, so only the last one may be partly empty: a
 sequence never wastes more than block_size - 1 slots. Source: the PagedAttention paper, sections 4.2 and 4.3.
 
-Chapter 9 comes back to the same class: a block that two tables name is shared, and it is never written.
+Chapter 9 extends the same class: a block that two tables name is shared, and it is never written.
 
     A  [7, 1]      fork      A  [7, 1]      A appends      A  [7, 4]     copies [(1, 4)]: the caller copies the
                   ----->     B  [7, 1]      --------->     B  [7, 1]     tensors of block 1 to block 4, then writes
@@ -49,7 +49,7 @@ class BlockTable:
             raise ValueError("a traced table needs the name of its sequence: seq is None")
         self.block_size = block_size
         self.num_tokens = 0
-        self.allocator = allocator  # the pool that the blocks are of: the device's, or the host's while swapped out
+        self.allocator = allocator  # the pool of the blocks: the device's, or the host's while swapped out
         self.seq = seq
         self.trace = trace
         self._blocks: list[int] = []
@@ -66,27 +66,25 @@ class BlockTable:
         return self._blocks[position // self.block_size] * self.block_size + position % self.block_size
 
     def blocks_needed(self, num_new_tokens: int) -> int:
-        """How many blocks append_tokens(num_new_tokens) would take: new ones, and one if it must copy the last.
-
-        Raises ValueError for a negative number of tokens, and so does append_tokens.
-        """
+        """How many blocks append_tokens(num_new_tokens) would take: new ones, and one if it must copy the last. Both
+        raise ValueError for a negative number of tokens."""
         raise NotImplementedError("ch09: BlockTable.blocks_needed")
 
     def append_tokens(self, num_new_tokens: int) -> list[tuple[int, int]]:
         """Make room for tokens at the end. Returns the copies (source, target) to make before anything is written.
 
-        A shared block is never written. If the new tokens begin inside a last block that somebody else names too,
-        this table takes a block of its own in its place (copy-on-write, the paper's section 4.4). Copies of several
-        calls are made in the order of the calls: the source of one may be the target of a later one.
+        A shared block is never written. If the new tokens begin inside a last block that another table names too, this
+        table takes a block of its own for it (copy-on-write, the paper's section 4.4). Copies of several calls are
+        made in the order of the calls: the source of one may be the target of a later one.
         Raises OutOfBlocks, changing nothing.
         """
         raise NotImplementedError("ch09: BlockTable.append_tokens")
 
     def truncate(self, num_tokens: int) -> None:
-        """Keep the first num_tokens tokens; blocks with none of them are given back. Raises ValueError on a longer one.
+        """Keep the first num_tokens tokens, and free the blocks behind them. Raises ValueError if there are fewer.
 
-        The last block goes first. A prefix cache evicts in the order in which blocks came back, so what hangs on a
-        prefix is given up before the prefix.
+        The last block is freed first. A prefix cache evicts blocks in the order in which they were freed, so the end
+        of a prefix is evicted before its beginning.
         """
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"cannot keep {num_tokens} tokens of {self.num_tokens}")
@@ -98,7 +96,7 @@ class BlockTable:
                 self.trace.record("free", seq=self.seq, logical=len(self._blocks), block=block)
 
     def release(self) -> None:
-        """Give back every block. The table is empty afterwards and may be used again."""
+        """Free every block. The table is empty afterwards and may be used again."""
         self.truncate(0)
 
     def fork(self, *, seq: str | None = None) -> "BlockTable":
@@ -106,15 +104,15 @@ class BlockTable:
         raise NotImplementedError("ch09: BlockTable.fork")
 
     def append_shared(self, blocks: Sequence[int]) -> None:
-        """Begin with full blocks that somebody else wrote: what a prefix cache found. (Chapter 9.)
+        """Begin with full blocks that are written already: what a prefix cache found. (Chapter 9.)
 
         Raises ValueError, changing nothing, if the table is not empty or one of the blocks is free.
         """
         raise NotImplementedError("ch09: BlockTable.append_shared")
 
     def move(self, allocator: BlockAllocator, blocks: Sequence[int]) -> None:
-        """Name blocks of another pool instead, one for each, and give the own ones back. (Chapter 9: swap.)
+        """Name blocks of another pool instead, one for each, and free the own ones. (Chapter 9: swap.)
 
-        The caller took one reference to each of `blocks` for this table; the table owns it from now on.
+        The caller took one reference to each of `blocks` for this table, which owns it from now on.
         """
         raise NotImplementedError("ch09: BlockTable.move")

@@ -1,16 +1,14 @@
-"""Chapter 9. Swap: a sequence that must wait moves to the host's memory, and comes back where there is room.
+"""Chapter 9. Swap: a sequence that must wait moves to the host's memory, and back when there is room.
 
     device                              host
     A  [7, 1, 4]     swap_out([A, B])   A  [0, 1, 2]      plan [(7, 0), (1, 1), (4, 2), (3, 3)]
     B  [7, 1, 3]     --------------->   B  [0, 1, 3]      four copies for six entries; 7 and 1 are still shared
 
-Tables that are given together form a group. The plan names each block once, so what was shared moves once and is
-shared after. (The paper moves all sequences of a request together. The scheduler of chapter 10 moves one at a time, and
-a sample that comes back names the blocks of the prompt that another sample still has on the device.) The last block
-moves whole, also when it is partly empty. Blocks that a table outside the group names too are copied like the others:
-the group leaves nothing behind, and the other table keeps the block.
-
-Both directions are the same walk between two pools; this class decides, and the caller copies the tensors.
+Tables that move together form a group. The plan names each block once, so a shared block moves once and is shared
+after. (The paper moves all sequences of a request together. The scheduler of chapter 10 moves one at a time, and a
+sample that moves back names the blocks of the prompt that another sample still has on the device.) The last block
+moves whole, also when it is partly empty. A block that a table outside the group names too is copied like the others,
+and the other table keeps it. This class decides, and the caller copies the tensors.
 Source: the PagedAttention paper, section 4.5, which compares this with dropping the blocks and computing them anew.
 """
 
@@ -19,7 +17,6 @@ Source: the PagedAttention paper, section 4.5, which compares this with dropping
 #
 #   1. Swap.swap_out
 #   2. Swap.swap_in
-#   3. Swap.blocks_needed
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # Made from minipaged/memory/swap.py by minipaged/course/generate.py.
@@ -46,20 +43,15 @@ class Swap:
         """Move a group to the host. Returns the copies to make, (device_block, host_block).
 
         The copies come before whatever is written to the device next, and plans of several calls are carried out in
-        the order of the calls: the blocks that one gives back are the next one's to take.
+        the order of the calls: the next call may take the blocks that this one frees.
         Raises OutOfBlocks if the host has too few blocks, and ValueError if a table is not on the device or is
         given twice; both change nothing.
         """
         raise NotImplementedError("ch09: Swap.swap_out")
 
     def swap_in(self, tables: Sequence[BlockTable], known: Mapping[int, int] | None = None) -> list[tuple[int, int]]:
-        """Move a group back. Returns the copies to make, (host_block, device_block). Refuses as swap_out does.
+        """Move a group back. Returns the copies to make, (host_block, device_block). Raises as swap_out does.
 
         known: host block -> a block in use on the device with the same tokens. It is named, and nothing is copied.
         """
         raise NotImplementedError("ch09: Swap.swap_in")
-
-    @staticmethod
-    def blocks_needed(tables: Sequence[BlockTable]) -> int:
-        """How many blocks the group takes in the pool that it moves to: a shared block counts once."""
-        raise NotImplementedError("ch09: Swap.blocks_needed")

@@ -109,6 +109,7 @@ class Scheduler:
         raise NotImplementedError("ch10: Scheduler._make_room")
 
     def _preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
+        """Free the device blocks of a sequence: its K and V move to the host, or are computed again later."""
         raise NotImplementedError("ch10: Scheduler._preempt")
 
     # ---- waiting sequences enter ---------------------------------------------------------------------------------

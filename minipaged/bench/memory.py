@@ -1,11 +1,11 @@
-"""Chapters 6 and 9. What a block costs to manage: nanoseconds an operation, from 10^3 to 10^6 blocks.
+"""What a block costs to manage: nanoseconds an operation, from 10^3 to 10^6 blocks. `make bench-memory`, or
 
-    python -m minipaged.memory.bench
+    python -m minipaged.bench.memory
 
-Every operation is O(1) a block, so each row should be flat. Where one still rises, that is the machine's doing: the
-bookkeeping of 10^6 blocks does not fit into its caches, and blocks that are all over the pool miss them. So a plain
-allocator is measured in the same run, in turn with ours: a deque of free blocks, a set of used ones and a dictionary
-of reference counts, with no check of what it is given.
+Every operation is O(1) a block, so each row should be flat. If one still rises, the machine is the reason: the
+bookkeeping of 10^6 blocks does not fit into its caches, and scattered blocks miss them. So a plain allocator is
+measured in the same run, in turn with ours: a deque of free blocks, a set of used ones and a dictionary of reference
+counts, without checks.
 """
 
 import gc
@@ -30,7 +30,7 @@ clock = time.perf_counter_ns
 
 
 class PlainAllocator:
-    """What one would write first."""
+    """The allocator that one would write first."""
 
     def __init__(self, num_blocks: int):
         self.free_blocks = deque(range(num_blocks))
@@ -111,7 +111,7 @@ def table_batches(allocator: BlockAllocator) -> Iterator[tuple[str, Batch]]:
 
 
 def prefix_batches(num_blocks: int) -> Iterator[tuple[str, Batch]]:
-    """A cache whose every block is findable and named by no table, so that each allocation evicts."""
+    """A cache whose every block is evictable, so that each allocation evicts."""
     cache = PrefixCache(num_blocks, BLOCK_SIZE)
     table = BlockTable(cache, BLOCK_SIZE)
     prompts = iter(range(num_blocks * BLOCK_SIZE))
@@ -121,8 +121,8 @@ def prefix_batches(num_blocks: int) -> Iterator[tuple[str, Batch]]:
         table.append_tokens(num_tokens)
         return [next(prompts)] * num_tokens
 
-    for num_findable in range(0, num_blocks, BATCH):
-        cache.insert(table, appended(min(BATCH, num_blocks - num_findable) * BLOCK_SIZE))
+    for num_cached in range(0, num_blocks, BATCH):
+        cache.cache_blocks(table, appended(min(BATCH, num_blocks - num_cached) * BLOCK_SIZE))
         table.release()
 
     def allocate_with_eviction() -> int:
@@ -131,21 +131,21 @@ def prefix_batches(num_blocks: int) -> Iterator[tuple[str, Batch]]:
         spent = clock() - start
         for block in blocks:
             cache.free(block)
-        cache.insert(table, appended(BATCH * BLOCK_SIZE))  # the next batch shall have to evict again
+        cache.cache_blocks(table, appended(BATCH * BLOCK_SIZE))  # the next batch shall have to evict again
         table.release()
         return spent
 
-    def insert() -> int:
+    def cache_blocks() -> int:
         tokens = appended(BATCH * BLOCK_SIZE)
         start = clock()
-        cache.insert(table, tokens)
+        cache.cache_blocks(table, tokens)
         spent = clock() - start
         table.release()
         return spent
 
     def match() -> int:
         tokens = appended(BATCH * BLOCK_SIZE)
-        cache.insert(table, tokens)
+        cache.cache_blocks(table, tokens)
         table.release()
         start = clock()
         found = len(cache.match([*tokens, 0]))
@@ -153,7 +153,7 @@ def prefix_batches(num_blocks: int) -> Iterator[tuple[str, Batch]]:
         assert found == BATCH
         return spent
 
-    yield "prefix: insert, a block", insert
+    yield "prefix: cache_blocks, a block", cache_blocks
     yield "prefix: match, a block", match
     yield "prefix: allocate with an eviction", allocate_with_eviction
 

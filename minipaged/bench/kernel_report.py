@@ -1,6 +1,6 @@
 """Chapter 8. What the compiler makes of each kernel, for seven kinds of GPU and on a machine that has none.
 
-    python -m minipaged.kernels.compile --targets sm_90,gfx942 --head-dim 64,128
+    python -m minipaged.bench.kernel_report --targets sm_90,gfx942 --head-dim 64,128
 
 A launcher is called as on a GPU, with tensors of device `meta` that have shapes and strides and no memory. Triton's own
 launch code then reads the types of the arguments and which of them 16 divides, and compiles; only the last step, the
@@ -236,7 +236,7 @@ def main(
             "TRITON_INTERPRET is set, and what is interpreted cannot be compiled: going on without it", file=sys.stderr
         )
         os.environ.pop("TRITON_INTERPRET")
-        os.execv(sys.executable, [sys.executable, "-m", "minipaged.kernels.compile", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, "-m", "minipaged.bench.kernel_report", *sys.argv[1:]])
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     rows = list(compile_all(chosen, [int(size) for size in head_dim.split(",")], keep))
     kernels = list(dict.fromkeys(row.kernel for row in rows))  # in the order of the launches

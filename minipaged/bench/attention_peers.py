@@ -1,4 +1,4 @@
-"""What `bench.py` measures beside ours: attention on memory that is not paged, and PyTorch's own through a page table.
+"""What `attention.py` measures beside ours: memory that is not paged, and PyTorch's own attention through a page table.
 
 Each is a function without arguments over a `Batch`, set up outside the measurement, that returns
 [num_seqs, num_heads, head_dim].
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipaged.attention.paged import gather, paged_attention_gathered
+from minipaged.attention.gathered import gather, paged_attention_gathered
 from minipaged.cdiv import cdiv
 
 Run = Callable[[], Tensor]
@@ -45,7 +45,7 @@ class Batch:
 
 
 def gathered(batch: Batch) -> Run:
-    """The form that a reader meets first: copy a sequence's blocks, then attend (`paged.py`)."""
+    """The form that a reader meets first: copy a sequence's blocks, then attend (`gathered.py`)."""
     tables = (batch.block_tables, batch.seq_lens, batch.query_start_loc)
     return lambda: paged_attention_gathered(batch.query, batch.key_cache, batch.value_cache, *tables, scale=batch.scale)
 
@@ -106,7 +106,7 @@ def _best_of_three(run: Run) -> float:
 def flex(batch: Batch) -> Run:
     """torch's flex_attention through a page table of its experimental PagedAttention, compiled (needs a C++ compiler).
 
-    It wants the pool as [1, num_kv_heads, num_blocks * block_size, head_dim], hence a copy, made beforehand.
+    It needs the pool as [1, num_kv_heads, num_blocks * block_size, head_dim], hence a copy, made beforehand.
     """
     from torch.nn.attention.experimental._paged_attention import PagedAttention
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

@@ -1,15 +1,15 @@
-"""Chapter 5. Two processes in one memory: each sees its own pages, and a frame may stand behind a page of both.
+"""Chapter 5. Two processes in one memory: each sees its own pages, and one frame may hold a page of both.
 
     process A   page 0 -> frame 2                  frame   0  1  2  3
                 page 7 -> frame 0                  named   1  0  2  0   times by page tables
     process B   page 3 -> frame 2                          |     |
                                                         A.7     A.0 and B.3: a write by A is read by B
 
-A frame is free when no page table entry names it. That is the whole rule of sharing, and chapters 6 and 9 live on it.
+A frame is free when no page table entry names it. That is the whole rule of sharing, and chapters 6 and 9 use it again.
 A frame is cleared before it is handed out, so that no process reads what another one left there.
 """
 
-# Exercise ch05_process, about 30 minutes. Write what raises
+# Exercise ch05_address_space, about 30 minutes. Write what raises
 # NotImplementedError, in this order, and run `minipaged check 5` after each step:
 #
 #   1. PhysicalMemory.num_free
@@ -26,21 +26,22 @@ A frame is cleared before it is handed out, so that no process reads what anothe
 #   12. Process.store
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
-# Made from minipaged/memory/process.py by minipaged/course/generate.py.
+# Made from minipaged/memory/address_space.py by minipaged/course/generate.py.
 
 from collections import deque
 
-from minipaged.memory.page_table import PageTable
+from minipaged.memory.page_table import MultiLevelPageTable
 
 
 class OutOfFrames(RuntimeError):
-    """No free frame. Nothing was changed: the caller may unmap a page, or swap one out, and ask again."""
+    """No frame is free. Nothing was changed: the caller may unmap a page, or swap one out, and retry."""
 
 
 class PhysicalMemory:
     """`num_frames` frames of `page_bytes` bytes each. Every method is O(1), besides the clearing of a frame.
 
     Invariant: num_mappings(frame) is the number of page table entries that name it, and it is free when that is 0.
+    A frame that does not exist is a ValueError, and so is a free one where one in use is needed.
     """
 
     def __init__(self, num_frames: int, page_bytes: int):
@@ -57,7 +58,7 @@ class PhysicalMemory:
         raise NotImplementedError("ch05: PhysicalMemory.num_free")
 
     def num_mappings(self, frame: int) -> int:
-        """How many page table entries name the frame. Raises ValueError for a frame outside the memory."""
+        """How many page table entries name the frame."""
         raise NotImplementedError("ch05: PhysicalMemory.num_mappings")
 
     def take(self) -> int:
@@ -69,7 +70,7 @@ class PhysicalMemory:
         raise NotImplementedError("ch05: PhysicalMemory.share")
 
     def drop(self, frame: int) -> None:
-        """One entry fewer names the frame; with the last one it is free."""
+        """One entry fewer names the frame; after the last one it is free."""
         raise NotImplementedError("ch05: PhysicalMemory.drop")
 
     def load(self, physical_address: int) -> int:
@@ -82,25 +83,25 @@ class PhysicalMemory:
 class Process:
     """An address space: one page table over one memory. A load or store of an unmapped page raises PageFault."""
 
-    def __init__(self, memory: PhysicalMemory, table: PageTable):
+    def __init__(self, memory: PhysicalMemory, table: MultiLevelPageTable):
         if table.layout.page_bytes != memory.page_bytes:
             raise ValueError(f"pages of {table.layout.page_bytes} bytes do not fit frames of {memory.page_bytes}")
         self.memory = memory
         self.table = table
 
     def map(self, page: int) -> int:
-        """Put a fresh frame behind a page, and return it. Raises OutOfFrames or ValueError, changing nothing."""
+        """Give a page a frame, and return it. Raises OutOfFrames or ValueError, changing nothing."""
         raise NotImplementedError("ch05: Process.map")
 
     def share(self, page: int, owner: "Process", owner_page: int) -> int:
-        """Put the frame behind a page of `owner` behind a page of this process too, and return it. No byte is copied.
+        """Map a page to the frame of a page of `owner`, and return the frame. No byte is copied.
 
-        Raises PageFault where the owner's page has no frame, ValueError where ours has one or the memories differ.
+        Raises PageFault if the owner's page has no frame, ValueError if ours has one or the memories differ.
         """
         raise NotImplementedError("ch05: Process.share")
 
     def unmap(self, page: int) -> None:
-        """Take the page away. Its frame stays with whoever else names it, and is free if nobody does."""
+        """Take the page away. Its frame is free if no other entry names it."""
         raise NotImplementedError("ch05: Process.unmap")
 
     def load(self, address: int) -> int:
@@ -108,5 +109,5 @@ class Process:
         raise NotImplementedError("ch05: Process.load")
 
     def store(self, address: int, byte: int) -> None:
-        """Write a byte: every process that shares the frame sees it."""
+        """Write a byte. Every process that shares the frame reads it."""
         raise NotImplementedError("ch05: Process.store")

@@ -4,8 +4,8 @@
     key_cache                     [ 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 ]     blocks of block_size tokens
     gathered                      [ 7 | 1 | 3 ] -> cut to seq_len -> causal attention of chapter 3
 
-The gather copies the context once a step. `online_softmax.py` does without the copy, and `compiled.py` is that loop at
-full speed, which is what the engine runs; this form is the one to read first, and a second oracle beside the first.
+The gather copies the context once a step. `online_softmax.py` works without the copy, and `compiled.py` is that loop at
+full speed, which the engine runs. This form is the one to read first, and a second oracle.
 Source: the PagedAttention paper, section 4.1.
 """
 
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention, check_write_kv
 from minipaged.attention.contiguous import causal_attention
+from minipaged.cdiv import cdiv
 
 
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     """Store each new token's K and V in its slot: block = slot // block_size, offset = slot % block_size.
 
     key, value [num_tokens, num_kv_heads, head_dim]; caches [num_blocks, num_kv_heads, block_size, head_dim];
-    slot_mapping int64 [num_tokens], -1 for a token that is not stored. No slot may stand in it twice.
+    slot_mapping int64 [num_tokens], -1 for a token that is not stored. No slot may appear twice.
     Raises ValueError for arguments that do not fit, before anything is written.
     """
     check_write_kv(key, value, key_cache, value_cache, slot_mapping)
@@ -64,11 +65,8 @@ def paged_attention_gathered(
     return out
 
 
-paged_attention = paged_attention_gathered  # one signature, one name: the module says which form it is
-
-
 def gather(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor:
-    """The tokens of one sequence, in logical order, as one piece: [num_kv_heads, seq_len, head_dim]."""
+    """K or V of one sequence, in logical order, in one piece: [num_kv_heads, seq_len, head_dim]."""
     _, num_kv_heads, block_size, head_dim = cache.shape
-    blocks = cache[block_table[: -(-seq_len // block_size)]]  # [num_logical_blocks, num_kv_heads, block_size, head_dim]
+    blocks = cache[block_table[: cdiv(seq_len, block_size)]]  # [num_logical_blocks, num_kv_heads, block_size, head_dim]
     return blocks.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :seq_len]

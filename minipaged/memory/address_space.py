@@ -1,27 +1,28 @@
-"""Chapter 5. Two processes in one memory: each sees its own pages, and a frame may stand behind a page of both.
+"""Chapter 5. Two processes in one memory: each sees its own pages, and one frame may hold a page of both.
 
     process A   page 0 -> frame 2                  frame   0  1  2  3
                 page 7 -> frame 0                  named   1  0  2  0   times by page tables
     process B   page 3 -> frame 2                          |     |
                                                         A.7     A.0 and B.3: a write by A is read by B
 
-A frame is free when no page table entry names it. That is the whole rule of sharing, and chapters 6 and 9 live on it.
+A frame is free when no page table entry names it. That is the whole rule of sharing, and chapters 6 and 9 use it again.
 A frame is cleared before it is handed out, so that no process reads what another one left there.
 """
 
 from collections import deque
 
-from minipaged.memory.page_table import PageTable
+from minipaged.memory.page_table import MultiLevelPageTable
 
 
 class OutOfFrames(RuntimeError):
-    """No free frame. Nothing was changed: the caller may unmap a page, or swap one out, and ask again."""
+    """No frame is free. Nothing was changed: the caller may unmap a page, or swap one out, and retry."""
 
 
 class PhysicalMemory:
     """`num_frames` frames of `page_bytes` bytes each. Every method is O(1), besides the clearing of a frame.
 
     Invariant: num_mappings(frame) is the number of page table entries that name it, and it is free when that is 0.
+    A frame that does not exist is a ValueError, and so is a free one where one in use is needed.
     """
 
     def __init__(self, num_frames: int, page_bytes: int):
@@ -38,7 +39,7 @@ class PhysicalMemory:
         return len(self._free)
 
     def num_mappings(self, frame: int) -> int:
-        """How many page table entries name the frame. Raises ValueError for a frame outside the memory."""
+        """How many page table entries name the frame."""
         if not 0 <= frame < self.num_frames:
             raise ValueError(f"frame {frame} does not exist: the memory has frames 0 to {self.num_frames - 1}")
         return self._mappings[frame]
@@ -54,64 +55,61 @@ class PhysicalMemory:
 
     def share(self, frame: int) -> None:
         """One more entry names a frame in use."""
-        self._check_in_use(frame)
-        self._mappings[frame] += 1
+        self._mappings[self._in_use(frame)] += 1
 
     def drop(self, frame: int) -> None:
-        """One entry fewer names the frame; with the last one it is free."""
-        self._check_in_use(frame)
-        self._mappings[frame] -= 1
+        """One entry fewer names the frame; after the last one it is free."""
+        self._mappings[self._in_use(frame)] -= 1
         if self._mappings[frame] == 0:
             self._free.append(frame)
 
     def load(self, physical_address: int) -> int:
-        return self._bytes[self._checked(physical_address)]
+        self._in_use(physical_address // self.page_bytes)
+        return self._bytes[physical_address]
 
     def store(self, physical_address: int, byte: int) -> None:
         if not 0 <= byte <= 255:
             raise ValueError(f"a byte is 0 to 255, got {byte}")
-        self._bytes[self._checked(physical_address)] = byte
+        self._in_use(physical_address // self.page_bytes)
+        self._bytes[physical_address] = byte
 
-    def _check_in_use(self, frame: int) -> None:
+    def _in_use(self, frame: int) -> int:
         if self.num_mappings(frame) == 0:
             raise ValueError(f"frame {frame} is free: dropped twice, or shared after it was freed?")
-
-    def _checked(self, physical_address: int) -> int:
-        self._check_in_use(physical_address // self.page_bytes)
-        return physical_address
+        return frame
 
 
 class Process:
     """An address space: one page table over one memory. A load or store of an unmapped page raises PageFault."""
 
-    def __init__(self, memory: PhysicalMemory, table: PageTable):
+    def __init__(self, memory: PhysicalMemory, table: MultiLevelPageTable):
         if table.layout.page_bytes != memory.page_bytes:
             raise ValueError(f"pages of {table.layout.page_bytes} bytes do not fit frames of {memory.page_bytes}")
         self.memory = memory
         self.table = table
 
     def map(self, page: int) -> int:
-        """Put a fresh frame behind a page, and return it. Raises OutOfFrames or ValueError, changing nothing."""
-        self._check_unmapped(page)
+        """Give a page a frame, and return it. Raises OutOfFrames or ValueError, changing nothing."""
+        self.table.check_unmapped(page)
         frame = self.memory.take()
         self.table.map(page, frame)
         return frame
 
     def share(self, page: int, owner: "Process", owner_page: int) -> int:
-        """Put the frame behind a page of `owner` behind a page of this process too, and return it. No byte is copied.
+        """Map a page to the frame of a page of `owner`, and return the frame. No byte is copied.
 
-        Raises PageFault where the owner's page has no frame, ValueError where ours has one or the memories differ.
+        Raises PageFault if the owner's page has no frame, ValueError if ours has one or the memories differ.
         """
         if owner.memory is not self.memory:
-            raise ValueError("the two processes live in different memories: they have no frame to share")
-        self._check_unmapped(page)
+            raise ValueError("the two processes have different memories: no frame belongs to both")
+        self.table.check_unmapped(page)
         frame = owner.table.frame(owner_page)
         self.memory.share(frame)
         self.table.map(page, frame)
         return frame
 
     def unmap(self, page: int) -> None:
-        """Take the page away. Its frame stays with whoever else names it, and is free if nobody does."""
+        """Take the page away. Its frame is free if no other entry names it."""
         self.memory.drop(self.table.unmap(page))
 
     def load(self, address: int) -> int:
@@ -119,9 +117,5 @@ class Process:
         return self.memory.load(self.table.translate(address))
 
     def store(self, address: int, byte: int) -> None:
-        """Write a byte: every process that shares the frame sees it."""
+        """Write a byte. Every process that shares the frame reads it."""
         self.memory.store(self.table.translate(address), byte)
-
-    def _check_unmapped(self, page: int) -> None:
-        if self.table.is_mapped(page):
-            raise ValueError(f"page {page} has frame {self.table.frame(page)} already: unmap it first")

@@ -8,16 +8,13 @@ One level is enough, for three reasons. A sequence has few pages: 2,048 tokens a
 2^36 pages. It has no holes: positions are filled from 0 on, so a table as long as the sequence has no empty entry
 that a page directory could leave out. And a block is big: 12.5 MiB for each entry of 4 bytes, where a page is 4 KiB
 for 8. All block tables together are smaller than one page, beside a pool of 12 GiB.
-
-Sources stand with the constants. GiB is 2^30 bytes, MiB is 2^20, KiB is 2^10.
 """
 
 from typing import NamedTuple
 
 from minipaged.cdiv import cdiv
-from minipaged.memory.page_table import AddressLayout
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+GIB = 1 << 30  # bytes
 ENTRY_BYTES = 4  # block_tables are int32
 
 
@@ -39,19 +36,13 @@ class KVShape(NamedTuple):
     @property
     def token_bytes(self) -> int:
         """K and V of one token in all layers."""
-        return self.num_layers * layer_block_bytes(1, self.kv_width, self.element_bytes)
+        return 2 * self.num_layers * self.kv_width * self.element_bytes
 
     def block_bytes(self, block_size: int) -> int:
-        """One block of all layers: what one entry of a block table stands for."""
-        return self.num_layers * layer_block_bytes(block_size, self.kv_width, self.element_bytes)
-
-
-def layer_block_bytes(block_size: int, kv_width: int, element_bytes: int = 2) -> int:
-    """K and V of block_size tokens in one layer. 16 tokens, 4,096 wide, fp16: 256 KiB."""
-    for name, value in (("block_size", block_size), ("kv_width", kv_width), ("element_bytes", element_bytes)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    return 2 * block_size * kv_width * element_bytes
+        """One block of all layers: what one entry of a block table names."""
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        return block_size * self.token_bytes
 
 
 # Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (arXiv 2205.01068), Table 1: 40 layers, 40 heads,
@@ -64,25 +55,18 @@ LLAMA_3_8B = KVShape("Llama-3-8B", num_layers=32, num_kv_heads=8, head_dim=128, 
 # The PagedAttention paper, Table 1: OPT-13B on one A100 of 40 GB leaves 12 GB for the KV cache, 15.7K slots. With
 # GB read as GiB the slots come out right: 12 GiB / 800 KiB = 15,728.
 OPT_13B_POOL_BYTES = 12 * GIB
-# 90 % of 80 GiB (vLLM's default gpu_memory_utilization = 0.9), less 8,030,261,248 parameters of 2 bytes. Activations
-# are not taken off: a real engine measures them, and has a little less.
+# 90 % of 80 GiB (vLLM's default gpu_memory_utilization = 0.9), less 8,030,261,248 parameters of 2 bytes. A real engine
+# measures its activations, and has a little less.
 LLAMA_3_8B_POOL_BYTES = 80 * GIB * 9 // 10 - 2 * 8_030_261_248
 
 
 class BlockTableCost(NamedTuple):
-    """What the block tables of one pool cost. Bytes are those of int32 entries."""
+    """What the block tables of one pool cost."""
 
-    num_slots: int  # tokens that the pool holds, before it is cut into blocks
-    num_blocks: int  # whole blocks of it
+    num_blocks: int  # whole blocks of the pool
     block_bytes: int  # of one block, all layers
-    seq_entries: int  # of the longest sequence that the model allows
-    seq_bytes: int
-    all_bytes: int  # every block of the pool named by one table each: all tables together, nothing shared
-
-    @property
-    def bytes_for_one(self) -> float:
-        """Bytes of the pool for each byte of table."""
-        return self.block_bytes / ENTRY_BYTES
+    seq_bytes: int  # of the table of the longest sequence that the model allows
+    all_bytes: int  # of all tables together, when each block of the pool is named by one
 
 
 def block_table_cost(shape: KVShape, pool_bytes: int, block_size: int = 16) -> BlockTableCost:
@@ -91,23 +75,5 @@ def block_table_cost(shape: KVShape, pool_bytes: int, block_size: int = 16) -> B
     if pool_bytes < block_bytes:
         raise ValueError(f"pool_bytes ({pool_bytes}) is less than one block of {shape.name} ({block_bytes} bytes)")
     num_blocks = pool_bytes // block_bytes
-    seq_entries = cdiv(shape.max_model_len, block_size)
-    return BlockTableCost(
-        num_slots=pool_bytes // shape.token_bytes,
-        num_blocks=num_blocks,
-        block_bytes=block_bytes,
-        seq_entries=seq_entries,
-        seq_bytes=seq_entries * ENTRY_BYTES,
-        all_bytes=num_blocks * ENTRY_BYTES,
-    )
-
-
-def block_table_layout(max_model_len: int, block_size: int) -> AddressLayout:
-    """A sequence as an address space of one level: position -> (logical block,), offset. Both powers of two."""
-    for name, value in (("max_model_len", max_model_len), ("block_size", block_size)):
-        if value < 1 or value & (value - 1):
-            raise ValueError(f"{name} must be a power of two to be split by bits, got {value}")
-    if max_model_len <= block_size:
-        raise ValueError(f"max_model_len ({max_model_len}) must exceed block_size ({block_size})")
-    index_bits = (max_model_len // block_size).bit_length() - 1
-    return AddressLayout((index_bits,), block_size.bit_length() - 1, ENTRY_BYTES)
+    seq_bytes = cdiv(shape.max_model_len, block_size) * ENTRY_BYTES
+    return BlockTableCost(num_blocks, block_bytes, seq_bytes, num_blocks * ENTRY_BYTES)

@@ -1,11 +1,11 @@
-"""Chapter 7. What paging costs a decode step's attention: `make bench-attention`, or
+"""What paging costs the attention of a decode step: `make bench-attention`, or
 
-    python -m minipaged.attention.bench [--json FILE] [--runs N] [--threads N] [--no-flex]
+    python -m minipaged.bench.attention [--json FILE] [--runs N] [--threads N] [--no-flex]
 
 One layer of SmolLM2's shape (9 heads on 3 KV heads of 64), 32 sequences with contexts of 128 to 2,048 tokens in blocks
-of 16 that lie anywhere in the pool. Everyone answers the same batch; each answer is held against float64 first. All are
-measured in turn, in an order that changes, so that a noisy moment does not hit one alone and nobody always follows the
-same neighbour. The best of the runs says what the code can do, the median and the range how quiet the machine was.
+of 16 that lie anywhere in the pool. All answer the same batch, and each answer is first compared with float64. They are
+measured in turn, in an order that changes, so that a noisy moment does not hit one alone, and none always follows the
+same other one. The best of the runs says what the code can do, the median and the range how quiet the machine was.
 
 Idle threads sleep at once here (`minipaged/__init__.py` says why): else those of a peer's last product would take a
 core from whatever is measured next.
@@ -31,8 +31,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from minipaged.attention.bench_peers import Batch, Run, bandwidth_floor, flex, gathered, one_by_one, padded
 from minipaged.attention.compiled import paged_attention
+from minipaged.bench.attention_peers import Batch, Run, bandwidth_floor, flex, gathered, one_by_one, padded
+from minipaged.cdiv import cdiv
 from minipaged.processor import processor
 
 NUM_SEQS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 9, 3, 64, 16
@@ -52,7 +53,7 @@ def make_batch(dtype: torch.dtype, pool: str) -> Batch:
     if pool == "shared prefix":
         shared = SHARED_TOKENS // BLOCK_SIZE  # blocks
         seq_lens = seq_lens.clamp(min=SHARED_TOKENS)
-    counts = -(-seq_lens // BLOCK_SIZE)
+    counts = torch.tensor([cdiv(seq_len, BLOCK_SIZE) for seq_len in seq_lens.tolist()])
     in_use = shared + int((counts - shared).sum())
     num_blocks = 4 * in_use if pool == "three quarters free" else in_use
     order = torch.randperm(num_blocks, generator=generator)
@@ -97,7 +98,7 @@ def truth(batch: Batch) -> torch.Tensor:
 def median_times(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Milliseconds of every run, all in turn, after one round that does not count.
 
-    Each round has another order: what runs leaves the caches and the clock of the processor to whoever comes next.
+    Each round has another order: each run changes the caches and the clock of the processor for the next one.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     order, rng = list(runs), random.Random(0)
@@ -147,7 +148,7 @@ def measure(dtype: torch.dtype, pool: str, repeats: int, with_flex: bool, consol
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m minipaged.attention.bench", description=(__doc__ or "").split("\n")[0]
+        prog="python -m minipaged.bench.attention", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--runs", type=int, default=15, help="runs of each, at least 5 (15)")
