@@ -140,11 +140,11 @@ def test_logprobs_and_usage(model, served):
 
 
 def test_a_client_that_goes_away_leaves_nothing(served):
-    aborted = served.llm.totals.num_aborted
+    aborted = served.llm.stats.num_aborted
     long = {"prompt": "on and on", "max_tokens": 400, "ignore_eos": True, "stream": True}
     served.leave_midway(long)
     until(served.is_empty)
-    assert served.llm.totals.num_aborted == aborted + 1
+    assert served.llm.stats.num_aborted == aborted + 1
 
 
 FIELDS = ("n", "temperature", "top_p", "max_tokens", "stop", "seed", "logprobs", "stream_options", "messages", "prompt")
@@ -294,7 +294,7 @@ def test_ten_thousand_requests_of_which_a_third_leaves(model):
         asyncio.run(many(range(total // 10, total)))
         until(server.is_empty)
         grown = resident() - before
-        totals = server.llm.totals
+        totals = server.llm.stats
         print(f"{totals.num_finished} finished, {totals.num_aborted} aborted, grown by {grown / 1e6:.1f} MB")
         assert totals.num_finished + totals.num_aborted == total
         assert totals.num_aborted > total // 4

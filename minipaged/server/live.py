@@ -133,14 +133,13 @@ class Feed:
         return json.dumps(document, separators=(",", ":"))
 
     def counters(self) -> dict[str, int]:
-        llm, counts = self.llm, self.llm.scheduler.counts
-        generated = sum(len(seq.outputs) for request in llm.requests.values() for seq in request.seqs)
+        now = self.llm.metrics()
         return {
-            "steps": llm.stats.num_steps,
-            "tokens computed": llm.stats.num_computed,
-            "tokens generated": llm.totals.num_tokens + generated,
-            "tokens found in the prefix cache": counts["found"],
-            "preemptions": counts["recompute"] + counts["swap"],
-            "requests finished": llm.totals.num_finished,
-            "aborted": llm.totals.num_aborted,
+            "steps": now.num_steps,
+            "tokens computed": now.num_tokens_computed,
+            "tokens generated": now.num_tokens_generated,
+            "tokens found in the prefix cache": now.prefix_tokens_found,
+            "preemptions": sum(now.preemptions.values()),
+            "requests finished": now.num_finished,
+            "aborted": now.num_aborted,
         }
