@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-all test-slow test-machines test-durations test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels notebooks notebooks-strip reproduce pictures traces measured site serve serve-site serve-demo test-site clean bugs mutation exercises
+.PHONY: help demo test test-all test-slow test-machines test-durations test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels colab-check notebooks notebooks-strip reproduce pictures traces measured site serve serve-site serve-demo test-site clean bugs mutation exercises
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -56,19 +56,22 @@ fetch: $(READY) ## bring SmolLM2 to this machine
 	@$(BIN)/minipaged fetch
 
 bench-memory: $(READY) ## cost of the allocator's operations from 10^3 to 10^6 blocks
-	@$(BIN)/python -m minipaged.bench.memory
+	@$(BIN)/minipaged bench memory
 
 bench-attention: $(READY) ## what paging costs a decode step's attention, beside contiguous memory (two minutes)
-	@$(BIN)/python -m minipaged.bench.attention
+	@$(BIN)/minipaged bench attention
 
 bench-engine: $(READY) ## what the scheduler costs, alone and as a share of a step of the real model
-	@$(BIN)/python -m minipaged.engine.bench
+	@$(BIN)/minipaged bench engine
 
-kernels-compile: $(READY) ## compile every Triton kernel for four GPUs, with none in the machine: registers, spills, loads
-	@$(BIN)/python -m minipaged.bench.kernel_report --targets sm_80,sm_90,sm_100,gfx942
+kernels-compile: $(READY) ## compile every Triton kernel for five GPUs, with none in the machine: registers, spills, loads
+	@$(BIN)/python -m minipaged.bench.kernel_report --targets sm_75,sm_80,sm_90,sm_100,gfx942
 
 bench-kernels: $(READY) ## check the kernels and, where there is a GPU, time them beside their peers
-	@$(BIN)/python -m minipaged.kernels.bench
+	@$(BIN)/minipaged bench kernels
+
+colab-check: $(READY) ## on a GPU: the suite of chapter 8, the benchmark, and a table to paste into an issue
+	@$(BIN)/python -m minipaged.bench.colab_check
 
 notebooks: $(VENV)/.tutorials ## run all notebooks from fresh kernels, two at a time
 	@$(BIN)/python tutorials/run_notebooks.py
@@ -80,7 +83,7 @@ bugs: $(READY) ## kill every planted bug with its chapter's suite, and print the
 	@$(BIN)/python -m minipaged.course.prove
 
 mutation: $(VENV)/.mutation ## change our code one operator at a time: does a suite notice? (hours; MODULES="block_table swap")
-	@$(BIN)/python -m minipaged.course.mutation $(MODULES)
+	@$(BIN)/python tools/mutation.py $(MODULES)
 
 exercises: $(READY) ## make the exercises from the reference again
 	@$(BIN)/python -m minipaged.course.generate
@@ -98,11 +101,11 @@ traces: $(READY) ## record the runs that the site plays: real ones of SmolLM2, i
 
 measured: $(READY) ## run the benchmarks that this machine can run, and keep their figures for the site
 	@mkdir -p docs/measured
-	@$(BIN)/python -m minipaged.bench.memory | tee docs/measured/memory.txt
-	@$(BIN)/python -m minipaged.bench.attention --json docs/measured/attention.json
-	@$(BIN)/python -m minipaged.engine.bench | tee docs/measured/engine.txt
-	@$(BIN)/python -m minipaged.bench.kernel_report --targets sm_80,sm_90,sm_100,gfx942 | tee docs/measured/kernels-compile.txt
-	@$(BIN)/python -m minipaged.kernels.bench --json docs/measured/kernels.json
+	@$(BIN)/minipaged bench memory | tee docs/measured/memory.txt
+	@$(BIN)/minipaged bench attention --json docs/measured/attention.json
+	@$(BIN)/minipaged bench engine | tee docs/measured/engine.txt
+	@$(BIN)/python -m minipaged.bench.kernel_report --targets sm_75,sm_80,sm_90,sm_100,gfx942 | tee docs/measured/kernels-compile.txt
+	@$(BIN)/minipaged bench kernels --json docs/measured/kernels.json
 
 # Notebooks are run where they, or the code they use, have changed; what ran is kept in build/site.
 site: $(VENV)/.docs $(VENV)/.tutorials ## build the site into site/, notebooks run and all; its Playground needs npm

@@ -6,7 +6,7 @@
 
 Decode reads K and V once and does next to nothing with them. So its measure is bytes of K and V a second, and its
 ceiling what a copy on this device reaches, both directions counted. Prefill computes: its measure is the share of the
-rate of a large bfloat16 matrix product. Both ceilings are measured here, on the same machine, before anything else.
+rate of a large matrix product in the same type. Both ceilings are measured here, before anything else.
 
 Every call is timed by `triton.testing.do_bench`, which empties the L2 cache in between, and takes its turn on several
 copies of its tensors, so that no cache flatters it: median of 100 ms. A launch from Python takes tens of microseconds,
@@ -41,7 +41,15 @@ SPARE_BYTES = 2 << 30  # left to workspaces
 Row = dict[str, Any]
 
 
-def check(device: str) -> None:
+def half_type() -> torch.dtype:
+    """bfloat16; float16 on a GPU without bfloat16 instructions (before sm_80), and a line says so."""
+    if torch.cuda.is_available() and torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+        print(f"{torch.cuda.get_device_name()} has no bfloat16 instructions: float16 is used instead")
+        return torch.float16
+    return torch.bfloat16
+
+
+def check(device: str, half: torch.dtype) -> None:
     """Decode, split decode, prefill, a mix and a window against the oracle, over what `write_kv` wrote."""
     from minipaged.kernels import paged_attention
     from minipaged.kernels.paged_decode_split import paged_decode_split
@@ -50,7 +58,8 @@ def check(device: str) -> None:
         return paged_decode_split(query, *context[:-1], num_splits=4, **options)  # all but query_start_loc
 
     rng = np.random.default_rng(0)
-    dtypes = [torch.float16, torch.bfloat16] if device == "cuda" else [torch.float16]  # interpreted bfloat16 is wrong
+    # Interpreted bfloat16 is wrong.
+    dtypes = list(dict.fromkeys([torch.float16, half])) if device == "cuda" else [torch.float16]
     cases: list[tuple[Any, int | None, tuple[int, ...], tuple[int, ...]]] = [
         (paged_attention, None, (1, 17, 300), (1, 1, 1)),
         (split, None, (1, 17, 300), (1, 1, 1)),
@@ -118,9 +127,9 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / milliseconds([lambda: target.copy_(source)]) * 1e3
 
 
-def matmul_rate(n: int = 8192) -> float:
-    """Operations a second of an n x n x n product in bfloat16."""
-    left, right = torch.randn(2, n, n, dtype=torch.bfloat16, device="cuda")
+def matmul_rate(dtype: torch.dtype, n: int = 8192) -> float:
+    """Operations a second of an n x n x n product."""
+    left, right = torch.randn(2, n, n, dtype=dtype, device="cuda")
     return 2 * n**3 / milliseconds([lambda: left @ right]) * 1e3
 
 
@@ -188,7 +197,8 @@ def main(
         os.environ["TRITON_INTERPRET"] = "1"  # triton is not imported yet: the kernels are, in check()
     elif os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise SystemExit("TRITON_INTERPRET is set: unset it, or the interpreter is what is timed")
-    check(device)
+    half = half_type()
+    check(device, half)
     if device == "cpu" or check_only:
         print("no timing was taken" + (": there is no GPU" if device == "cpu" else ""))
         return
@@ -196,15 +206,15 @@ def main(
 
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     machine = f"{torch.cuda.get_device_name()}, {versions}"
-    bandwidth, matmul = copy_bandwidth(), matmul_rate()
-    print(f"{machine}: copy {bandwidth / 1e9:,.0f} GB/s, bfloat16 matmul {matmul / 1e12:,.0f} TFLOP/s")
+    bandwidth, matmul = copy_bandwidth(), matmul_rate(half)
+    print(f"{machine}: copy {bandwidth / 1e9:,.0f} GB/s, {half} matmul {matmul / 1e12:,.0f} TFLOP/s")
     told: set[str] = set()
     rows: list[Row] = []
     for shape in (LLAMA, SMOLLM2):
-        problems = [Problem(shape, n, c, torch.bfloat16, device) for n, c in (QUICK_DECODE if quick else DECODE)]
+        problems = [Problem(shape, n, c, half, device) for n, c in (QUICK_DECODE if quick else DECODE)]
         decode = [measure(problem, wanted, told) for problem in problems]
         print_table(decode, f"decode, {shape.name}", bandwidth, "kv_bytes", "GB/s", ["minipaged", *wanted])
-        problems = [Problem(shape, n, c, torch.bfloat16, device, q) for n, q, c in PREFILL]
+        problems = [Problem(shape, n, c, half, device, q) for n, q, c in PREFILL]
         prefill = [measure(problem, wanted, told) for problem in problems]
         print_table(prefill, f"prefill, {shape.name}", matmul, "flops", "TFLOP/s", ["minipaged", *wanted])
         rows += decode + prefill

@@ -2,10 +2,11 @@
 
 A kernel gets a tensor as a pointer, and its strides as a tuple, which leaves out the last stride: it is 1 (checks.py of
 `minipaged.attention` refuses another). Triton compiles a kernel anew for other constants: head size, block size, the
-query heads of a group, and the tile, rows, warps and stages that follow from them here.
+query heads of a group, and rows, tile, warps and stages, which the table below gives for a GPU and a head size.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,50 @@ from triton.runtime import driver
 LOG2_E = math.log2(math.e)
 
 
+@dataclass(frozen=True)
+class Tiling:
+    rows: int  # query rows of a program, at most; decode has one group
+    tile: int  # keys of a step of the loop
+    warps: int
+    stages: int  # steps whose loads are under way at once, where the GPU loads asynchronously
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a kernel may take. Sources: CUDA C++ Programming Guide, compute capabilities; AMD's CDNA 3 guide."""
+
+    shared: int  # bytes of shared memory a program may have
+    decode: dict[int, Tiling]  # by head size, padded to 64, 128 or 256
+    prefill: dict[int, Tiling]
+
+
+# Decode: 16 KiB of K and as much of V a step. Two steps under way are 64 KiB and the scratch of the softmax. Three
+# programs then fit a multiprocessor with 228 KiB, two one of 164 KiB.
+_DECODE = {64: Tiling(16, 128, 4, 3), 128: Tiling(16, 64, 4, 3), 256: Tiling(16, 32, 4, 3)}
+# Prefill: 128 rows are 8 warps of 16. 64 keys at head size 64; at 128, operands that come from registers leave room for
+# 32. The accumulator of a head of 256 halves the rows.
+_PREFILL = {64: Tiling(128, 64, 8, 3), 128: Tiling(128, 32, 8, 3), 256: Tiling(64, 32, 8, 2)}
+# wgmma (sm_90) and tcgen05 (sm_100) read operands from shared memory: at head size 128, 64 keys fit as well.
+_PREFILL_WGMMA = _PREFILL | {128: Tiling(128, 64, 8, 3)}
+_PREFILL_TCGEN05 = _PREFILL_WGMMA | {64: Tiling(128, 32, 8, 3)}  # with 64 keys, 24 bytes of a thread spill
+# Triton has no tensor-core code for sm_75: products are single multiply-adds, whose operands and sums stand in
+# registers. 16 keys are what decode keeps in 128 of them, so that four programs of 4 warps fit; 64 rows of head size 64
+# and 32 of 128, over 8 warps, are what prefill does. Its loads are not asynchronous: one stage.
+_DECODE_FMA = {64: Tiling(16, 16, 4, 1), 128: Tiling(16, 16, 4, 1), 256: Tiling(16, 16, 8, 1)}
+_PREFILL_FMA = {64: Tiling(64, 16, 8, 1), 128: Tiling(32, 16, 8, 1), 256: Tiling(16, 16, 8, 1)}
+
+TARGETS = {
+    "sm_75": Target(64 << 10, _DECODE_FMA, _PREFILL_FMA),  # T4
+    "sm_80": Target(163 << 10, _DECODE, _PREFILL),  # A100
+    "sm_86": Target(99 << 10, _DECODE, _PREFILL),  # RTX 30, A10
+    "sm_89": Target(99 << 10, _DECODE, _PREFILL),  # RTX 40, L4
+    "sm_90": Target(227 << 10, _DECODE, _PREFILL_WGMMA),  # H100
+    "sm_100": Target(227 << 10, _DECODE, _PREFILL_TCGEN05),  # B200
+    "sm_120": Target(99 << 10, _DECODE, _PREFILL),  # RTX 50
+    "gfx942": Target(64 << 10, _DECODE, _PREFILL),  # MI300X
+}
+
+
 def strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(tensor.stride()[:-1] for tensor in tensors)
 
@@ -23,40 +68,40 @@ def strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
 def decode_constants(query: Tensor, key_cache: Tensor, sliding_window: int | None, tile: int | None) -> dict[str, Any]:
     """The constexprs and options of the decode kernels, split or not."""
     constants = _constants(query, key_cache, sliding_window)
-    # 16 KiB of K and as much of V a step: two steps in flight and three programs on a multiprocessor fit in 228 KiB.
-    tile = tile or min(128, max(16, 16_384 // (constants["HEAD_DIM_PADDED"] * query.dtype.itemsize)))
     rows = max(16, triton.next_power_of_2(constants["GROUP"]))
-    return constants | {"ROWS": rows, "TILE": tile, "num_warps": 4, "num_stages": 3}
+    tiling = _pick(target(query.device).decode, _DECODE_FMA, constants, query)
+    return constants | {"ROWS": rows} | _options(tiling, tile)
 
 
 def prefill_constants(
-    query: Tensor,
-    key_cache: Tensor,
-    sliding_window: int | None,
-    max_query_len: int,
-    tile: int | None,
-    rows: int | None,
+    query: Tensor, key_cache: Tensor, sliding_window: int | None, max_query_len: int, tile: int | None, rows: int | None
 ) -> dict[str, Any]:
     """The constexprs and options of the prefill kernel."""
     constants = _constants(query, key_cache, sliding_window)
-    group, head_dim_padded, itemsize = constants["GROUP"], constants["HEAD_DIM_PADDED"], query.dtype.itemsize
-    # 128 rows are two warpgroups of wgmma on Hopper. The accumulator of a larger head, or of float32, leaves less room.
-    most = 32 if itemsize > 2 else 64 if head_dim_padded > 128 else 128
+    tiling, group = _pick(target(query.device).prefill, _PREFILL_FMA, constants, query), constants["GROUP"]
     needed = triton.next_power_of_2(max_query_len * group)  # no rows for queries that are not there
-    rows = rows or max(16, triton.next_power_of_2(group), min(most, needed))
-    # Where operands come from registers, 128 rows by 64 keys of head_dim 128 do not fit into 255 of them.
-    short = itemsize > 2 or head_dim_padded > (128 if multiplies_from_shared_memory(query.device) else 64)
-    return constants | {
-        "ROWS": rows,
-        "TILE": tile or (32 if short else 64),
-        "num_warps": 8 if rows >= 128 or head_dim_padded > 128 else 4,
-        "num_stages": 3 if head_dim_padded <= 128 else 2,
-    }
+    rows = rows or max(16, triton.next_power_of_2(group), min(tiling.rows, needed))
+    return constants | {"ROWS": rows} | _options(tiling, tile)
 
 
-def multiplies_from_shared_memory(device: torch.device) -> bool:
-    """wgmma of Hopper (sm_90) and tcgen05 of Blackwell (sm_100) do; every other tensor core takes registers."""
-    return device.type != "cpu" and driver.active.get_current_target().arch in (90, 100)
+def target(device: torch.device) -> Target:
+    """The entry of the GPU that is there; one that the table does not name, and the interpreter, are taken as sm_80."""
+    return TARGETS.get("sm_80" if device.type == "cpu" else _name(), TARGETS["sm_80"])
+
+
+def _name() -> str:
+    gpu = driver.active.get_current_target()
+    return f"sm_{gpu.arch}" if gpu.backend == "cuda" else str(gpu.arch)
+
+
+def _pick(tilings: dict[int, Tiling], fma: dict[int, Tiling], constants: dict[str, Any], query: Tensor) -> Tiling:
+    """float32, which is not rounded here, and float64 are multiply-adds on every GPU."""
+    on_tensor_cores = query.dtype.itemsize == 2 or query.device.type == "cpu"
+    return (tilings if on_tensor_cores else fma)[min(256, max(64, constants["HEAD_DIM_PADDED"]))]
+
+
+def _options(tiling: Tiling, tile: int | None) -> dict[str, int]:
+    return {"TILE": tile or tiling.tile, "num_warps": tiling.warps, "num_stages": tiling.stages}
 
 
 def _constants(query: Tensor, key_cache: Tensor, sliding_window: int | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from minipaged.compiling_helpers import number, rounded
 from minipaged.model import compiled_ops
 from minipaged.model.batch import make_batch
 from minipaged.model.compiled_ops import CompiledTransformer, add_rms_norm, rotate, silu_and_multiply, use_compiled_ops
-from minipaged.model.load import load_model, tiny_transformer
+from minipaged.model.load import TINY, load_model, tiny_transformer
 from minipaged.model.recompute import RecomputeCache
 from minipaged.model.transformer import rotate as rotate_by_formula
 
@@ -211,6 +212,29 @@ def test_a_model_gives_the_hidden_states_of_the_formulas(sequences, dtype):
     out, expected = hidden_states(quick_of(plain), *sequences), hidden_states(plain, *sequences)
     tolerance = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.05}[dtype]
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
+FAMILIES = {
+    "biases": {"qkv_bias": True},
+    "norms": {"qk_norm": True},
+    "a layer without positions": {"no_rope_layers": (1,)},
+    "scaled positions": {"rope_factors": (1.0, 2.0, 4.0, 4.0), "rope_attention_factor": 1.2},
+    "windows": {"sliding_windows": (2, None)},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_of_each_family_gives_the_hidden_states_of_the_formulas(name):
+    plain = tiny_transformer(torch.float64, config=replace(TINY, **FAMILIES[name]))
+    for parameter in plain.parameters():
+        if parameter.dim() == 1:
+            parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) + 0.5)
+    sequences = [3, 1, 4, 1, 5, 9], [2, 6]
+    expected = hidden_states(plain, *sequences)
+    torch.testing.assert_close(hidden_states(quick_of(plain), *sequences), expected, rtol=1e-11, atol=1e-11)
+    plain_llama = tiny_transformer(torch.float64)
+    plain_llama.load_state_dict({n: p for n, p in plain.state_dict().items() if n in plain_llama.state_dict()})
+    assert not torch.allclose(hidden_states(plain_llama, *sequences), expected), "nothing differs"
 
 
 def test_halves_come_nearer_to_the_truth_than_by_the_formulas():

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from minipaged.model import fetch
+from minipaged.model.gguf_file import open_gguf
 from minipaged.model.load import load_model
-from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer, tokenizer_from_gguf
-from minipaged.model.weights import open_gguf
+from minipaged.model.tokenizer import TextTokenizer
+from minipaged.model.tokenizer_files import byte_tokenizer, tokenizer_from_gguf
 from model_files import EOS, SMALL, TOKENS, random_weights, write_folder, write_gguf
 
 pytestmark = pytest.mark.ch02

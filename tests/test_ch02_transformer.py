@@ -33,9 +33,9 @@ def rms_norm(x, weight, eps):
 def turned(x, config):
     """The pair (x[i], x[i + d/2]) of the token at position p, as one complex number, times e^(i p theta^(-2i/d))."""
     half = config.head_dim // 2
-    speeds = config.rope_theta ** (-2.0 * np.arange(half) / config.head_dim)
+    speeds = config.rope_theta ** (-2.0 * np.arange(half) / config.head_dim) / (config.rope_factors or (1.0,))
     z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * np.arange(len(x))[:, None, None] * speeds)
-    return np.concatenate([z.real, z.imag], axis=-1)
+    return np.concatenate([z.real, z.imag], axis=-1) * config.rope_attention_factor
 
 
 def model_in_numpy(model, token_ids):
@@ -49,10 +49,17 @@ def model_in_numpy(model, token_ids):
         x = rms_norm(hidden, layer["attention_norm.weight"], config.rms_norm_eps)
         edges = [heads * head_dim, (heads + kv_heads) * head_dim]  # rows are outputs, as torch lays them
         w_q, w_k, w_v = np.split(layer["qkv_proj.weight"], edges)
-        query = turned((x @ w_q.T).reshape(-1, heads, head_dim), config)
-        key = turned((x @ w_k.T).reshape(-1, kv_heads, head_dim), config)
-        value = (x @ w_v.T).reshape(-1, kv_heads, head_dim)
-        attended = masked_attention(query, key, value).reshape(-1, heads * head_dim)
+        b_q, b_k, b_v = np.split(layer["qkv_proj.bias"], edges) if config.qkv_bias else (0.0, 0.0, 0.0)
+        query = (x @ w_q.T + b_q).reshape(-1, heads, head_dim)
+        key = (x @ w_k.T + b_k).reshape(-1, kv_heads, head_dim)
+        value = (x @ w_v.T + b_v).reshape(-1, kv_heads, head_dim)
+        if config.qk_norm:
+            query = rms_norm(query, layer["q_norm.weight"], config.rms_norm_eps)
+            key = rms_norm(key, layer["k_norm.weight"], config.rms_norm_eps)
+        if i not in config.no_rope_layers:
+            query, key = turned(query, config), turned(key, config)
+        window = config.sliding_windows[i] if config.sliding_windows else None
+        attended = masked_attention(query, key, value, sliding_window=window).reshape(-1, heads * head_dim)
         hidden = hidden + attended @ layer["o_proj.weight"].T
         x = rms_norm(hidden, layer["mlp_norm.weight"], config.rms_norm_eps)
         gate, up = np.split(x @ layer["gate_up_proj.weight"].T, 2, axis=-1)
@@ -67,11 +74,21 @@ def model_in_numpy(model, token_ids):
 @st.composite
 def configs(draw):
     num_heads, num_kv_heads, head_dim = draw(head_shapes(max_group=3), label="heads")
+    num_layers, half = draw(st.integers(1, 3)), head_dim // 2
+    layers = st.sets(st.integers(0, num_layers - 1))
+    windows = st.lists(st.none() | st.integers(1, 8), min_size=num_layers, max_size=num_layers)
+    factors = st.lists(st.floats(0.5, 16.0), min_size=half, max_size=half)
     return ModelConfig(
+        qkv_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        rope_factors=tuple(draw(st.just([]) | factors)),
+        rope_attention_factor=draw(st.sampled_from((1.0, 1.2))),
+        no_rope_layers=tuple(draw(st.just(set()) | layers)),
+        sliding_windows=tuple(draw(st.just([]) | windows)),
         vocab_size=draw(st.integers(2, 40)),
         hidden_size=draw(st.sampled_from((2, 8, 18))),  # not always num_heads * head_dim
         intermediate_size=draw(st.integers(1, 20)),
-        num_layers=draw(st.integers(1, 3)),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -163,9 +180,9 @@ class Recorder(RecomputeCache):
     def __init__(self):
         self.calls = []
 
-    def attend(self, layer, query, key, value, batch):
+    def attend(self, layer, query, key, value, batch, sliding_window=None):
         self.calls.append((layer, query.shape, key.shape, value.shape, batch))
-        return super().attend(layer, query, key, value, batch)
+        return super().attend(layer, query, key, value, batch, sliding_window)
 
 
 @given(model=models(), data=st.data())
@@ -309,7 +326,10 @@ _NO_EPS = st.floats(max_value=-1e-9) | st.floats(min_value=1.01) | st.just(float
     | st.tuples(_SIZES, st.just(True))  # which Python takes for 1
     | st.tuples(st.just("rope_theta"), _NO_THETA)
     | st.tuples(st.just("rms_norm_eps"), _NO_EPS)
-    | st.tuples(st.just("tie_embeddings"), st.none() | st.integers(2) | st.text())
+    | st.tuples(st.sampled_from(("tie_embeddings", "qkv_bias", "qk_norm")), st.none() | st.integers(2) | st.text())
+    | st.tuples(st.just("rope_factors"), st.sampled_from(((1.0, 1.0), (0.0,), (float("nan"),), (1e9,))))
+    | st.tuples(st.just("rope_attention_factor"), st.sampled_from((0.0, -1.0, float("nan"), None, "1")))
+    | st.tuples(st.just("sliding_windows"), st.sampled_from(((4, 4), (0,), (True,), (2.0,))))
     | st.tuples(st.just("head_dim"), st.integers(0, 50).map(lambda i: 2 * i + 1))
     | st.tuples(st.just("num_kv_heads"), st.integers(3))
     | st.tuples(st.just("max_position"), st.integers(MAX_POSITION + 1))

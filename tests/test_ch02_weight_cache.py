@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from minipaged.model import fetch, load, weight_cache
 from minipaged.model.load import load_model
 from minipaged.model.transformer import ModelConfig
+from minipaged.model.weights import source_from_gguf
 from model_files import SMALL, TOKENS, random_weights, write_gguf
 from strategies import costly
 
@@ -35,7 +36,9 @@ def folder_with_source(config=SMALL, seed=0):
 def loaded(source, dtype=torch.float32):
     """The model through the cache, and whether it was built anew."""
     built = []
-    found = weight_cache.load_through_cache(source, dtype, lambda: built.append(1) or load._load_gguf(source, dtype))
+    found = weight_cache.load_through_cache(
+        source, dtype, lambda: built.append(1) or load.read_model(source_from_gguf(source), dtype)
+    )
     return found, bool(built)
 
 
@@ -45,7 +48,7 @@ def copy_of(source, dtype="float32"):
 
 def assert_same(found, source, dtype=torch.float32):
     transformer, tokenizer = found
-    expected = load._load_gguf(source, dtype)
+    expected = load.read_model(source_from_gguf(source), dtype)
     ours, theirs = transformer.state_dict(), expected.transformer.state_dict()
     assert list(ours) == list(theirs)
     for name in theirs:

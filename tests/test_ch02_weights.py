@@ -12,6 +12,7 @@ import struct
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,13 +23,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
+from minipaged.model import linear, load
 from minipaged.model.batch import make_batch
 from minipaged.model.compiled_ops import use_compiled_ops
+from minipaged.model.gguf_file import ModelFileError
 from minipaged.model.load import load_model
 from minipaged.model.recompute import RecomputeCache
 from minipaged.model.transformer import MAX_POSITION, ModelConfig
-from minipaged.model.weights import ModelFileError
 from model_files import (
     EOS,
     SMALL,
@@ -448,10 +451,12 @@ def test_a_tensor_too_many_is_refused_by_name(name):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("llama.rope.scaling.type", ("add_string", "yarn"), "yarn"),
+        ("llama.rope.scaling.type", ("add_string", "longrope"), "longrope"),
         ("llama_rope_dimension_count", ("add_uint32", 2), "2 of 4"),
-        ("tokenizer_ggml_model", ("add_string", "llama"), "'llama'"),
-        ("tokenizer_ggml_pre", ("add_string", "qwen2"), "'qwen2'"),
+        ("llama.expert_count", ("add_uint32", 8), "experts"),
+        ("tokenizer_ggml_model", ("add_string", "t5"), "'t5'"),
+        ("tokenizer_ggml_model", ("add_string", "llama"), "tokenizer.ggml.scores"),
+        ("tokenizer_ggml_pre", ("add_string", "olmo"), "'olmo'"),
         ("tokenizer_ggml_merges", ("add_array", ["h i", "noblank"]), "merges"),
         ("tokenizer_ggml_merges", ("add_array", ["h i", "q \u1234"]), "merges"),
         ("tokenizer_ggml_tokens", ("add_array", TOKENS[:-3]), str(len(TOKENS) - 3)),
@@ -591,10 +596,10 @@ def test_a_config_json_without_end_is_refused(text):
 @given(
     where=st.sampled_from(("rope_scaling", "rope_parameters")),
     key=st.sampled_from(("type", "rope_type")),
-    kind=st.sampled_from(("linear", "dynamic", "yarn", "longrope", "llama3")) | st.text(min_size=1, max_size=5),
+    kind=st.sampled_from(("dynamic", "longrope")) | st.text(min_size=1, max_size=5),
 )
-def test_scaled_rotary_positions_are_refused(where, key, kind):
-    if kind == "default":
+def test_scalings_of_rotary_positions_that_are_not_known_are_refused(where, key, kind):
+    if kind in ("default", "none", "linear", "yarn"):
         return
     with folder_with() as folder:
         fields = {**json_fields(SMALL), where: {key: kind, "factor": 2.0}}
@@ -606,7 +611,15 @@ def test_scaled_rotary_positions_are_refused(where, key, kind):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model_type": "qwen2"}, "'qwen2'"),
+        ({"model_type": "gemma2"}, "'gemma2' is not supported (it caps its scores)"),
+        ({"model_type": "phi3"}, "'phi3' is not supported (its weights are fused)"),
+        ({"model_type": "qwen3_moe"}, "'qwen3_moe' is not supported (it has experts)"),
+        ({"model_type": "bloom"}, "'bloom'"),
+        ({"model_type": ["llama"]}, "['llama']"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "0.5"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_windows"),
+        ({"model_type": "mistral", "sliding_window": 4, "num_hidden_layers": 1 << 40}, "num_hidden_layers"),
         ({"attention_bias": True}, "biases"),
         ({"mlp_bias": True}, "biases"),
         ({"hidden_act": "gelu"}, "silu"),
@@ -696,3 +709,45 @@ def test_an_unknown_dtype_is_refused_with_those_that_are_known(dtype):
         load_model("tiny", dtype)
     assert repr(dtype) in str(error.value)
     assert "bfloat16" in str(error.value)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_weight_is_not_kept_beside_its_packed_form(tied, monkeypatch):
+    """And the model says what it said. The embedding is kept: rows of it are looked up."""
+    monkeypatch.setattr(linear, "MIN_SIZE", 1)
+    config = replace(SMALL, tie_embeddings=tied)
+    weights = random_weights(config)
+    for way in linear.ways(torch.float32)[1:]:
+        monkeypatch.setattr(load, "fastest_way", lambda dtype, way=way: way)
+        with folder_with(config, weights) as folder:
+            model = load_model(folder).transformer
+        packed = [module for module in model.modules() if type(module) is linear.PackedLinear]
+        assert len(packed) == 4 * config.num_layers + 1
+        kept = [module for module in packed if module.weight.untyped_storage().nbytes() >= module.weight.nbytes]
+        assert kept == ([model.lm_head] if tied else [])
+        expected = logits(written(config, weights))
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["gguf", "folder"])
+def test_what_no_memory_holds_is_refused_before_a_number_is_read(form, monkeypatch):
+    monkeypatch.setattr(load, "memory_of", lambda device: 1000)
+    monkeypatch.setattr(load, "build_transformer", lambda *arguments: pytest.fail("numbers were read"))
+    with gguf_with() if form == "gguf" else folder_with() as path:
+        message = refused(path)
+    numbers = sum(array.size for array in WEIGHTS.values()) + SMALL.max_position * SMALL.head_dim
+    assert f"{4 * numbers:,} bytes" in message and "1,000" in message and "float32" in message
+
+
+def test_parts_that_the_index_does_not_name_are_not_read():
+    with folder_with(num_shards=2) as folder:
+        parts = {path.name: safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))}
+        names = {name: part for part, file in parts.items() for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        (folder / "older.safetensors").write_bytes(b"no weights")
+        assert torch.equal(logits(load_model(folder).transformer), logits(written(SMALL, WEIGHTS)))
+        (folder / max(names.values())).unlink()
+        assert max(names.values()) in refused(folder)

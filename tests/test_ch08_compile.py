@@ -16,14 +16,19 @@ import torch
 os.environ.update({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})  # before triton is imported
 pytest.importorskip("triton", reason="the kernels need Triton, which runs on Linux")
 
+from minipaged.kernels.launch import TARGETS
+
 pytestmark = [pytest.mark.ch08, pytest.mark.slow]
 
-TARGETS, HEAD_DIMS = ("sm_80", "sm_90"), (64, 128)
+HEAD_DIMS = (64, 128)
 DECODE = ("paged_decode_kernel", "paged_decode_split_kernel")
 ATTENTION = (*DECODE, "paged_prefill_kernel")
 IDS = re.compile(r"block_tables_ptr|slot_mapping_ptr|copies_ptr")
 
 for_each = pytest.mark.parametrize(("target", "head_dim"), [(t, d) for t in TARGETS for d in HEAD_DIMS])
+on_tensor_cores = pytest.mark.parametrize(
+    ("target", "head_dim"), [(t, d) for t in ("sm_80", "sm_90") for d in HEAD_DIMS]
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def report(tmp_path_factory):
     command = [sys.executable, "-m", "minipaged.bench.kernel_report", "--targets", ",".join(TARGETS)]
     command += ["--head-dim", ",".join(map(str, HEAD_DIMS)), "--json", str(folder / "rows.json"), "--keep", str(folder)]
     done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=3600
     )
     assert done.returncode == 0, done.stderr
     assert "going on without it" in done.stderr, "the report says that it does not use the interpreter"
@@ -55,6 +60,13 @@ def test_no_kernel_spills(report, target, head_dim):
 
 
 @for_each
+def test_shared_memory_fits_the_target(report, target, head_dim):
+    """More than the target has, and the launch is refused."""
+    rows = [row for (_, *where), row in report[0].items() if where == [target, head_dim]]
+    assert {row["kernel"]: row["shared"] for row in rows if row["shared"] > TARGETS[target].shared} == {}
+
+
+@on_tensor_cores
 @pytest.mark.parametrize("kernel", ATTENTION)
 def test_attention_runs_on_tensor_cores_with_wide_loads_and_more_than_one_buffer(report, kernel, target, head_dim):
     row = report[0][kernel, target, head_dim]

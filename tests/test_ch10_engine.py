@@ -15,7 +15,8 @@ from alone import alone as answer_alone
 from minipaged import LLM, SamplingParams
 from minipaged.cdiv import cdiv
 from minipaged.model.load import load_model
-from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer
+from minipaged.model.tokenizer import TextTokenizer
+from minipaged.model.tokenizer_files import byte_tokenizer
 from strategies import costly
 
 pytestmark = pytest.mark.ch10

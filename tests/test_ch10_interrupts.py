@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from interrupting import ALL, RUNNER, Interrupts, User
 from minipaged import BeamSearchParams, SamplingParams
 from minipaged.model.load import TINY, Model, tiny_transformer
-from minipaged.model.tokenizer import byte_tokenizer
+from minipaged.model.tokenizer_files import byte_tokenizer
 from strategies import costly
 
 pytestmark = pytest.mark.ch10

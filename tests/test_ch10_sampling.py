@@ -18,7 +18,8 @@ from minipaged.engine.sampling import draw, logprobs, penalised, probabilities, 
 from minipaged.engine.sequence import Sequence, Token
 from minipaged.model.load import TINY, Model, load_model, tiny_transformer
 from minipaged.model.recompute import next_logits
-from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer
+from minipaged.model.tokenizer import TextTokenizer
+from minipaged.model.tokenizer_files import byte_tokenizer
 from minipaged.viz.replay import at
 
 pytestmark = pytest.mark.ch10

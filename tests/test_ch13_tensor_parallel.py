@@ -6,38 +6,41 @@ starts as can be: each takes seconds.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache
-from multiprocessing import Pipe
+from pathlib import Path
 
 import gguf
 import pytest
+import ranks_table
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import rank_threads
 from alone import alone
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.cdiv import cdiv
-from minipaged.distributed import launch, table
-from minipaged.distributed.group import thread_groups
-from minipaged.distributed.load import from_transformer, open_source, slice_of
-from minipaged.distributed.message import decode, encode, message_bytes
+from minipaged.distributed import launch
+from minipaged.distributed.launch import WorkerError
+from minipaged.distributed.load import slice_of
+from minipaged.distributed.message import decode, encode
 from minipaged.distributed.shares import local_config, shares, step_traffic, weight_bytes
-from minipaged.distributed.team import Team, WorkerError
-from minipaged.distributed.worker import serve
 from minipaged.engine.beam_scheduler import Search
 from minipaged.engine.beam_search import choose
 from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.engine.sequence import Sequence, Token
 from minipaged.model.batch import ForwardBatch, make_batch
-from minipaged.model.load import TINY, load_model, tiny_transformer
+from minipaged.model.load import TINY, load_model, open_source, tiny_transformer
 from minipaged.model.recompute import next_logits
+from minipaged.model.weights import source_from_transformer
 from minipaged.simulator.replicas import POLICIES, Workload, simulate_replicas
 from model_files import SMALL, TOKENS, random_weights, transformer_of, write_folder, write_gguf
 
@@ -91,8 +94,8 @@ def batches(draw):
 @given(pairs, pairs, pairs, batches())
 def test_a_step_comes_through_as_it_was_and_costs_what_the_formula_says(out, back, copies, batch):
     output = SchedulerOutput(out, back, copies)
-    message = encode(output, batch)
-    found_output, found = decode(message)
+    header, body = encode(output, batch)
+    found_output, found = decode(header, body)
     assert found_output == output
     for field in fields(ForwardBatch):
         ours, theirs = getattr(batch, field.name), getattr(found, field.name)
@@ -100,12 +103,12 @@ def test_a_step_comes_through_as_it_was_and_costs_what_the_formula_says(out, bac
             assert theirs == ours, field.name
         else:
             assert theirs.dtype == ours.dtype and torch.equal(theirs, ours), field.name
-    # docs/tensor_parallel.md: 4 + 4 (9 + 3 T + 2 S + S B + E + 2 C)
+    # docs/tensor_parallel.md: 4 (9 + 3 T + 2 S + S B + E + 2 C)
     (seqs, blocks), ends = batch.block_tables.shape, len(batch.logits_rows)
     numbers = 9 + 3 * len(batch.token_ids) + 2 * seqs + seqs * blocks + ends + 2 * len(out + back + copies)
-    assert len(message) == message_bytes(output, batch) == 4 + 4 * numbers
+    assert header.nbytes + body.nbytes == 4 * numbers
     with pytest.raises(ValueError, match="was announced"):
-        decode(message[:-4])
+        decode(header, body[:-1])
 
 
 # ---- slices of files -------------------------------------------------------------------------------------------------
@@ -128,7 +131,7 @@ def test_slices_of_a_file_are_slices_of_its_model(tmp_path, kind, size):
     whole = load_model(path).transformer
     if kind in ("safetensors", "F32"):
         assert torch.equal(whole.layers[0].qkv_proj.weight, transformer_of(model, weights).layers[0].qkv_proj.weight)
-    from_file, in_memory = open_source(path), from_transformer(whole, lambda: None)
+    from_file, in_memory = open_source(path), source_from_transformer(whole, lambda: None)
     for share in shares(model, size):
         ours, theirs = (slice_of(source, share, torch.float32).state_dict() for source in (from_file, in_memory))
         assert ours.keys() == theirs.keys()
@@ -139,7 +142,7 @@ def test_slices_of_a_file_are_slices_of_its_model(tmp_path, kind, size):
 def test_a_tensor_larger_than_the_configuration_says_is_refused(tmp_path):
     weights = random_weights(DIVISIBLE)
     write_folder(tmp_path / "m", replace(DIVISIBLE, intermediate_size=64), weights)
-    with pytest.raises(ValueError, match=r"down_proj.weight has shape \[32, 96\].*\[32, 64\]"):
+    with pytest.raises(ValueError, match=r"gate_proj.weight has shape \[96, 32\].*\[64, 32\]"):
         LLM(tmp_path / "m", tensor_parallel_size=2)
 
 
@@ -153,15 +156,7 @@ def tiny():
 
 @pytest.fixture
 def ranks_are_threads(monkeypatch):
-    def spawn(size):
-        groups, connections = thread_groups(size), {}
-        for rank in range(1, size):
-            connections[rank], theirs = Pipe()
-            arguments = (theirs, rank, size, lambda _timeout, _device, rank=rank: groups[rank])
-            threading.Thread(target=serve, args=arguments, daemon=True).start()
-        return Team(size, connections, {}, lambda _timeout, _device: groups[0])
-
-    monkeypatch.setattr(launch, "spawn", spawn)
+    monkeypatch.setattr(launch, "spawn", rank_threads.spawn)
 
 
 PROMPTS = [[7, 7, 1, 2, 3, 4, 5, 6], [7, 7, 1, 2, 3, 4, 9], [200] * 5, [7, 7, 1, 2, 3, 4, 5, 6, 100], [1], [3, 4, 5]]
@@ -248,7 +243,7 @@ def model_with(tmp_path_factory):
             return "tiny"
         heads, kv_heads = HEADS[kind]
         shape = replace(TINY, vocab_size=len(TOKENS), num_heads=heads, num_kv_heads=kv_heads)
-        source = from_transformer(tiny_transformer(torch.float64, 1, shape), lambda: None)
+        source = source_from_transformer(tiny_transformer(torch.float64, 1, shape), lambda: None)
         folder = tmp_path_factory.mktemp("model")
         weights = {name: source.read(name, (slice(None), slice(None))).numpy() for name in source.shapes}
         write_folder(folder, shape, weights, torch.float64)
@@ -339,27 +334,12 @@ def test_ctrl_c_in_a_step_is_raised_after_it_and_the_ranks_go_on(ranks_are_threa
 
 
 def test_the_table_of_the_page_is_counted_and_a_false_formula_is_refused(ranks_are_threads, monkeypatch, capsys):
-    assert table.main(["tiny", "1", "3"]) == 0
+    assert ranks_table.main(["tiny", "1", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 1 + 3 and lines[3].startswith("| 3 | 0 | 0 | 0 | ")
-    monkeypatch.setattr(table, "weight_bytes", lambda config, dtype: weight_bytes(config, dtype) + 4)
+    monkeypatch.setattr(ranks_table, "weight_bytes", lambda config, dtype: weight_bytes(config, dtype) + 4)
     with pytest.raises(ValueError, match="rank 0 of 3: weight_bytes is 32128, and the formula says 32132"):
-        table.main(["tiny", "3"])
-
-
-def test_a_rank_that_fails_is_named_with_its_reason(ranks_are_threads, monkeypatch):
-    from minipaged.distributed import worker
-
-    original = worker.load_slice
-
-    def failing(name, rank, *arguments):
-        if rank == 2:
-            raise ValueError("the disk is on fire")
-        return original(name, rank, *arguments)
-
-    monkeypatch.setattr(worker, "load_slice", failing)
-    with pytest.raises(WorkerError, match="rank 2 failed: ValueError: the disk is on fire"):
-        LLM("tiny", dtype="float64", tensor_parallel_size=3)
+        ranks_table.main(["tiny", "3"])
 
 
 HANG = 600  # seconds, at least ten times what a busy machine needs
@@ -369,7 +349,12 @@ HANG = 600  # seconds, at least ten times what a busy machine needs
 
 def started(size, **settings):
     llm = LLM("tiny", dtype="float64", tensor_parallel_size=size, num_blocks=64, **settings)
-    return llm, {rank: process.pid for rank, process in llm.runner.team.processes.items()}
+    return llm, pids_of(llm)
+
+
+def pids_of(llm):
+    """rank -> process, of all but rank 0."""
+    return {number + 1: pid for number, pid in llm.runner.ranks.processes.pids().items()}
 
 
 def wait_until_gone(pid):
@@ -405,6 +390,64 @@ def test_three_processes_write_the_same_tokens_hold_their_shares_and_exchange_wh
     assert not any(is_alive(pid) for pid in pids.values()), "a worker outlived the LLM"
 
 
+FAILING = """
+import sys
+from minipaged.distributed import worker
+from minipaged.engine.runner import Runner
+
+def fails(*arguments):
+    raise ValueError("the disk is on fire")
+
+if sys.argv[2] == "2":
+    where, name = {where}
+    setattr(where, name, fails)
+worker.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("where", ['(worker, "load_slice")', '(Runner, "run")'])
+def test_a_rank_that_fails_is_named_with_its_reason(monkeypatch, where):
+    monkeypatch.setattr(launch, "WORKER", ("-c", FAILING.replace("{where}", where)))
+    with pytest.raises(WorkerError, match="rank 2 failed: ValueError: the disk is on fire"):
+        llm, _ = started(3)
+        llm.generate("hi")
+
+
+def listening():
+    """Ports of this machine where somebody accepts connections."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {int(row[1].partition(":")[2], 16) for row in rows if row[3] == "0A"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the ports of ranks are looked up as Linux shows them")
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 4096])
+def test_a_stranger_who_connects_to_every_port_disturbs_nothing(said):
+    before, over, met = listening(), threading.Event(), {}
+
+    def knock():
+        while not over.is_set():
+            for port in listening() - before - met.keys():
+                with suppress(OSError):
+                    met[port] = socket.create_connection(("127.0.0.1", port), 1.0)
+                    met[port].sendall(said)
+                    if port % 2:
+                        met[port].close()
+
+    stranger = threading.Thread(target=knock)
+    stranger.start()
+    try:
+        llm, _ = started(3)
+        assert answers(llm, GREEDY) == without_a_cache(tiny(), GREEDY)
+        llm.close()
+    finally:
+        over.set()
+        stranger.join()
+        for connection in met.values():
+            connection.close()
+    assert met, "no port was found"
+
+
 BLOWS = [(1, signal.SIGKILL, "died .signal 9"), (2, signal.SIGSTOP, "did not answer")]
 
 
@@ -426,7 +469,7 @@ SCRIPT = """
 import sys, time
 from minipaged import LLM, SamplingParams
 llm = LLM("tiny", tensor_parallel_size=2, num_blocks=64)
-print(llm.runner.team.processes[1].pid, flush=True)
+print(llm.runner.ranks.processes.pids()[0], flush=True)
 while sys.argv[1] != "exit":
     llm.generate("abc", SamplingParams(max_tokens=100, ignore_eos=True))
     print("written", flush=True)
@@ -435,9 +478,10 @@ while sys.argv[1] != "exit":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["exit", signal.SIGINT, signal.SIGKILL])
-def test_however_rank_0_ends_its_worker_does(how):
+def test_however_rank_0_ends_its_worker_does_and_nothing_is_left(how, tmp_path):
     rank_0 = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(how)],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         # A shell that runs us in the background lets its children ignore Ctrl-C, and a terminal does not.
@@ -450,6 +494,7 @@ def test_however_rank_0_ends_its_worker_does(how):
     _, errors = rank_0.communicate(timeout=HANG)
     assert (b"KeyboardInterrupt" in errors) == (how == signal.SIGINT), errors
     wait_until_gone(pid)
+    assert not list(tmp_path.glob("minipaged-*"))
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """What paged attention refuses before it reads or writes: each message names the argument and the numbers.
 
 Shapes, dtypes and devices are known on the host. The numbers *in* a tensor (blocks, lengths) may lie on a GPU, and to
-read them is to wait for the GPU: `numbers=False` leaves them unchecked. The kernels of chapter 8 read them only if asked,
-and refuse more (strides, sizes): `check_kernel_memory` and the functions above it.
+read them is to wait for the GPU: `numbers=False` leaves them unchecked. The kernels of chapter 8 read them only if
+asked, and refuse more (strides, sizes): `check_kernel_memory` and the functions above it.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention, check_write_kv
-from minipaged.attention.contiguous import causal_attention
+from minipaged.attention.contiguous import causal_attention, first_seen
 from minipaged.attention.gathered import gather, paged_attention_gathered
 from minipaged.attention.gathered import write_kv as write_kv_by_index
 from minipaged.cdiv import cdiv
@@ -86,7 +86,8 @@ def paged_attention(
         # torch's attention sums bfloat16 in float32. Products of float16 would overflow on the way.
         dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
         mine, seq_len = slice(int(query_start_loc[seq]), int(query_start_loc[seq + 1])), int(seq_lens[seq])
-        key, value = (gather(cache, block_tables[seq], seq_len).to(dtype) for cache in (key_cache, value_cache))
+        first, pools = first_seen(seq_len, mine.stop - mine.start, sliding_window), (key_cache, value_cache)
+        key, value = (gather(cache, block_tables[seq], seq_len, first).to(dtype) for cache in pools)
         answers[mine] = causal_attention(query[mine].to(dtype), key, value, **named).to(answers.dtype)
     return answers.to(query.dtype)
 

@@ -42,3 +42,8 @@ def visible(
     i = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     j = torch.arange(num_keys, device=device)[None, :]
     return (j <= i) if sliding_window is None else (j <= i) & (j > i - sliding_window)
+
+
+def first_seen(seq_len: int, num_queries: int, sliding_window: int | None) -> int:
+    """The first position that the first of the last num_queries positions sees."""
+    return 0 if sliding_window is None else max(0, seq_len - num_queries + 1 - sliding_window)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention, check_write_kv
-from minipaged.attention.contiguous import causal_attention
+from minipaged.attention.contiguous import causal_attention, first_seen
 from minipaged.cdiv import cdiv
 
 
@@ -51,7 +51,8 @@ def paged_attention_gathered(
     query_start_loc[s + 1] - 1, its last query at position seq_lens[s] - 1;
     key_cache, value_cache [num_blocks, num_kv_heads, block_size, head_dim];
     block_tables int32 [num_seqs, max_blocks]; seq_lens int32 [num_seqs]; query_start_loc int32 [num_seqs + 1].
-    Entries of a table past the sequence's end, and slots past it in its last block, are never read.
+    Entries of a table past the sequence's end, and slots past it in its last block, are never read; nor is what lies
+    before the window of the sequence's first query.
     Returns the shape of query. Raises ValueError for arguments that do not fit.
     """
     check_paged_attention(query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, sliding_window)
@@ -60,13 +61,17 @@ def paged_attention_gathered(
     for seq, seq_len in enumerate(lens):
         rows = slice(starts[seq], starts[seq + 1])
         if rows.start < rows.stop:
-            context = gather(key_cache, block_tables[seq], seq_len), gather(value_cache, block_tables[seq], seq_len)
+            first = first_seen(seq_len, rows.stop - rows.start, sliding_window)
+            context = (gather(cache, block_tables[seq], seq_len, first) for cache in (key_cache, value_cache))
             out[rows] = causal_attention(query[rows], *context, scale=scale, sliding_window=sliding_window)
     return out
 
 
-def gather(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor:
-    """K or V of one sequence, in logical order, in one piece: [num_kv_heads, seq_len, head_dim]."""
+def gather(cache: Tensor, block_table: Tensor, seq_len: int, first: int = 0) -> Tensor:
+    """K or V of one sequence from position `first` on, in logical order, in one piece: [num_kv_heads, seq_len - first,
+    head_dim]."""
     _, num_kv_heads, block_size, head_dim = cache.shape
-    blocks = cache[block_table[: cdiv(seq_len, block_size)]]  # [num_logical_blocks, num_kv_heads, block_size, head_dim]
-    return blocks.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :seq_len]
+    skipped = first // block_size
+    blocks = cache[block_table[skipped : cdiv(seq_len, block_size)]]  # [blocks, num_kv_heads, block_size, head_dim]
+    tokens = blocks.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
+    return tokens[:, first - skipped * block_size : seq_len - skipped * block_size]

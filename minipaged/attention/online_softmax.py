@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention
-from minipaged.attention.contiguous import visible
+from minipaged.attention.contiguous import first_seen, visible
 from minipaged.cdiv import cdiv
 
 
@@ -48,7 +48,8 @@ def paged_attention_online(
         maximum = q.new_full((*q.shape[:3], 1), -torch.inf)
         total = torch.zeros_like(maximum)
         accumulator = torch.zeros_like(q)
-        for logical in range(cdiv(seq_len, block_size)):
+        before = first_seen(seq_len, num_queries, sliding_window) // block_size  # blocks that no query sees
+        for logical in range(before, cdiv(seq_len, block_size)):
             block = int(block_tables[seq, logical])
             first = logical * block_size
             last = min(first + block_size, seq_len)  # the last block may be partly full

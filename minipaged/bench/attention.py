@@ -1,31 +1,23 @@
-"""What paging costs the attention of a decode step: `make bench-attention`, or
-
-    python -m minipaged.bench.attention [--json FILE] [--runs N] [--threads N] [--no-flex]
+"""`minipaged bench attention`: what paging costs the attention of a decode step.
 
 One layer of SmolLM2's shape (9 heads on 3 KV heads of 64), 32 sequences with contexts of 128 to 2,048 tokens in blocks
 of 16 that lie anywhere in the pool. All answer the same batch, and each answer is first compared with float64. They are
 measured in turn, in an order that changes, so that a noisy moment does not hit one alone, and none always follows the
 same other one. The best of the runs says what the code can do, the median and the range how quiet the machine was.
 
-Idle threads sleep at once here (`minipaged/__init__.py` says why): else those of a peer's last product would take a
-core from whatever is measured next.
+Idle threads sleep at once here (`minipaged/cli/bench.py` asks for it before torch is imported): else those of a peer's
+last product would take a core from whatever is measured next.
 
 Three pools: one without a free block; one of which three quarters are free; and one where all sequences share their
 first 1,024 tokens, so that contiguous memory holds (and reads) 32 copies of them.
 """
 
-import argparse
 import json
-import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-if __name__ == "__main__":  # and not where a notebook takes a function from here
-    os.environ["GOMP_SPINCOUNT"] = "0"  # before torch is imported: OpenMP looks at it once
 
 import torch
 from rich.console import Console
@@ -146,31 +138,21 @@ def measure(dtype: torch.dtype, pool: str, repeats: int, with_flex: bool, consol
     return {"dtype": name, "pool": pool, "ms": times, "errors": errors, "best": best, "medians": medians}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m minipaged.bench.attention", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--runs", type=int, default=15, help="runs of each, at least 5 (15)")
-    parser.add_argument("--threads", type=int, help="threads of torch (its own default)")
-    parser.add_argument("--no-flex", action="store_true", help="leave out flex_attention, which compiles for a minute")
-    options = parser.parse_args(arguments)
-    if options.runs < 5:
-        parser.error(f"--runs must be at least 5, got {options.runs}")
-    if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"--threads must be at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
-    console = Console()
+def run(console: Console, json_path: Path | None, runs: int, threads: int | None, flex: bool = True) -> None:
+    """Time every form and its peers, and print the tables. flex: flex_attention too, which compiles for a minute."""
+    if runs < 5:
+        raise ValueError(f"rounds must be at least 5, got {runs}")
+    if threads is not None:
+        torch.set_num_threads(threads)
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": processor()}
     console.print(machine["processor"])
-    console.print(f"torch {machine['torch']}, {machine['threads']} threads, {options.runs} runs in turn\n")
+    console.print(f"torch {machine['torch']}, {machine['threads']} threads, {runs} runs in turn\n")
     tables = []
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             for pool in POOLS:
-                with_flex = pool == POOLS[0] and not options.no_flex
-                tables.append(measure(dtype, pool, options.runs, with_flex, console))
+                with_flex = pool == POOLS[0] and flex
+                tables.append(measure(dtype, pool, runs, with_flex, console))
     for found in tables:
         if found["pool"] == POOLS[0]:
             best, medians = found["best"], found["medians"]
@@ -182,10 +164,5 @@ def main(arguments: list[str] | None = None) -> int:
                     f"{found['dtype']}: at most {most} x {peer}: {ratio:.2f} x ({medians[OURS] / medians[peer]:.2f} x "
                     f"by medians), {verdict}"
                 )
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "tables": tables}, indent=1) + "\n", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if json_path is not None:
+        json_path.write_text(json.dumps({"machine": machine, "tables": tables}, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Chapter 8. What the compiler makes of each kernel, for seven kinds of GPU and on a machine that has none.
+"""Chapter 8. What the compiler makes of each kernel, for eight kinds of GPU and on a machine that has none.
 
     python -m minipaged.bench.kernel_report --targets sm_90,gfx942 --head-dim 64,128
 
@@ -12,7 +12,8 @@ launch, is left out. So the table shows the code that the launcher would run: it
     loads       width in bits of the loads from global memory, and how many instructions have it. 128 is the widest
                 before Blackwell: 16 bytes a thread, and a warp reads 512 bytes with one instruction
     mma         the tensor-core instruction, and how many. HGMMA is wgmma, Hopper's, which takes 64 rows or more;
-                UTCHMMA is Blackwell's (sm_100); HMMA is that of all others, and takes 16
+                UTCHMMA is Blackwell's (sm_100); HMMA is that of all others, and takes 16.
+                On sm_75 Triton has none: products are multiply-adds. bfloat16, which has no instructions, is converted
     buffers     how many tiles of K, or of V, shared memory holds. More than one: the next is on its way already
 
 Registers and spills come from cuobjdump, instructions from nvdisasm (Triton brings both); AMD's from its assembly.
@@ -34,9 +35,10 @@ from typing import Annotated, Any
 
 import typer
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 HEADS, KV_HEADS, BLOCK_SIZE = 32, 8, 16  # Llama 3 8B
 SEQS, CONTEXT, NEW_TOKENS = 64, 2048, 512  # 512 new tokens a sequence in prefill
+SPLITS, COPIES = 8, 2
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,13 @@ def _launches(head_dim: int) -> list[Callable[[], object]]:
     context = key_cache, value_cache, tables, seq_lens
     query, prompt = empty(SEQS, HEADS, head_dim), empty(SEQS * NEW_TOKENS, HEADS, head_dim)
     key, value = empty(SEQS, KV_HEADS, head_dim), empty(SEQS, KV_HEADS, head_dim)
-    slots, copies = empty(SEQS, dtype=torch.int64), empty(2, 2, dtype=torch.int64)
+    slots, copies = empty(SEQS, dtype=torch.int64), empty(COPIES, 2, dtype=torch.int64)
     scale = head_dim**-0.5
     return [
         lambda: write_kv(key, value, key_cache, value_cache, slots),
         lambda: copy_blocks(key_cache, value_cache, copies),
         lambda: paged_decode(query, *context, scale=scale),
-        lambda: paged_decode_split(query, *context, scale=scale, num_splits=8),
+        lambda: paged_decode_split(query, *context, scale=scale, num_splits=SPLITS),
         lambda: paged_prefill(prompt, *context, starts, scale=scale, max_query_len=NEW_TOKENS),
     ]
 
@@ -232,9 +234,8 @@ def main(
             raise typer.BadParameter(f"{target!r} is no target; known ones are {', '.join(TARGETS)}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         # The interpreter is chosen when a kernel is imported. What it makes of a kernel cannot be compiled.
-        print(
-            "TRITON_INTERPRET is set, and what is interpreted cannot be compiled: going on without it", file=sys.stderr
-        )
+        said = "TRITON_INTERPRET is set, and what is interpreted cannot be compiled: going on without it"
+        print(said, file=sys.stderr)
         os.environ.pop("TRITON_INTERPRET")
         os.execv(sys.executable, [sys.executable, "-m", "minipaged.bench.kernel_report", *sys.argv[1:]])
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")

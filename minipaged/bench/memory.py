@@ -1,6 +1,4 @@
-"""What a block costs to manage: nanoseconds an operation, from 10^3 to 10^6 blocks. `make bench-memory`, or
-
-    python -m minipaged.bench.memory
+"""What a block costs to manage: nanoseconds an operation, from 10^3 to 10^6 blocks. `minipaged bench memory`.
 
 Every operation is O(1) a block, so each row should be flat. If one still rises, the machine is the reason: the
 bookkeeping of 10^6 blocks does not fit into its caches, and scattered blocks miss them. So a plain allocator is
@@ -9,12 +7,16 @@ counts, without checks.
 """
 
 import gc
+import json
 import random
 import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
 
 from minipaged.memory.block_allocator import BlockAllocator
 from minipaged.memory.block_table import BlockTable
@@ -178,13 +180,13 @@ def measure(num_blocks: int) -> dict[str, float]:
     return {name: statistics.median(times) / BATCH for name, times in spent.items()}
 
 
-def main() -> None:
+def run(console: Console, json_path: Path | None = None) -> None:
+    """Time every operation at every size of the pool, and print the table."""
     columns = [measure(num_blocks) for num_blocks in SIZES]
-    print(f"ns an operation, median of {REPEATS} batches of {BATCH}, Python {sys.version.split()[0]}")
-    print(f"{'blocks in the pool':36}" + "".join(f"{size:>11,}" for size in SIZES))
-    for name in columns[0]:
-        print(f"{name:36}" + "".join(f"{column[name]:11.0f}" for column in columns))
-
-
-if __name__ == "__main__":
-    main()
+    lines = [f"ns an operation, median of {REPEATS} batches of {BATCH}, Python {sys.version.split()[0]}"]
+    lines += [f"{'blocks in the pool':36}" + "".join(f"{size:>11,}" for size in SIZES)]
+    lines += [f"{name:36}" + "".join(f"{column[name]:11.0f}" for column in columns) for name in columns[0]]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    if json_path is not None:
+        found = dict(zip(map(str, SIZES), columns, strict=True))
+        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

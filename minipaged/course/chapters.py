@@ -12,6 +12,8 @@ with a file of its own, in which chapter 6's part is given: no chapter waits for
 from dataclasses import dataclass
 from pathlib import Path
 
+from minipaged.course.course_map import course_map
+
 
 @dataclass(frozen=True)
 class Exercise:
@@ -319,8 +321,10 @@ CHAPTERS = {
 def chapter(number: int) -> Chapter:
     """Raises ValueError for a chapter without an exercise."""
     if number not in CHAPTERS:
-        *first, last = CHAPTERS
-        raise ValueError(f"chapter {number} has no exercise: there are chapters 1 to {first[-1]}, and {last}")
+        course = course_map()
+        if number not in course:
+            raise ValueError(f"there is no chapter {number}: there are chapters 1 to {len(course)}")
+        raise ValueError(f"chapter {number} has no exercise. It has a command instead: {course[number].command}")
     return CHAPTERS[number]
 
 

@@ -1,76 +1,84 @@
-"""Chapter 13. How ranks find each other: started by rank 0, or by torchrun.
+"""Chapter 13. The other ranks' processes: torch's own launcher starts, watches and ends them.
 
-    spawn()     subprocesses of this one, for LLM(tensor_parallel_size=2): they meet through a file in a private folder
-    torchrun()  processes that torchrun started with this one: they meet through its store
+    spawn()      for LLM(tensor_parallel_size=2): this process is rank 0 and starts the others
+    torchrun()   torchrun started all of them, and looks after them
 
-Either way rank 0 opens a socket and leaves its address, and a secret word, at the meeting place. A worker knocks with
-the word and its rank.
+Ranks meet at torch's key-value store: a file in a private folder, or torchrun's server. Rank 0 says there what to load.
 """
 
-import hmac
+import json
+import logging
 import os
-import secrets
-import socket
-import subprocess
+import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 from torch.distributed.rendezvous import rendezvous
 
-from minipaged.distributed.group import Group, process_group
-from minipaged.distributed.team import Processes, Team, WorkerError, how_it_ended, shut_down
-from minipaged.distributed.worker import run_rank
-
-START_SECONDS = 120.0  # for a worker to import torch and to knock, and again to load its slice
+WORKER = ("-m", "minipaged.distributed.worker")  # behind it: the store's file, rank, size
+START_SECONDS = 120.0  # for a worker to import torch and to load its slice
 
 
-def spawn(size: int) -> Team:
+class WorkerError(ConnectionError):
+    """A rank failed, died, or did not answer in time: the message names it. All other ranks are gone then."""
+
+
+class Ranks:
+    """Ranks 1, 2, ...: the store where they are met, and their processes where these are ours to end."""
+
+    def __init__(self, store: Store, size: int, processes: PContext | None = None, folder: Path | None = None):
+        self.store, self.size, self.processes = store, size, processes
+        # Whichever comes first: close(), this object's end, or the interpreter's.
+        self.close = weakref.finalize(self, _end, os.getpid(), processes, folder)
+
+    def load(self, order: dict[str, Any]) -> None:
+        """Say what to load, and wait until all have. Raises WorkerError where one cannot."""
+        self.store.set("order", json.dumps(order))
+        deadline = time.monotonic() + START_SECONDS
+        while missing := [rank for rank in range(1, self.size) if not self.store.check([f"rank {rank} has loaded"])]:
+            if error := self.ended(0.0):
+                raise error
+            if time.monotonic() > deadline:
+                raise WorkerError(f"rank {missing[0]} has not loaded its slice within {START_SECONDS:g} s")
+            time.sleep(0.02)
+
+    def ended(self, seconds: float) -> WorkerError | None:
+        """What ended the first rank that failed, if one does within so many seconds; all others are ended then."""
+        result = self.processes.wait(seconds, 0.02) if self.processes else None
+        if result is None or not result.failures:
+            return None
+        first = min(result.failures.values(), key=lambda failure: failure.timestamp)
+        said: Any = first.message  # a dictionary where the rank wrote it
+        why = f"failed: {said['message'] if isinstance(said, dict) else f'exit code {first.exitcode}'}"
+        if first.exitcode < 0:
+            why = f"died (signal {-first.exitcode})"
+        return WorkerError(f"rank {first.local_rank + 1} {why}")
+
+
+def spawn(size: int) -> Ranks:
     """Start size - 1 workers on this machine, in sessions of their own, so that a Ctrl-C reaches rank 0 alone."""
     folder = Path(tempfile.mkdtemp(prefix="minipaged-"))  # readable by this user alone
-    processes, connections = Processes(), dict[int, Connection]()
-    try:
-        store = FileStore(str(folder / "store"), size)
-        threads = max(1, torch.get_num_threads() // size)
-        env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **_LOOPBACK, **os.environ}
-        with _listener(store, "127.0.0.1") as (listener, word):
-            for rank in range(1, size):
-                command = [sys.executable, "-m", "minipaged.distributed.worker", str(folder / "store"), str(rank)]
-                processes[rank] = subprocess.Popen(
-                    [*command, str(size), str(START_SECONDS)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    env=env,
-                    start_new_session=True,
-                )
-            _let_in(listener, word, connections, processes, size)
-    except BaseException:
-        for process in processes.values():
-            process.kill()
-        shut_down(os.getpid(), connections, processes, folder)
-        raise
-
-    def connect(limit: float, device: torch.device) -> Group:
-        with _loopback():
-            return process_group(store, 0, size, limit, device)
-
-    return Team(size, connections, processes, connect, folder)
-
-
-def torchrun() -> Team:
-    """Rank 0's team of the processes that torchrun started with it."""
-    _, size = torchrun_rank_and_size()
-    store, connections = _torchrun_store(), dict[int, Connection]()
-    with _listener(store, os.environ["MASTER_ADDR"]) as (listener, word):
-        _let_in(listener, word, connections, Processes(), size)
-    return Team(size, connections, Processes(), lambda limit, device: process_group(store, 0, size, limit, device))
+    threads = max(1, torch.get_num_threads() // size)
+    env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    args = {i: (*WORKER, folder / "store", i + 1, size) for i in range(size - 1)}
+    logs = DefaultLogsSpecs(str(folder / "logs"), redirects=Std.OUT)
+    # Its messages say what our errors say, and count our ranks from 0.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    with ThreadPoolExecutor(1) as thread:  # in the main thread it would replace the program's signal handlers
+        processes = thread.submit(
+            start_processes, "minipaged", sys.executable, args, {i: dict(env) for i in args}, logs
+        ).result()
+    return Ranks(FileStore(str(folder / "store"), size), size, processes, folder)
 
 
 def torchrun_rank_and_size() -> tuple[int, int]:
@@ -80,67 +88,12 @@ def torchrun_rank_and_size() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def serve_if_worker() -> None:
-    """Under torchrun, on every rank but 0: be a worker, and then end this process. Elsewhere nothing."""
-    rank, size = torchrun_rank_and_size()
-    if rank > 0:
-        sys.exit(run_rank(_torchrun_store(), rank, size, START_SECONDS))
+def torchrun() -> Ranks:
+    store, _, size = next(rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
+    return Ranks(PrefixStore("minipaged", store), size)
 
 
-# ---- at the meeting place --------------------------------------------------------------------------------------------
-
-
-def _torchrun_store() -> Store:
-    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
-    return PrefixStore("minipaged", store)
-
-
-@contextmanager
-def _listener(store: Store, host: str) -> Iterator[tuple[socket.socket, str]]:
-    """A socket to knock at, and the word that lets in. The store says both."""
-    with socket.create_server((host, 0)) as listener:
-        word = secrets.token_hex(16)
-        store.set("rank 0", f"{host} {listener.getsockname()[1]} {word}")
-        yield listener, word
-
-
-def _let_in(
-    listener: socket.socket, word: str, connections: dict[int, Connection], processes: Processes, size: int
-) -> None:
-    """Wait until every worker has knocked. Raises WorkerError where one has ended, or the time is up."""
-    listener.settimeout(0.2)
-    deadline = time.monotonic() + START_SECONDS
-    while len(connections) < size - 1:
-        missing = [rank for rank in range(1, size) if rank not in connections]
-        for rank in missing:
-            if rank in processes and processes[rank].poll() is not None:
-                raise WorkerError(f"rank {rank} ended before it could begin{how_it_ended(processes[rank])}")
-        if time.monotonic() > deadline:
-            raise WorkerError(f"rank {missing[0]} did not come within {START_SECONDS:g} s")
-        try:
-            sock, _ = listener.accept()
-        except TimeoutError:
-            continue
-        sock.settimeout(None)
-        connection = Connection(sock.detach())
-        said = connection.recv_bytes(100).decode(errors="replace").split() if connection.poll(5.0) else []
-        if len(said) == 2 and hmac.compare_digest(said[0], word):
-            connections[int(said[1])] = connection
-        else:
-            connection.close()  # not one of our workers
-
-
-_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
-
-
-@contextmanager
-def _loopback() -> Iterator[None]:
-    """gloo asks for the address of this host's name, and in a container it may have none. These ranks are on one host,
-    so unless the user says otherwise they take the loopback device."""
-    added = {name: value for name, value in _LOOPBACK.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
+def _end(owner: int, processes: PContext | None, folder: Path | None) -> None:
+    if os.getpid() == owner and processes and folder:  # and not a fork of rank 0's process
+        processes.close(signal.SIGKILL)  # a stopped one too; a worker has nothing to save
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,16 +1,20 @@
 """Chapter 13. Rank 0: the runner of chapter 10 with one line more: it sends each step to all other ranks first.
 
-    schedule  ->  forward_batch  ->  tell all ranks  ->  run, all ranks at once  ->  logits at rank 0  ->  sample
+    schedule  ->  forward_batch  ->  send to all ranks  ->  run, all ranks at once  ->  logits at rank 0  ->  sample
 
 Only rank 0 has a scheduler, block tables, sequences, a tokenizer and samplers. So there is nothing that ranks could
 disagree about: the others get block numbers and tokens, and no request.
 """
 
+import json
+import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,57 +22,58 @@ import torch
 from torch import Tensor
 
 from minipaged.distributed import launch
-from minipaged.distributed.group import CollectiveError, Group
-from minipaged.distributed.layers import parallelise
-from minipaged.distributed.load import RankModel, load_slice
-from minipaged.distributed.message import encode
-from minipaged.distributed.team import Team, WorkerError
-from minipaged.distributed.worker import rank_device, report
+from minipaged.distributed.group import CollectiveError, collective
+from minipaged.distributed.launch import Ranks, WorkerError
+from minipaged.distributed.load import load_slice
+from minipaged.distributed.message import HEADER_LENGTH, encode
+from minipaged.distributed.worker import Links, rank_device, report, serve
 from minipaged.engine.cache_config import CacheConfig
 from minipaged.engine.runner import Runner
 from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.model.batch import ForwardBatch
 from minipaged.model.load import Model, default_device, named_dtype
 
+GRACE_SECONDS = 2.0  # after a collective failed: for a process to have ended, and then for all ranks to meet
+
 
 class ShardedModel:
-    """A model that is to be divided: rank 0's part of it, and what others need to load theirs."""
+    """A model that is to be divided: rank 0's part of it, and what others need to load theirs. On other ranks that
+    torchrun started, this is where they serve rank 0, and end."""
 
     def __init__(
-        self,
-        model: str | Path | Model,
-        size: int,
-        dtype: str | None,
-        seed: int,
-        device: str | None,
-        timeout: float = 60.0,
+        self, model: str | Path | Model, size: int, dtype: str | None, seed: int, device: str | None, timeout: float
     ):
         """timeout: seconds that a rank may let the others wait, once all are there.
 
         Raises ValueError where the model, the ranks or the devices do not go together. Starts nothing."""
-        if isinstance(model, Model):
-            raise ValueError(
-                f"tensor_parallel_size {size} needs the model's name, file or folder: each rank loads its own slice, "
-                "and what is loaded already lies in one process"
-            )
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"tensor_parallel_size must be a whole number, at least 1, got {size!r}")
-        if not 0.0 < timeout < 1e6:
-            raise ValueError(f"distributed_timeout must be a number of seconds above 0, got {timeout!r}")
         rank, world = launch.torchrun_rank_and_size()
-        if world > 1 and world != size:
-            raise ValueError(f"torchrun started {world} processes, and tensor_parallel_size is {size}")
         device = device or default_device()
-        if device.startswith("cuda") and world == 1 and torch.cuda.device_count() < size:
-            raise ValueError(
-                f"tensor_parallel_size {size} needs as many GPUs, and there are {torch.cuda.device_count()}: "
-                "ask for fewer ranks, or for device='cpu'"
-            )
+        gpus = size if world > 1 or not device.startswith("cuda") else torch.cuda.device_count()
+        asked = f"tensor_parallel_size {size}"
+        for is_wrong, why in (
+            (
+                isinstance(model, Model),
+                f"{asked} needs the model's name, file or folder: each rank loads its own slice",
+            ),
+            (not isinstance(size, int) or size < 1, f"tensor_parallel_size must be at least 1, got {size!r}"),
+            (not 0.0 < timeout < 1e6, f"distributed_timeout must be a number of seconds above 0, got {timeout!r}"),
+            (world not in (1, size), f"torchrun started {world} processes, and tensor_parallel_size is {size}"),
+            (
+                gpus < size,
+                f"{asked} needs as many GPUs, and there are {gpus}: take fewer ranks, or device='cpu'",
+            ),
+        ):
+            if is_wrong:
+                raise ValueError(why)
+        assert not isinstance(model, Model)
         name = str(Path(model).resolve()) if Path(model).exists() else str(model)  # a worker may stand elsewhere
-        self.size, self.is_torchrun, self.timeout = size, world > 1, timeout
+        self.size, self.timeout, self.ranks = size, timeout, launch.torchrun() if world > 1 else None
+        if self.ranks and rank > 0:
+            serve(self.ranks.store, rank, size)
+            sys.exit()
         dtype = named_dtype(dtype or "float32", device)  # decided here: two ranks might measure otherwise
-        self.order = {"do": "load", "model": name, "dtype": dtype, "seed": seed, "device": device}
-        self.loaded: RankModel = load_slice(name, rank, size, dtype, seed, rank_device(device, rank))
+        self.order = {"model": name, "dtype": dtype, "seed": seed, "device": device, "timeout": timeout}
+        self.loaded = load_slice(name, 0, size, dtype, seed, rank_device(device, 0))
 
     @property
     def model(self) -> Model:
@@ -77,26 +82,24 @@ class ShardedModel:
 
 
 class ParallelRunner(Runner):
-    """Invariant: between two calls of `run` all ranks have run the same steps, or the team is closed for good."""
+    """Invariant: between two calls of `run` all ranks have run the same steps, or they are gone for good."""
 
     def __init__(self, sharded: ShardedModel, cache_config: CacheConfig):
         super().__init__(sharded.loaded.transformer, cache_config)
         self.sharded = sharded
-        self.team: Team | None = None
-        self.group: Group | None = None
-        self.over: Exception = ValueError("this engine has not started its other ranks")  # why there is no team
+        self.ranks: Ranks | None = None
+        self.links: Links | None = None
+        self.over: Exception = ValueError("this engine has not started its other ranks")  # why there are none
+        self.num_reports = 0
 
     def start(self) -> None:
         """Start the others, and wait until each has loaded its slice and all are connected. Raises WorkerError."""
-        sharded, timeout = self.sharded, self.sharded.timeout
-        self.team = launch.torchrun() if sharded.is_torchrun else launch.spawn(sharded.size)
+        sharded, size = self.sharded, self.sharded.size
+        with _interrupts_wait():
+            self.ranks = ranks = sharded.ranks or launch.spawn(size)
         with self._or_close():
-            self.team.tell({**sharded.order, "cache_config": asdict(self.cache_config)})
-            self.team.answers(launch.START_SECONDS)
-            self.team.tell({"do": "connect", "timeout": timeout})
-            self.group = self.team.connect(timeout, self.device)
-            self.team.answers(timeout)
-            parallelise(self.transformer, sharded.loaded.share, sharded.loaded.config.vocab_size, self.group)
+            ranks.load({**sharded.order, "cache_config": asdict(self.cache_config)})
+            self.links = Links(self, sharded.loaded, ranks.store, 0, size, sharded.timeout)
 
     def run(self, output: SchedulerOutput, batch: ForwardBatch) -> Tensor:
         """One step on all ranks. Returns logits [num_sampled, vocab_size].
@@ -104,44 +107,65 @@ class ParallelRunner(Runner):
         Raises WorkerError, which names the rank, where one died, failed, or let the others wait for too long. Then all
         of them are gone, and every later step raises it too.
         """
-        team = self._open()
+        links, _ = self._open()
         with _interrupts_wait(), self._or_close():
-            team.tell(encode(output, batch))
+            for tensor in encode(output, batch):
+                links.broadcast(tensor)
             return super().run(output, batch)
 
     def reports(self) -> list[dict[str, Any]]:
         """What each rank holds and exchanged, by rank: see `worker.report`."""
-        team = self._open()
-        assert self.group
-        team.tell({"do": "report"})
-        answers = team.answers(launch.START_SECONDS)
-        return [report(self, self.group), *(answers[rank] for rank in sorted(answers))]
+        links, ranks = self._open()
+        self.num_reports += 1
+        with _interrupts_wait(), self._or_close(), collective("reports"):
+            links.broadcast(torch.tensor([0, self.num_reports] + [0] * (HEADER_LENGTH - 2), dtype=torch.int32))
+            names = [f"report {self.num_reports} of rank {rank}" for rank in range(1, ranks.size)]
+            ranks.store.wait(names, timedelta(seconds=self.sharded.timeout))
+            return [report(self, links), *(json.loads(ranks.store.get(name)) for name in names)]
 
     def close(self) -> None:
         """End the workers. Also done when this object goes, and at the interpreter's end."""
-        if self.team is not None:
-            self.team.close()
-            self.team, self.over = None, ValueError("this engine was closed, and has no other ranks any more")
+        if self.links and self.ranks and not self.ranks.processes:
+            with suppress(CollectiveError):
+                self.links.broadcast(torch.full((HEADER_LENGTH,), -1, dtype=torch.int32))  # goodbye
+        self._end(ValueError("this engine was closed, and has no other ranks any more"))
 
-    def _open(self) -> Team:
-        if self.team is None:
+    def _open(self) -> tuple[Links, Ranks]:
+        if self.links is None or self.ranks is None:
             raise self.over
-        return self.team
+        return self.links, self.ranks
 
     @contextmanager
     def _or_close(self) -> Iterator[None]:
-        """An exception inside leaves ranks at different places: then the team is closed, and none goes on."""
-        assert self.team is not None
+        """An exception inside leaves ranks at different places: then all are ended, and none goes on."""
         try:
             yield
         except BaseException as error:
-            team, self.team = self.team, None
-            found = team.blame(str(error)) if isinstance(error, CollectiveError) else error
-            team.close(kill=True)
-            self.over = found if isinstance(found, WorkerError) else WorkerError(f"rank 0 failed in a step: {found!r}")
+            found = self._culprit(error) if isinstance(error, CollectiveError) else error
+            self._end(found if isinstance(found, WorkerError) else WorkerError(f"rank 0 failed in a step: {found!r}"))
             if found is error:
                 raise
             raise found from error
+
+    def _culprit(self, error: CollectiveError) -> WorkerError:
+        """The rank that has ended, or else the one that does not come to the meeting."""
+        if self.ranks and (ended := self.ranks.ended(GRACE_SECONDS)):
+            return ended
+        try:
+            if self.links:
+                self.links.meet(timedelta(seconds=GRACE_SECONDS))
+        except CollectiveError as missing:
+            if named := re.search(r"Ranks? ([\d, ]+) failed", str(missing)):
+                why = f"stopped, or at work for longer than the timeout ({error})"
+                return WorkerError(f"rank {named[1]} did not answer: {why}")
+        return WorkerError(f"ranks lost each other: {error}")
+
+    def _end(self, why: Exception) -> None:
+        if self.ranks:
+            self.ranks.close()
+            if self.links:
+                self.links.close()
+            self.ranks, self.links, self.over = None, None, why
 
 
 @contextmanager

@@ -107,6 +107,7 @@ class LLM(LLMEngine):
             *sizes,
             num_host_blocks=cache_config.num_host_blocks,
             enable_prefix_caching=cache_config.enable_prefix_caching,
+            sliding_window=self.config.widest_window if cache_config.cache == "paged" else None,
             trace=Trace(*sizes, cache_config.num_host_blocks) if trace else None,
         )
         scheduler = Scheduler(

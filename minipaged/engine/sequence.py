@@ -75,7 +75,7 @@ class SamplingParams:
             ("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]"),
             ("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "above 0 (1 changes nothing)"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("n", self.n == 1 or self.temperature > 0.0, "1 at temperature 0, where all samples would be the same"),
+            ("n", self.n == 1 or self.temperature > 0.0, "1 unless samples can differ: give a temperature above 0"),
             ("stop", "" not in self.stop_strings, "made of strings that are not empty"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),
         ):

@@ -38,7 +38,15 @@ class ContiguousCache:
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: ForwardBatch,
+        sliding_window: int | None = None,
+    ) -> Tensor:
         """Store the new K and V behind the old ones in each slab, then attend over the slab."""
         starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
         slabs = batch.block_tables[:, 0].tolist()
@@ -50,9 +58,9 @@ class ContiguousCache:
             values = self.value_cache[layer, slab]
             keys[:, new] = key[rows].transpose(0, 1)
             values[:, new] = value[rows].transpose(0, 1)
-            out[rows] = causal_attention(
-                query[rows], keys[:, :seq_len], values[:, :seq_len], scale=query.shape[-1] ** -0.5
-            )
+            context = keys[:, :seq_len], values[:, :seq_len]
+            scale = query.shape[-1] ** -0.5
+            out[rows] = causal_attention(query[rows], *context, scale=scale, sliding_window=sliding_window)
         return out
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:

@@ -47,11 +47,20 @@ class PagedCache:
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: ForwardBatch,
+        sliding_window: int | None = None,
+    ) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables."""
         key_cache, value_cache = self.key_cache[layer], self.value_cache[layer]
         # max_query_len is known on the host: to read it from the GPU would be to wait for the GPU.
         known = {"scale": query.shape[-1] ** -0.5, "max_query_len": batch.max_query_len}
+        known["sliding_window"] = sliding_window
         tables = (batch.block_tables, batch.seq_lens, batch.query_start_loc)
         if self._kernels:
             write_kv, paged_attention = self._kernels
@@ -59,7 +68,7 @@ class PagedCache:
             return paged_attention(query, key_cache, value_cache, *tables, **known)
         if self._checked is not batch:  # both checks come before the first write
             check_write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
-            check_paged_attention(query, key_cache, value_cache, *tables, sliding_window=None)
+            check_paged_attention(query, key_cache, value_cache, *tables, sliding_window=sliding_window)
             self._checked = batch
         compiled.write_kv(key, value, key_cache, value_cache, batch.slot_mapping, check=False)
         return compiled.paged_attention(query, key_cache, value_cache, *tables, **known, check=False)

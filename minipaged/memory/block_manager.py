@@ -17,6 +17,10 @@ A contiguous cache is this class with one block a sequence, as long as the longe
 
 A sequence then holds its one block from its first token on, however few it writes. That is the whole of the memory that
 paging saves.
+
+In a model whose layers all have a sliding window, a token that every layer has slid past is never read again. Its block
+is freed (`remove_skipped_blocks`), and one block that is neither written nor read takes its place in the table: the
+null block, which all sequences name. So a table has no holes, and a logical block keeps its number.
 """
 
 from collections.abc import Sequence
@@ -52,12 +56,15 @@ class BlockManager:
         *,
         num_host_blocks: int = 0,
         enable_prefix_caching: bool = False,
+        sliding_window: int | None = None,
         trace: Trace | None = None,
     ):
+        """sliding_window: the widest of all layers. With a trace, whose tables only grow, no block is freed early."""
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.num_blocks, self.block_size, self.num_host_blocks = num_blocks, block_size, num_host_blocks
         self.enable_prefix_caching, self.trace = enable_prefix_caching, trace
+        self.sliding_window = sliding_window if trace is None else None
         self._build()
 
     def _build(self) -> None:
@@ -69,6 +76,8 @@ class BlockManager:
         self.host = BlockAllocator(self.num_host_blocks) if self.num_host_blocks else None
         self._swap = Swap(self.device, self.host) if self.host else None
         self.tables: dict[str, BlockTable] = {}
+        self._null = [self.device.allocate()] if self.sliding_window else []
+        self._num_skipped: dict[str, int] = {}  # entries of a table, from its first on, that are the null block
 
     def reset(self) -> None:
         """Empty pools and no tables: what the blocks hold is not known any more."""
@@ -91,12 +100,13 @@ class BlockManager:
     @property
     def num_used(self) -> int:
         """Blocks that tables on the device name."""
-        return self.num_blocks - self.num_free
+        return self.num_blocks - self.num_free - len(self._null)
 
     @property
     def num_stored_tokens(self) -> int:
         """Tokens that the sequences have slots for, on the device or the host; in a shared block, once for each."""
-        return sum(table.num_tokens for table in self.tables.values())
+        skipped = sum(self._num_skipped.values()) * self.block_size
+        return sum(table.num_tokens for table in self.tables.values()) - skipped
 
     def blocks(self, seq_id: str) -> list[int]:
         """The block table of a sequence: the physical block of each logical block. Empty if it has none."""
@@ -114,7 +124,7 @@ class BlockManager:
 
     def can_ever_fit(self, num_tokens: int) -> bool:
         """Whether the empty pool could hold a sequence of this length."""
-        return self.blocks_for(num_tokens) <= self.num_blocks
+        return self.blocks_for(num_tokens) <= self.num_blocks - len(self._null)
 
     # ---- prefixes that are computed already ----------------------------------------------------------------------
 
@@ -128,6 +138,8 @@ class BlockManager:
     def prefix_of(self, seq_id: str, num_tokens: int) -> Prefix:
         """The full blocks among those that hold the first `num_tokens` tokens of a sequence."""
         num_blocks = num_tokens // self.block_size
+        if seq_id in self._num_skipped:  # some of them are no more there
+            return NO_PREFIX
         return Prefix(self.blocks(seq_id)[:num_blocks], num_blocks * self.block_size)
 
     def block_keys(self, tokens: Sequence[int], cache_salt: str | None = None) -> list[bytes]:
@@ -135,13 +147,15 @@ class BlockManager:
         return [*block_keys(tokens, self.block_size, cache_salt)] if self.enable_prefix_caching else []
 
     def cache_blocks(self, seq_id: str, tokens: Sequence[int], cache_salt: str | None = None) -> None:
-        """These first tokens of the sequence are written: cache their full blocks."""
-        if isinstance(self.device, PrefixCache):
+        """These first tokens of the sequence are written: cache their full blocks, while it has all of them."""
+        if isinstance(self.device, PrefixCache) and seq_id not in self._num_skipped:
             self.device.cache_blocks(self.tables[seq_id], tokens, cache_salt)
 
     def fork(self, parent: str, child: str) -> None:
         """A second sequence with the same tokens, in the same blocks."""
         self.tables[child] = self.tables[parent].fork(seq=child)
+        if parent in self._num_skipped:
+            self._num_skipped[child] = self._num_skipped[parent]
 
     # ---- taking blocks, and giving them back ---------------------------------------------------------------------
 
@@ -169,6 +183,20 @@ class BlockManager:
         """Release the blocks of a sequence, on the device or on the host. Does nothing if it has none."""
         if table := self.tables.pop(seq_id, None):
             table.release()
+        self._num_skipped.pop(seq_id, None)
+
+    def remove_skipped_blocks(self, seq_id: str, num_computed: int) -> None:
+        """Free the blocks of tokens that no query from position `num_computed` on sees, in any layer."""
+        if not self.sliding_window:
+            return
+        num_skipped = max(0, num_computed + 1 - self.sliding_window) // self.block_size
+        if num_skipped > self._num_skipped.get(seq_id, 0):
+            table = self.tables[seq_id]
+            blocks = self._null * num_skipped + table.blocks[num_skipped:]
+            for block in blocks:
+                self.device.share(block)
+            table.move(self.device, blocks)
+            self._num_skipped[seq_id] = num_skipped
 
     # ---- the host's pool -----------------------------------------------------------------------------------------
 
@@ -191,4 +219,6 @@ class BlockManager:
             return None
         assert self._swap, "a sequence on the host has come there by a swap"
         known = dict(zip(self.blocks(seq_id), prefix.blocks, strict=False))
+        if seq_id in self._num_skipped:  # the host's copy of the null block
+            known[self.blocks(seq_id)[0]] = self._null[0]
         return self._swap.swap_in([self.tables[seq_id]], known)

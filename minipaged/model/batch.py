@@ -36,10 +36,19 @@ class ForwardBatch:
 class KVCache(Protocol):
     """Where K and V live. The model calls `attend` and nothing else, so it cannot tell one cache from another."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: ForwardBatch,
+        sliding_window: int | None = None,
+    ) -> Tensor:
         """Store the batch's key and value; return causal attention of its queries over each sequence's whole context.
 
         query [num_tokens, num_heads, head_dim]; key, value [num_tokens, num_kv_heads, head_dim]. Returns query's shape.
+        sliding_window: of the layer, the newest tokens that a query sees, itself among them; None: all.
         """
         ...
 

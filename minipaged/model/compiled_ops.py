@@ -42,9 +42,13 @@ class CompiledTransformer(Transformer):
         for layer in cast(Iterable[Layer], self.layers):
             normed = add_rms_norm(hidden, added, layer.attention_norm)
             qkv = layer.qkv_proj(normed).view(-1, heads + 2 * kv_heads, head_dim)
-            rotate(qkv, cos, sin, heads + kv_heads)
-            query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
-            out = cache.attend(layer.index, query, key, value, batch)  # [num_tokens, heads, head_dim]
+            query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)  # views: changed in place, like qkv
+            if self.config.qk_norm:
+                query.copy_(layer.q_norm(query))
+                key.copy_(layer.k_norm(key))
+            if layer.has_rope:
+                rotate(qkv, cos, sin, heads + kv_heads)
+            out = cache.attend(layer.index, query, key, value, batch, layer.sliding_window)  # the shape of query
             normed = add_rms_norm(hidden, layer.o_proj(out.reshape(-1, heads * head_dim)), layer.mlp_norm)
             added = layer.down_proj(silu_and_multiply(layer.gate_up_proj(normed)))
         return add_rms_norm(hidden, added, self.norm)

@@ -15,6 +15,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 _TENSOR_INFO_BYTES = 24  # what the header says of a tensor takes as much, at the least
+_PIECE = 1 << 22  # numbers that are dequantised at once: this takes several copies of them
+
+
+class ModelFileError(ValueError):
+    """A model file is damaged, foreign, or says something else than its configuration."""
+
+
+def open_gguf(path: Path) -> "GGUFFile":
+    """Read the header of a GGUF file. Raises ModelFileError where it is none, or is cut short."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelFileError(
+                f"{path} ({size:,} bytes) is not a GGUF file: it does not begin with the letters GGUF "
+                f"(safetensors are read from their folder, pickled weights never)"
+            )
+    try:
+        return GGUFFile(path)
+    except ValueError as error:
+        raise ModelFileError(f"{path} ({size:,} bytes) is damaged or cut short: {error}") from error
+
+
+def gguf_field(file: "GGUFFile", name: str, default: Any = None) -> Any:
+    """The value of a field. Raises ModelFileError where it is missing and no default is given."""
+    value = file.field(name, default)
+    if value is None:
+        raise ModelFileError(f"the GGUF file has no field {name}")
+    return value
 
 
 class GGUFFile:
@@ -52,12 +80,20 @@ class GGUFFile:
                 then = columns
             else:
                 data = data[:, columns.start // block * num_bytes : columns.stop // block * num_bytes]
+        step = max(1, _PIECE // max(1, data[:1].size))  # rows
         try:
-            numbers = gguf.dequantize(np.ascontiguousarray(data), entry.tensor_type)[..., then]
+            pieces = (
+                gguf.dequantize(np.ascontiguousarray(data[first : first + step]), entry.tensor_type)[..., then]
+                for first in range(0, len(data), step)
+            )
+            out: NDArray[np.float32] | None = None
+            for i, piece in enumerate(pieces):
+                if out is None:
+                    out = np.empty((len(data), *piece.shape[1:]), np.float32)
+                out[i * step : i * step + len(piece)] = piece
         except (NotImplementedError, ValueError) as error:
             raise ValueError(f"tensor {name} cannot be read as {entry.tensor_type.name}: {error}") from error
-        # float32 ones are views of the file, which is mapped to be read only.
-        return np.ascontiguousarray(numbers) if numbers.flags.writeable else numbers.copy()
+        return np.empty(data.shape, np.float32) if out is None else out
 
 
 class _CheckedReader(gguf.GGUFReader):

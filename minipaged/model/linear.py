@@ -17,15 +17,12 @@ milliseconds:
                                MKL         27     58     98    433
                    bfloat16    plain                   369
 
-The last line is that of a processor without bfloat16 instructions. There the products of a bfloat16 model are done in
-float32, over weights that are packed in float32; the model's numbers, and K and V, stay bfloat16. So there are several
-ways to multiply, and `trial.py` measures which is the fastest on this machine.
+A processor without bfloat16 instructions (the last line) multiplies a bfloat16 model in float32, over weights packed in
+float32; the model's numbers, K and V stay bfloat16. `trial.py` measures which way is the fastest on this machine. One
+packing serves every number of rows, and results differ by rounding alone (4e-6).
 
-One packing serves every number of rows. Results differ by rounding alone (4e-6).
-
-torch offers this through operators without a public name, those that its compiler writes into CPU code
-(`torch/_inductor/mkldnn_lowerings.py`). So they are named here and nowhere else, and whatever they do not take (another
-device, float64, a build of torch without them, a gradient) goes the plain way.
+The operators have no public name: torch's compiler writes them into CPU code (`torch/_inductor/mkldnn_lowerings.py`).
+Whatever they do not take (another device, float64, a torch without them, a gradient) goes the plain way.
 """
 
 from contextlib import suppress
@@ -42,13 +39,11 @@ MIN_SIZE = 1 << 16  # numbers in a weight: a smaller one stays in the processor'
 
 
 class Way(NamedTuple):
-    """A way to multiply: who does it, and in which type."""
+    """A way to multiply: who does it, in which type, and up to how many rows the plain weight is the faster."""
 
     library: str  # one of LIBRARIES
     dtype: torch.dtype
-    plain_rows: int = (
-        0  # so few rows are multiplied by the weight as it is: one row needs no tiles, and half as many bytes
-    )
+    plain_rows: int = 0
 
     def __str__(self) -> str:
         return f"{self.library} {str(self.dtype).removeprefix('torch.')}"
@@ -85,24 +80,38 @@ class PackedLinear(nn.Linear):
             return F.linear(input, weight, bias)
         return product(input, packed, bias)
 
+    def release(self) -> None:
+        """Give up the parameter's memory. One NaN stands for all of its numbers: a use of them would show."""
+        nothing = torch.full((1, 1), torch.nan, dtype=self.weight.dtype).expand(self.weight.shape)
+        self.weight = nn.Parameter(nothing, requires_grad=False)
+        self._packed_of = stamp(self.weight)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # a packed copy cannot be copied or saved; the parameter can
 
 
-def pack_linears(model: nn.Module, way: Way) -> None:
+def pack_linears(model: nn.Module, way: Way, keep: bool = True) -> None:
     """Put a PackedLinear in the place of every linear layer whose weight is large enough and can be packed, in place.
 
-    Names, parameters and state_dict stay as they are. It costs a second copy of those weights in memory (none of the
-    process's own where the first is a mapped file: `weight_cache.py`).
+    Names, parameters and state_dict stay as they are, and cost a second copy of the weights (none of the process's own
+    where they are a mapped file: `weight_cache.py`). keep=False: the parameters are given up, except where few rows are
+    multiplied by them.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and is_packable(child) and (packed := pack(child.weight, way)) is not None:
-                setattr(module, name, PackedLinear(child, packed))
+                layer = PackedLinear(child, packed)
+                setattr(module, name, layer)
+                if not (keep or way.plain_rows):
+                    layer.release()
 
 
 def is_packable(module: nn.Module) -> bool:
     return type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.numel() >= MIN_SIZE
+
+
+def is_packing(way: Way, dtype: torch.dtype) -> bool:
+    return way.library != "plain" or way.dtype != dtype
 
 
 def ways(dtype: torch.dtype) -> list[Way]:
@@ -119,17 +128,15 @@ def pack(weight: Tensor, way: Way) -> Packed | None:
 
     Not every torch has both libraries, and not every processor has products of every type.
     """
-    if (way.library == "plain" and way.dtype == weight.dtype) or weight.device.type != "cpu":
+    if not is_packing(way, weight.dtype) or weight.device.type != "cpu":
         return None
-    weight = weight.detach().to(way.dtype)
+    numbers = weight.detach().to(way.dtype)
     with suppress(RuntimeError, AttributeError):
         if way.library == "MKL":
-            numbers = torch.ops.mkl._mkl_reorder_linear_weight(weight, _ROWS_FOR_MKL)
+            numbers = torch.ops.mkl._mkl_reorder_linear_weight(numbers, _ROWS_FOR_MKL)
         elif way.library == "oneDNN":
-            numbers = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_FOR_ONEDNN)
-        else:
-            numbers = weight
-        packed = Packed(way, numbers, weight.new_empty(1, 1).expand(weight.shape))
+            numbers = torch.ops.mkldnn._reorder_linear_weight(numbers, _ROWS_FOR_ONEDNN)
+        packed = Packed(way, numbers, torch.empty(1, 1, dtype=way.dtype).expand(weight.shape))
         product(weight.new_zeros(1, weight.shape[1]), packed)
         return packed
     return None

@@ -1,25 +1,22 @@
 """Chapter 2. From a model's name to a transformer and its tokenizer."""
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from minipaged.model import fetch
-from minipaged.model.linear import is_packable, pack_linears
-from minipaged.model.tokenizer import TextTokenizer, byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from minipaged.model.gguf_file import ModelFileError
+from minipaged.model.linear import MIN_SIZE, Way, is_packable, is_packing, pack_linears
+from minipaged.model.tokenizer import TextTokenizer
+from minipaged.model.tokenizer_files import byte_tokenizer
 from minipaged.model.transformer import ModelConfig, Transformer
 from minipaged.model.trial import fastest_dtype, fastest_way
 from minipaged.model.weight_cache import load_through_cache
-from minipaged.model.weights import (
-    ModelFileError,
-    build_transformer,
-    config_from_gguf,
-    config_from_json,
-    open_gguf,
-    tensors_from_gguf,
-    tensors_from_safetensors,
-)
+from minipaged.model.weights import ALL, Source, build_transformer, check_shapes, source_from_folder, source_from_gguf
 
 DTYPES = {
     "float64": torch.float64,
@@ -66,15 +63,27 @@ def load_model(name: str | Path | Model, dtype: str | None = None, seed: int = 0
             if wanted not in (None, has, has.partition(":")[0]):
                 raise ValueError(f"{what} {wanted!r} was asked for, and the loaded model has {has!r}")
         return name
-    dtype, device = dtype or "float32", device or "cpu"
+    dtype, device = "float32" if dtype is None else dtype, device or "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not in this machine
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    transformer, tokenizer = _load(name, DTYPES[named_dtype(dtype, device)], seed)
-    transformer = transformer.to(device)
-    quicken(transformer)
-    return Model(transformer, tokenizer)
+    torch_dtype = DTYPES[named_dtype(dtype, device)]
+    if name == "tiny":
+        model = Model(tiny_transformer(torch_dtype, seed).to(device), byte_tokenizer())
+    elif name == "smollm2-135m":
+        path = fetch.fetch()
+        # Ours, in our own folder: a copy may lie beside it. Other people's files are read as they are.
+        loaded = load_through_cache(path, torch_dtype, lambda: read_model(source_from_gguf(path), torch_dtype))
+        model = Model(loaded[0].to(device), loaded[1])
+    else:
+        source = open_source(name)
+        try:
+            model = read_model(source, torch_dtype, device, keep=False)
+        except ValueError as error:
+            raise ModelFileError(f"{name}: {error}") from error
+    quicken(model.transformer)
+    return model
 
 
 def named_dtype(dtype: str, device: str) -> str:
@@ -96,13 +105,8 @@ def quicken(transformer: Transformer) -> None:
     use_compiled_ops(transformer)
 
 
-def _load(name: str | Path, dtype: torch.dtype, seed: int) -> Model:
-    if name == "tiny":
-        return Model(tiny_transformer(dtype, seed), byte_tokenizer())
-    if name == "smollm2-135m":
-        path = fetch.fetch()
-        # Ours, in our own folder: a copy may lie beside it. Other people's files are read as they are.
-        return Model(*load_through_cache(path, dtype, lambda: _load_gguf(path, dtype)))
+def open_source(name: str | Path) -> Source:
+    """A GGUF file or a folder with safetensors. Raises ValueError for anything else."""
     path = Path(name)
     try:
         path = path.expanduser()
@@ -110,12 +114,61 @@ def _load(name: str | Path, dtype: torch.dtype, seed: int) -> Model:
     except (OSError, RuntimeError):  # a name longer than a file's may be, or ~nobody: no file, then
         is_folder = is_file = False
     if is_folder:
-        return _load_folder(path, dtype)
+        return source_from_folder(path)
     if is_file:
-        return _load_gguf(path, dtype)
+        return source_from_gguf(path)
     raise ValueError(
         f"unknown model {str(name)!r}: take 'smollm2-135m', 'tiny', a GGUF file, or a folder with safetensors"
     )
+
+
+def read_model(source: Source, dtype: torch.dtype, device: str = "cpu", keep: bool = True) -> Model:
+    """A model from its files. keep=False: its linear layers are packed as they are read, and not kept beside that.
+
+    Raises ModelFileError where a file is to blame, and where the device has no memory for it: then nothing was read.
+    """
+    check_shapes(source.config, source.shapes)
+    with torch.device("meta"):
+        empty = Transformer(source.config, dtype)
+    is_on_cpu = torch.device(device).type == "cpu"
+    way = fastest_way(dtype) if is_on_cpu and not keep else Way("plain", dtype)
+    needed, there = bytes_in_memory(empty, way), memory_of(device)
+    if needed > there:
+        raise ModelFileError(
+            f"the model takes {needed:,} bytes of memory in {str(dtype).removeprefix('torch.')}, and device '{device}' "
+            f"has {there:,}: take a smaller one{'' if dtype.itemsize == 2 else ', or bfloat16'}"
+        )
+    tokenizer = source.tokenizer()
+
+    def place(part: nn.Module) -> None:
+        part.to(device)
+        if is_on_cpu and not keep:
+            pack_linears(part, way, keep=False)
+
+    transformer = build_transformer(source.config, lambda name: source.read(name, (ALL, ALL)), dtype, place)
+    if not source.config.tie_embeddings:
+        place(transformer)  # the output layer
+    return checked(Model(transformer.to(device), tokenizer))
+
+
+def bytes_in_memory(transformer: Transformer, way: Way) -> int:
+    """Of the weights and tables of a model that `read_model` has read with this way to multiply."""
+    total = transformer.cos.nbytes + transformer.sin.nbytes + sum(p.nbytes for p in transformer.parameters())
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear) and module.weight.numel() >= MIN_SIZE and is_packing(way, module.weight.dtype):
+            is_kept = way.plain_rows or module.weight is transformer.embed_tokens.weight
+            total += module.weight.numel() * way.dtype.itemsize - (0 if is_kept else module.weight.nbytes)
+    return total
+
+
+def memory_of(device: str) -> int:
+    """Bytes that the device has, or that a container leaves to this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no such file, or "max" in it
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory
 
 
 def tiny_transformer(dtype: torch.dtype = torch.float32, seed: int = 0, config: ModelConfig = TINY) -> Transformer:
@@ -133,27 +186,6 @@ def tiny_transformer(dtype: torch.dtype = torch.float32, seed: int = 0, config: 
             std = 0.2 if name.startswith("embed_tokens") else 4.0 * parameter.shape[1] ** -0.5
             parameter.data.normal_(0.0, std, generator=generator)
     return transformer.to(dtype).requires_grad_(False).eval()
-
-
-def _load_gguf(path: Path, dtype: torch.dtype) -> Model:
-    file = open_gguf(path)
-    try:
-        config = config_from_gguf(file)
-        transformer = build_transformer(config, tensors_from_gguf(file, config), dtype)
-        return checked(Model(transformer, tokenizer_from_gguf(file)))
-    except ValueError as error:
-        raise ModelFileError(f"{path}: {error}") from error
-
-
-def _load_folder(path: Path, dtype: torch.dtype) -> Model:
-    if not (path / "config.json").is_file():
-        raise ModelFileError(f"{path} holds no config.json: a model is config.json, *.safetensors and tokenizer.json")
-    config = config_from_json(path / "config.json")
-    try:
-        transformer = build_transformer(config, tensors_from_safetensors(path), dtype)
-        return checked(Model(transformer, tokenizer_from_folder(path)))
-    except ValueError as error:
-        raise ModelFileError(f"{path}: {error}") from error
 
 
 def checked(model: Model) -> Model:

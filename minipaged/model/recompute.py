@@ -17,7 +17,15 @@ from minipaged.model.transformer import Transformer
 class RecomputeCache:
     """Invariant: nothing is remembered between two calls."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch: ForwardBatch,
+        sliding_window: int | None = None,
+    ) -> Tensor:
         """Causal attention of each sequence over itself. Raises ValueError where a sequence does not come whole."""
         starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
         out = torch.empty_like(query)
@@ -25,9 +33,9 @@ class RecomputeCache:
             rows = slice(starts[seq], starts[seq + 1])
             if rows.stop - rows.start != seq_len:
                 raise ValueError(f"without a cache, all {seq_len} tokens must come; got {rows.stop - rows.start}")
-            out[rows] = causal_attention(
-                query[rows], key[rows].transpose(0, 1), value[rows].transpose(0, 1), scale=query.shape[-1] ** -0.5
-            )
+            context = key[rows].transpose(0, 1), value[rows].transpose(0, 1)
+            scale = query.shape[-1] ** -0.5
+            out[rows] = causal_attention(query[rows], *context, scale=scale, sliding_window=sliding_window)
         return out
 
 

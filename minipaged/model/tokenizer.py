@@ -1,23 +1,22 @@
-"""Chapter 2. Text to token ids and back: byte-level BPE, rebuilt from what lies in the model file.
+"""Chapter 2. Text to token ids and back, and a conversation to a text.
 
-The package `tokenizers` does the work. This module knows where each format keeps the vocabulary, the merges, the
-special tokens and the chat template.
+The package `tokenizers` does the work, and jinja2 fills in the model's chat template. `tokenizer_files.py` finds both
+in the model's files.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from minipaged.model.gguf_file import GGUFFile
-from minipaged.model.weights import ModelFileError, gguf_field, read_json
-
 Message = dict[str, str]
-
-_CONTROL_TOKEN, _USER_TOKEN = 3, 4  # llama.cpp's token types; 1 is an ordinary token
 
 
 class TextTokenizer:
@@ -29,11 +28,16 @@ class TextTokenizer:
         eos_token_ids: Sequence[int] = (),
         chat_template: str | None = None,
         bos_token_id: int | None = None,
+        special_tokens: Mapping[str, str] | None = None,
     ):
+        """special_tokens: what a template calls some of them by, {"bos_token": "<s>", ...}."""
         self._tokenizer = tokenizer
+        tokenizer.no_truncation()  # some files keep what their training wanted
+        tokenizer.no_padding()
         self.eos_token_ids = frozenset(eos_token_ids)
         self.chat_template = chat_template
         self.bos_token_id = bos_token_id  # put before every text, where the model was trained so
+        self.special_tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
 
     @property
     def largest_token_id(self) -> int:
@@ -44,6 +48,7 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """The tokens of a text. Raises ValueError where it is not Unicode text (half of a surrogate pair).
 
+        The token that begins a text is put before it, unless it stands there: chat templates write it themselves.
         Special tokens that stand in the text as words (<|im_end|>) are read as such: a chat template writes them so. A
         byte that the vocabulary lacks is left out, as elsewhere: SmolLM2's lacks a few, of control characters and of
         planes of Unicode that are hardly in use.
@@ -53,7 +58,7 @@ class TextTokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode: {error.reason}, at character {error.start}") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids if self.bos_token_id is None else [self.bos_token_id, *ids]
+        return ids if self.bos_token_id is None or ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of the tokens, without special tokens. Bytes that are not a whole character read as U+FFFD."""
@@ -74,11 +79,14 @@ class TextTokenizer:
         """
         if self.chat_template is None:
             raise ValueError("the model has no chat template: give a plain prompt")
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        extensions: list[type[Extension]] = [loopcontrols, _Generation]
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         sandbox.globals["raise_exception"] = _refuse  # what templates call to refuse
+        sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         try:
             return sandbox.from_string(self.chat_template).render(
-                messages=list(messages), add_generation_prompt=True, bos_token="", eos_token=""
+                messages=list(messages), add_generation_prompt=True, tools=None, documents=None, **self.special_tokens
             )
         except Exception as error:  # the template is a program: any exception may be its own
             raise ValueError(f"the model's chat template does not take these messages: {error}") from error
@@ -99,7 +107,11 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """The new text that this token completes; empty while a character is unfinished."""
         self._token_ids.append(token_id)
-        text: str = self._decoder.step(self._tokenizer._tokenizer, token_id) or ""
+        try:
+            text: str = self._decoder.step(self._tokenizer._tokenizer, token_id) or ""
+        except Exception:  # the package's: bytes that end no character changed the text before them; begin again
+            self._decoder = DecodeStream(skip_special_tokens=True)
+            text = self._decoder.step(self._tokenizer._tokenizer, token_id) or ""
         self._given += len(text)
         return text
 
@@ -110,84 +122,15 @@ class TextStream:
         return rest
 
 
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %} marks the model's own words, for training. Here it is its contents."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own form)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def tokenizer_from_gguf(file: GGUFFile) -> TextTokenizer:
-    """Rebuild the tokenizer from GGUF metadata. Raises ModelFileError for kinds that are not byte-level BPE."""
-    kind = gguf_field(file, "tokenizer.ggml.model")
-    splitter = gguf_field(file, "tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or splitter not in ("smollm", "gpt-2", "default"):
-        raise ModelFileError(f"tokenizer {kind!r} with pre-tokenizer {splitter!r} is not supported")
-    tokens, merges = gguf_field(file, "tokenizer.ggml.tokens"), gguf_field(file, "tokenizer.ggml.merges")
-    types = gguf_field(file, "tokenizer.ggml.token_type")
-    try:
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-        tokenizer = _byte_level_bpe(vocabulary, pairs, digits=splitter == "smollm")
-        control = [tokens[i] for i, kind in enumerate(types) if kind == _CONTROL_TOKEN]
-        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-        user = [tokens[i] for i, kind in enumerate(types) if kind == _USER_TOKEN]
-        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user])
-    except Exception as error:  # the package raises a bare Exception
-        raise ModelFileError(f"no tokenizer can be built from the GGUF file's tokens and merges: {error}") from error
-
-    def token_id(name: str) -> int:
-        value = gguf_field(file, f"tokenizer.ggml.{name}")
-        if not isinstance(value, int) or not 0 <= value < len(tokens):
-            raise ModelFileError(f"{name} must be a token, 0 to {len(tokens) - 1}, got {value!r}")
-        return value
-
-    template = gguf_field(file, "tokenizer.chat_template", "")
-    return TextTokenizer(
-        tokenizer,
-        eos_token_ids=[token_id("eos_token_id")],
-        chat_template=template if isinstance(template, str) and template else None,
-        bos_token_id=token_id("bos_token_id") if gguf_field(file, "tokenizer.ggml.add_bos_token", False) else None,
-    )
-
-
-def tokenizer_from_folder(folder: Path) -> TextTokenizer:
-    """The tokenizer of a Hugging Face folder: tokenizer.json, with config.json and tokenizer_config.json beside it."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise ModelFileError(f"{folder} holds no tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises a bare Exception
-        raise ModelFileError(f"{path} is not a usable tokenizer.json: {error}") from error
-    settings: dict[str, object] = {}
-    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):  # the last word counts
-        if (folder / name).exists():
-            settings.update(read_json(folder / name))
-    eos = settings.get("eos_token_id")
-    template = settings.get("chat_template")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    bos = settings.get("bos_token_id") if settings.get("add_bos_token") else None
-    return TextTokenizer(
-        tokenizer,
-        eos_token_ids=eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else [],
-        chat_template=template if isinstance(template, str) else None,
-        bos_token_id=bos if isinstance(bos, int) else None,
-    )
-
-
-def byte_tokenizer() -> TextTokenizer:
-    """One token a byte, and one that ends a text: for models that were never trained, such as `tiny`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 printable stand-ins, one for each byte
-    tokenizer = _byte_level_bpe({token: i for i, token in enumerate(alphabet)}, merges=[], digits=False)
-    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
-    return TextTokenizer(tokenizer, eos_token_ids=[len(alphabet)])
-
-
-def _byte_level_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], digits: bool) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    # SmolLM splits numbers digit by digit *before* anything else, so that "2026" is always four tokens.
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words]) if digits else words
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer

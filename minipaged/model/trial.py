@@ -4,10 +4,9 @@
     the fastest:    the smallest geometric mean over the four numbers of rows, where the smallest of these are left to
                     the plain way if that is clearly faster there
 
-A trial takes some tenths of a second. What it measured is kept in MINIPAGED_HOME, in a file for each processor, version
-of torch, number of threads and dtype, so that later starts read it. Anybody can read it too, and delete it to have it
-measured anew. Where nothing can be kept, nothing is measured: two starts of one program might choose differently, and
-add in another order. A rule stands in then (`_by_rule`), and also where other programs took the processor meanwhile.
+A trial takes some tenths of a second. Its figures are kept in MINIPAGED_HOME, in a file for each processor, torch,
+number of threads and dtype, which may be deleted. Where nothing can be kept, or other programs took the processor
+meanwhile, a rule decides (`_by_rule`): two starts of one program must choose alike, and add in the same order.
 """
 
 import hashlib
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from minipaged.model.fetch import home
 from minipaged.model.linear import Packed, Way, pack, product, ways
@@ -52,11 +50,12 @@ def fastest_dtype(device: str = "cpu") -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device != "cpu":
         return "float32"
-    threads = torch.get_num_threads()
-    full, half = trial(torch.float32, threads), trial(torch.bfloat16, threads)
-    if full is None or half is None:
-        return "bfloat16" if _by_rule(ways(torch.bfloat16)).dtype == torch.bfloat16 else "float32"
-    return "bfloat16" if _best(half)[1] <= _BFLOAT16_MAY_TAKE * _best(full)[1] else "float32"
+    full, half = (trial(dtype, torch.get_num_threads()) for dtype in (torch.float32, torch.bfloat16))
+    if full and half:
+        is_faster = _best(half)[1] <= _BFLOAT16_MAY_TAKE * _best(full)[1]
+    else:
+        is_faster = _by_rule(ways(torch.bfloat16)).dtype == torch.bfloat16
+    return "bfloat16" if is_faster else "float32"
 
 
 @lru_cache
@@ -70,10 +69,8 @@ def trial(dtype: torch.dtype, threads: int) -> Times | None:
         "dtype": str(dtype).removeprefix("torch."),
     }
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-    path = home() / f"linear.{about['dtype']}.{digest}.json"
-    possible = ways(dtype)
-    kept = _read(path, about, possible)
-    if kept is not None:
+    path, possible = home() / f"linear.{about['dtype']}.{digest}.json", ways(dtype)
+    if (kept := _read(path, about, possible)) is not None:
         return kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,21 +98,17 @@ def measure(dtype: torch.dtype, possible: list[Way]) -> tuple[Times, float]:
     packed = {way: [pack(weight, way) or weight for weight in weights] for way in possible}
     inputs = {rows: torch.randn(rows, _SHAPE[1]).to(dtype) for rows in _ROWS}
     times = {way: [math.inf] * len(_ROWS) for way in possible}
-    wall = cpu = 0.0
+    wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(_REPEATS):
         for i, (rows, count) in enumerate(_ROWS.items()):
             for way in possible:
-                start, cpu_start = time.perf_counter(), time.process_time()
+                start = time.perf_counter()
                 for weight in packed[way][:count]:
-                    _multiply(inputs[rows], weight)
-                took = time.perf_counter() - start
-                wall, cpu = wall + took, cpu + time.process_time() - cpu_start
-                times[way][i] = min(times[way][i], 1e3 * took / count)
+                    x = inputs[rows]
+                    _ = product(x, weight) if isinstance(weight, Packed) else F.linear(x, weight)
+                times[way][i] = min(times[way][i], 1e3 * (time.perf_counter() - start) / count)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return times, cpu / (wall * torch.get_num_threads())
-
-
-def _multiply(x: Tensor, weight: Tensor | Packed) -> Tensor:
-    return product(x, weight) if isinstance(weight, Packed) else F.linear(x, weight)
 
 
 def _best(times: Times) -> tuple[Way, float]:
@@ -128,8 +121,7 @@ def _best(times: Times) -> tuple[Way, float]:
             if plain[i] > _CLEARLY * own[i]:
                 break
             plain_rows, combined[i] = rows, plain[i]
-        mean = math.exp(sum(map(math.log, combined)) / len(combined))
-        best.append((mean, way._replace(plain_rows=plain_rows)))
+        best.append((math.prod(combined) ** (1 / len(combined)), way._replace(plain_rows=plain_rows)))
     mean, way = min(best)
     return way, mean
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,9 +31,8 @@ from torch import Tensor
 
 from minipaged.model.tokenizer import TextTokenizer
 from minipaged.model.transformer import ModelConfig, Transformer
-from minipaged.model.weights import assemble
 
-FORMAT = "minipaged 1"  # raise the number when what a copy holds changes
+FORMAT = "minipaged 2"  # raise the number when what a copy holds changes
 
 Loaded = tuple[Transformer, TextTokenizer]
 
@@ -80,12 +80,24 @@ def _read(path: Path, source_sha256: str) -> Loaded | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
         if about.pop("checksum", None) != _checksum(tensors, about):
             return None
-        config = ModelConfig(**json.loads(about["config"]))
-        if config.tie_embeddings:
-            tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-        return assemble(config, tensors), _tokenizer_from_json(about["tokenizer"])
+        fields = json.loads(about["config"]).items()
+        known: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields}  # JSON has lists
+        config = ModelConfig(**known)
+        return _assemble(config, tensors), _tokenizer_from_json(about["tokenizer"])
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError):
         return None
+
+
+def _assemble(config: ModelConfig, state: dict[str, Tensor]) -> Transformer:
+    """A Transformer that holds these very tensors, under its own names. Raises RuntimeError where one does not fit."""
+    with torch.device("meta"):  # no storage and no random numbers for weights that are replaced in the next line
+        model = Transformer(config, state["embed_tokens.weight"].dtype)
+    if config.tie_embeddings:
+        state = {**state, "lm_head.weight": state["embed_tokens.weight"]}
+    model.load_state_dict(state, assign=True)
+    if config.tie_embeddings:  # one parameter again, and not two that share their numbers until one is moved
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.requires_grad_(False).eval()
 
 
 def _checksum(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
@@ -107,6 +119,7 @@ def _tokenizer_to_json(tokenizer: TextTokenizer) -> str:
             "eos_token_ids": sorted(tokenizer.eos_token_ids),
             "chat_template": tokenizer.chat_template,
             "bos_token_id": tokenizer.bos_token_id,
+            "special_tokens": tokenizer.special_tokens,
         }
     )
 

@@ -1,18 +1,23 @@
-"""Chapter 2. Weights from a file: GGUF (llama.cpp's format), or safetensors beside a Hugging Face config.json.
+"""Chapter 2. Weights from files: GGUF (llama.cpp's format), or safetensors beside a Hugging Face config.json.
 
-Both are read into one dictionary under the names that Hugging Face gives, checked shape by shape against the
-configuration, and then stacked as `Transformer` holds them. Pickled files are never opened: they can run code.
+Both come as a `Source`: configuration, names and shapes at once, and numbers tensor by tensor, under the names that
+Hugging Face gives. Shapes are checked against the configuration. Then `build_transformer` stacks the numbers as
+`Transformer` holds them, part after part, so that of no weight there are two copies for long. Pickled files are never
+opened: they can run code.
 """
 
-import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from minipaged.model.gguf_file import GGUFFile
+from minipaged.model.families import GGUF_ROPE_FACTORS, config_from_gguf, config_from_json, read_json
+from minipaged.model.gguf_file import ModelFileError, gguf_field, open_gguf
+from minipaged.model.tokenizer import TextTokenizer
+from minipaged.model.tokenizer_files import tokenizer_from_folder, tokenizer_from_gguf
 from minipaged.model.transformer import ModelConfig, Transformer
 
 # GGUF's name of a tensor -> Hugging Face's. Those of layer i stand behind "blk.i." and "model.layers.i.".
@@ -22,210 +27,178 @@ _GGUF_NAMES = {
     "output.weight": "lm_head.weight",
 }
 _GGUF_LAYER_NAMES = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
+_PERMUTED = ("llama", "smollm3")  # families whose GGUF files hold rows of W^Q and W^K in another order
+
+ALL = slice(None)
+Cut = tuple[slice, slice]  # rows, columns
 
 
-class ModelFileError(ValueError):
-    """A model file is damaged, foreign, or says something else than its configuration."""
+class Source(NamedTuple):
+    """A model in files. `read` gives a part of a tensor, and touches no more of the file than it must (chapter 13)."""
+
+    config: ModelConfig
+    shapes: dict[str, tuple[int, ...]]  # Hugging Face's name -> shape of the whole tensor
+    read: Callable[[str, Cut], Tensor]
+    tokenizer: Callable[[], TextTokenizer]
 
 
-def open_gguf(path: Path) -> GGUFFile:
-    """Read the header of a GGUF file. Raises ModelFileError where it is none, or is cut short."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelFileError(
-                f"{path} ({size:,} bytes) is not a GGUF file: it does not begin with the letters GGUF "
-                f"(safetensors are read from their folder, pickled weights never)"
-            )
+def source_from_gguf(path: Path) -> Source:
+    """Raises ModelFileError where the file is damaged, or no model that we know."""
+    file = open_gguf(path)
     try:
-        return GGUFFile(path)
+        config = config_from_gguf(file)
+        names = {hugging_face_name(name): name for name in file.tensors if name != GGUF_ROPE_FACTORS}
     except ValueError as error:
-        raise ModelFileError(f"{path} ({size:,} bytes) is damaged or cut short: {error}") from error
+        raise ModelFileError(f"{path}: {error}") from error
+    is_permuted = gguf_field(file, "general.architecture") in _PERMUTED
+
+    def read(name: str, cut: Cut) -> Tensor:
+        tensor = torch.from_numpy(file.tensor(names[name], *cut))
+        if is_permuted and name.endswith(("q_proj.weight", "k_proj.weight")):  # heads, each permuted by itself
+            tensor = halves_from_pairs(tensor, config.head_dim)
+        return tensor
+
+    # GGUF counts from the fastest dimension on.
+    shapes = {name: tuple(int(n) for n in reversed(file.tensors[theirs].shape)) for name, theirs in names.items()}
+    return Source(config, shapes, read, lambda: tokenizer_from_gguf(file))
 
 
-def gguf_field(file: GGUFFile, name: str, default: Any = None) -> Any:
-    """The value of a field. Raises ModelFileError where it is missing and no default is given."""
-    value = file.field(name, default)
-    if value is None:
-        raise ModelFileError(f"the GGUF file has no field {name}")
-    return value
-
-
-def config_from_gguf(file: GGUFFile) -> ModelConfig:
-    architecture = gguf_field(file, "general.architecture")
-    if architecture != "llama":
-        raise ModelFileError(f"architecture {architecture!r} is not supported: only 'llama' is")
-
-    def get(name: str, default: Any = None) -> Any:
-        return gguf_field(file, f"llama.{name}", default)
-
-    scaling = get("rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in file.tensors:
-        raise ModelFileError(f"the model scales its rotary positions ({scaling}), which is not supported")
-    tokens = gguf_field(file, "tokenizer.ggml.tokens")
-    num_heads, hidden_size = get("attention.head_count"), get("embedding_length")
-    for name, value in (("head_count", num_heads), ("embedding_length", hidden_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ModelFileError(f"field {name} must be a whole number, at least 1, got {value!r}")
-    head_dim = get("attention.key_length", hidden_size // num_heads)
-    if (rotated := get("rope.dimension_count", head_dim)) != head_dim:
-        raise ModelFileError(f"the model turns {rotated} of {head_dim} dimensions of a head: only all are supported")
-    return ModelConfig(
-        vocab_size=len(tokens) if isinstance(tokens, list) else 0,
-        hidden_size=hidden_size,
-        intermediate_size=get("feed_forward_length"),
-        num_layers=get("block_count"),
-        num_heads=num_heads,
-        num_kv_heads=get("attention.head_count_kv", num_heads),
-        head_dim=head_dim,
-        max_position=get("context_length"),
-        rope_theta=get("rope.freq_base", 10_000.0),
-        rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
-        tie_embeddings="output.weight" not in file.tensors,
-    )
-
-
-def tensors_from_gguf(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
-    """Every tensor, dequantised to float32, under its Hugging Face name."""
-    tensors = {}
-    for gguf_name in file.tensors:
-        name = hugging_face_name(gguf_name)
-        tensor = torch.from_numpy(file.tensor(gguf_name))
-        if name.endswith("q_proj.weight"):
-            tensor = halves_from_pairs(tensor, config.num_heads, config.head_dim)
-        elif name.endswith("k_proj.weight"):
-            tensor = halves_from_pairs(tensor, config.num_kv_heads, config.head_dim)
-        tensors[name] = tensor
-    return tensors
-
-
-def config_from_json(path: Path) -> ModelConfig:
-    """Read a Hugging Face config.json. Raises ModelFileError for another architecture, or where a number is missing."""
-    fields = read_json(path)
-
-    def get(name: str) -> Any:
-        if name not in fields:
-            raise ModelFileError(f"{path} has no {name!r}")
-        return fields[name]
-
-    if (kind := get("model_type")) != "llama":
-        raise ModelFileError(f"{path}: model_type {kind!r} is not supported: only 'llama' is")
-    if fields.get("attention_bias") or fields.get("mlp_bias") or fields.get("hidden_act", "silu") != "silu":
-        raise ModelFileError(f"{path}: biases and activations other than silu are not supported")
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ModelFileError(f"{path}: the model scales its rotary positions, which is not supported: {rope}")
-    try:
-        heads, hidden = get("num_attention_heads"), get("hidden_size")
-        return ModelConfig(
-            vocab_size=get("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=get("intermediate_size"),
-            num_layers=get("num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=heads if (kv_heads := fields.get("num_key_value_heads")) is None else kv_heads,
-            head_dim=hidden // heads if (head_dim := fields.get("head_dim")) is None else head_dim,
-            max_position=get("max_position_embeddings"),
-            rope_theta=rope.get("rope_theta", fields.get("rope_theta", 10_000.0)),
-            rms_norm_eps=get("rms_norm_eps"),
-            tie_embeddings=fields.get("tie_word_embeddings", False),
-        )
-    except ModelFileError:
-        raise
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise ModelFileError(f"{path} describes no model that could be built: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object. Raises ModelFileError where it does not."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number without end, brackets without end
-        raise ModelFileError(f"{path} ({path.stat().st_size:,} bytes) is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ModelFileError(f"{path} must hold one JSON object, got a {type(fields).__name__}")
-    return fields
-
-
-def tensors_from_safetensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of every *.safetensors file in the folder."""
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
+def source_from_folder(path: Path) -> Source:
+    """Of config.json, *.safetensors and tokenizer.json. Raises ModelFileError as `source_from_gguf` does."""
+    if not (path / "config.json").is_file():
+        raise ModelFileError(f"{path} holds no config.json: a model is config.json, *.safetensors and tokenizer.json")
+    config = config_from_json(path / "config.json")
+    shapes, slices = {}, {}
+    for part in _weight_files(path):
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dictionary)
+            file = safe_open(part, framework="pt")
+            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                slices[name] = file.get_slice(name)
+                shapes[name] = tuple(slices[name].get_shape())
         except (SafetensorError, ValueError, TypeError) as error:
-            raise ModelFileError(f"{path} ({path.stat().st_size:,} bytes) is damaged or cut short: {error}") from error
-    if not tensors:
-        raise ModelFileError(f"{folder} holds no *.safetensors file")
-    return tensors
+            raise ModelFileError(f"{part} ({part.stat().st_size:,} bytes) is damaged or cut short: {error}") from error
+    if not shapes:
+        raise ModelFileError(f"{path} holds no *.safetensors file")
+
+    def read(name: str, cut: Cut) -> Tensor:
+        numbers: Tensor = slices[name][cut[: len(shapes[name])]]
+        return numbers.contiguous()
+
+    return Source(config, shapes, read, lambda: tokenizer_from_folder(path))
 
 
-def build_transformer(config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype) -> Transformer:
-    """A Transformer over these weights. Raises ModelFileError naming a tensor that is missing, odd, or left over."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+def _weight_files(folder: Path) -> list[Path]:
+    """The parts that an index names, or all there are. Others may lie beside the parts: older copies, say."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        single = folder / "model.safetensors"
+        return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    parts = read_json(index).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+        raise ModelFileError(f"{index} names no parts: its weight_map is {parts!r}")
+    files = [folder / Path(part).name for part in sorted(set(parts.values()))]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ModelFileError(f"{folder} lacks {len(missing)} of {len(files)} parts: {missing[0]}")
+    return files
 
-    def take(name: str, *shape: int) -> Tensor:
-        if name not in tensors:
-            raise ModelFileError(f"the model has no tensor {name}, of shape {list(shape)}")
-        if tuple(tensors[name].shape) != shape:
-            got = list(tensors[name].shape)
-            raise ModelFileError(f"tensor {name} has shape {got}, the model's configuration asks for {list(shape)}")
-        unused.discard(name)
-        return tensors[name].to(dtype)
 
-    unused = set(tensors)
-    state = {
-        "embed_tokens.weight": take("model.embed_tokens.weight", config.vocab_size, hidden),
-        "norm.weight": take("model.norm.weight", hidden),
-    }
-    if config.tie_embeddings:
-        unused.discard("lm_head.weight")  # some files hold the embedding under both names
-        state["lm_head.weight"] = state["embed_tokens.weight"]
-    else:
-        state["lm_head.weight"] = take("lm_head.weight", config.vocab_size, hidden)
+def source_from_transformer(transformer: Transformer, tokenizer: Callable[[], TextTokenizer]) -> Source:
+    """A model that is in memory, under the names of files."""
+    state, tensors = transformer.state_dict(), dict[str, Tensor]()
+    for part, stacks in layout(transformer.config):
+        for ours, named in stacks.items():
+            rows = state[f"{part}.{ours}"].split([shape[0] for _, shape in named])
+            tensors |= {name: tensor for (name, _), tensor in zip(named, rows, strict=True)}
+
+    def read(name: str, cut: Cut) -> Tensor:
+        return tensors[name][cut[: tensors[name].dim()]].clone()
+
+    return Source(transformer.config, {name: tuple(t.shape) for name, t in tensors.items()}, read, tokenizer)
+
+
+def layout(config: ModelConfig) -> Iterator[tuple[str, dict[str, list[tuple[str, tuple[int, ...]]]]]]:
+    """The parts of a Transformer, in order: name of the module, and of each of its weights the tensors that are stacked
+    in it, with their shapes."""
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    yield "embed_tokens", {"weight": [("model.embed_tokens.weight", (config.vocab_size, hidden))]}
     for i in range(config.num_layers):
-        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        rows = {"q": q_size, "k": kv_size, "v": kv_size}
         stacks: dict[str, list[tuple[str, tuple[int, ...]]]] = {
-            "attention_norm": [("input_layernorm", (hidden,))],
-            "qkv_proj": [
-                ("self_attn.q_proj", (q_size, hidden)),
-                ("self_attn.k_proj", (kv_size, hidden)),
-                ("self_attn.v_proj", (kv_size, hidden)),
-            ],
-            "o_proj": [("self_attn.o_proj", (hidden, q_size))],
-            "mlp_norm": [("post_attention_layernorm", (hidden,))],
-            "gate_up_proj": [("mlp.gate_proj", (inner, hidden)), ("mlp.up_proj", (inner, hidden))],
-            "down_proj": [("mlp.down_proj", (hidden, inner))],
+            "attention_norm.weight": [(f"model.layers.{i}.input_layernorm.weight", (hidden,))],
+            "qkv_proj.weight": [(f"{attention}.{c}_proj.weight", (rows[c], hidden)) for c in "qkv"],
+            "o_proj.weight": [(f"{attention}.o_proj.weight", (hidden, q_size))],
+            "mlp_norm.weight": [(f"model.layers.{i}.post_attention_layernorm.weight", (hidden,))],
+            "gate_up_proj.weight": [(f"{mlp}.{name}_proj.weight", (inner, hidden)) for name in ("gate", "up")],
+            "down_proj.weight": [(f"{mlp}.down_proj.weight", (hidden, inner))],
         }
-        for target, parts in stacks.items():
-            rows = [take(f"{theirs}{name}.weight", *shape) for name, shape in parts]
-            state[f"{ours}{target}.weight"] = torch.cat(rows) if len(rows) > 1 else rows[0]
+        if config.qkv_bias:
+            stacks["qkv_proj.bias"] = [(f"{attention}.{c}_proj.bias", (rows[c],)) for c in "qkv"]
+        if config.qk_norm:
+            stacks |= {f"{c}_norm.weight": [(f"{attention}.{c}_norm.weight", (head_dim,))] for c in "qk"}
+        yield f"layers.{i}", stacks
+    yield "norm", {"weight": [("model.norm.weight", (hidden,))]}
+    if not config.tie_embeddings:
+        yield "lm_head", {"weight": [("lm_head.weight", (config.vocab_size, hidden))]}
+
+
+def check_shapes(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises ModelFileError naming a tensor that is missing, odd, or left over. No number is read."""
+    unread = set(shapes)
+    for _, stacks in layout(config):
+        for name, shape in (part for parts in stacks.values() for part in parts):
+            if name not in shapes:
+                raise ModelFileError(f"the model has no tensor {name}, of shape {list(shape)}")
+            if shapes[name] != shape:
+                got, expected = list(shapes[name]), list(shape)
+                raise ModelFileError(f"tensor {name} has shape {got}, the model's configuration asks for {expected}")
+            unread.discard(name)
+    if config.tie_embeddings:
+        unread.discard("lm_head.weight")  # some files hold the embedding under both names
     # What is left over says that the configuration is not that of these weights: fewer layers, or a bias, say.
-    if unused := {name for name in unused if not name.endswith("rotary_emb.inv_freq")}:
-        raise ModelFileError(f"the model has {len(unused)} tensors that its configuration does not name: {min(unused)}")
-    return assemble(config, state)
+    if unread := {name for name in unread if not name.endswith("rotary_emb.inv_freq")}:
+        raise ModelFileError(f"the model has {len(unread)} tensors that its configuration does not name: {min(unread)}")
 
 
-def assemble(config: ModelConfig, state: dict[str, Tensor]) -> Transformer:
-    """A Transformer that holds these very tensors, under its own names. Raises RuntimeError where one does not fit."""
-    with torch.device("meta"):  # no storage and no random numbers for weights that are replaced in the next line
-        model = Transformer(config, state["embed_tokens.weight"].dtype)
-    model.load_state_dict(state, assign=True)
-    if config.tie_embeddings:  # one parameter again, and not two that share their numbers until one is moved
+def build_transformer(
+    config: ModelConfig,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    place: Callable[[nn.Module], object] = lambda part: None,
+) -> Transformer:
+    """A Transformer over these weights, whose shapes were checked.
+
+    place: called with the embedding, each layer, the last norm and the output layer, once its weights are there and
+    before the next one's are read: to move it, or to pack it.
+    """
+    with torch.device("meta"):  # no storage and no random numbers for weights that are replaced below
+        model = Transformer(config, dtype).requires_grad_(False).eval()
+    for part, stacks in layout(config):
+        state = {}
+        for ours, parts in stacks.items():
+            rows = [read(name).to(dtype) for name, _ in parts]
+            state[ours] = torch.cat(rows) if len(rows) > 1 else rows[0]
+            del rows
+        module = model.get_submodule(part)
+        module.load_state_dict(state, assign=True)
+        del state  # `place` may give up what it has packed
+        place(module.requires_grad_(False))
+    if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def hugging_face_name(name: str) -> str:
@@ -233,18 +206,19 @@ def hugging_face_name(name: str) -> str:
         return _GGUF_NAMES[name]
     prefix, _, rest = name.partition(".")
     layer, _, leaf = rest.partition(".")
-    if prefix == "blk" and leaf in _GGUF_LAYER_NAMES:
-        return f"model.layers.{layer}.{_GGUF_LAYER_NAMES[leaf]}"
-    raise ModelFileError(f"the GGUF file has a tensor that a Llama does not: {name}")
+    stem, _, kind = leaf.rpartition(".")
+    if prefix == "blk" and stem in _GGUF_LAYER_NAMES and kind in ("weight", "bias"):
+        return f"model.layers.{layer}.{_GGUF_LAYER_NAMES[stem]}.{kind}"
+    raise ModelFileError(f"the GGUF file has a tensor that none of our models has: {name}")
 
 
-def halves_from_pairs(weight: Tensor, num_heads: int, head_dim: int) -> Tensor:
-    """Undo llama.cpp's permutation of W^Q and W^K.
+def halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """Undo llama.cpp's permutation of whole heads of W^Q and W^K.
 
     llama.cpp turns neighbouring pairs (0, 1), (2, 3), ...; `rotate` turns (0, d/2), (1, d/2 + 1), ... So the even rows
     of a head become its first half and the odd rows its second.
     """
-    if weight.dim() != 2 or len(weight) != num_heads * head_dim:
+    if weight.dim() != 2 or len(weight) % head_dim:
         return weight  # `build_transformer` is about to refuse it, with its name
-    pairs = weight.view(num_heads, head_dim // 2, 2, -1)  # [heads, head_dim / 2, 2, hidden_size]
+    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])  # [heads, head_dim / 2, 2, hidden_size]
     return pairs.transpose(1, 2).reshape(weight.shape)

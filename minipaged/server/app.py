@@ -42,7 +42,8 @@ PLAYER = Path(viz.__file__).parent / "player"
 BODY_SECONDS = 30.0  # for a body to come in
 MAX_WATCHERS = 16
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",  # what a model wrote never runs
+    # what a model wrote never runs
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }

@@ -107,7 +107,7 @@ def _documented(node: ast.stmt) -> bool:
 def exercise(chapter: Chapter) -> str:
     files = sorted((ROOT / "tutorials" / "exercises").glob(f"ch{chapter.number:02d}_*.py"))
     if not files:
-        return "## The exercise\n\nThis chapter has no exercise to write yet.\n"
+        return f"## The exercise\n\nThis chapter ends with an experiment:\n\n```\n{chapter.command}\n```\n"
     minutes = minutes_of_exercises()
     text = (
         "## The exercise\n\nThe module again, with the bodies taken out: write them until the properties hold.\n\n"

@@ -1,8 +1,10 @@
-"""The course as the site shows it: thirteen chapters, the modules of each, and the recorded runs that go with it."""
+"""The course as the site shows it: its map (minipaged/course/course_map.toml), and the files of each chapter."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from minipaged.course.course_map import course_map
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -13,6 +15,7 @@ class Chapter:
     title: str  # where no notebook gives one yet
     modules: tuple[str, ...]  # glob patterns from the root; the first file found is shown open
     players: tuple[str, ...] = ()  # of docs/traces/
+    command: str = ""  # in the place of an exercise
 
     @property
     def page(self) -> str:
@@ -24,69 +27,23 @@ class Chapter:
 
     @property
     def suites(self) -> list[Path]:
-        return sorted((ROOT / "tests").glob(f"test_ch{self.number:02d}_*.py"))
+        found = [path for suite in course_map()[self.number].suites for path in sorted((ROOT / "tests").glob(suite))]
+        return list(dict.fromkeys(found))
 
     def sources(self) -> list[Path]:
         found = [path for pattern in self.modules for path in sorted(ROOT.glob(pattern))]
         return [path for path in dict.fromkeys(found) if path.name != "__init__.py" and "bench" not in path.name]
 
 
-CHAPTERS = (
-    Chapter(1, "Masked attention", ("minipaged/reference.py",)),
-    Chapter(2, "A transformer that speaks", ("minipaged/model/transformer.py", "minipaged/model/*.py")),
-    Chapter(
-        3,
-        "The contiguous cache",
-        ("minipaged/kvcache/contiguous.py", "minipaged/attention/contiguous.py"),
-    ),
-    Chapter(4, "Where does the memory go?", ("minipaged/memory/reservation.py",), ("fragmentation",)),
-    Chapter(5, "Page tables", ("minipaged/memory/page_table.py", "minipaged/memory/address_space.py")),
-    Chapter(
-        6,
-        "The block table",
-        ("minipaged/memory/block_allocator.py", "minipaged/memory/block_table.py"),
-        ("two_requests",),
-    ),
-    Chapter(
-        7,
-        "Paged attention",
-        ("minipaged/attention/gathered.py", "minipaged/attention/*.py", "minipaged/kvcache/paged.py"),
-    ),
-    Chapter(8, "Triton kernels", ("kernels/paged_decode.py", "kernels/*.py")),
-    Chapter(
-        9,
-        "Sharing",
-        (
-            "minipaged/memory/prefix_cache.py",
-            "minipaged/memory/swap.py",
-            "minipaged/memory/block_manager.py",
-            "minipaged/kvcache/swap_space.py",
-            "minipaged/engine/beam_scheduler.py",
-            "minipaged/engine/beam_search.py",
-        ),
-        ("parallel_sampling", "beam_search", "prefix_cache"),
-    ),
-    Chapter(
-        10,
-        "Serving",
-        ("minipaged/engine/scheduler.py", "minipaged/engine/*.py"),
-        ("preemption_recompute", "preemption_swap"),
-    ),
-    Chapter(11, "What did it buy?", ("minipaged/simulator/simulate.py", "minipaged/simulator/*.py")),
-    Chapter(12, "What does the choice cost?", ("minipaged/simulator/blocks.py", "minipaged/memory/kv_cache_size.py")),
-    Chapter(
-        13,
-        "More than one device",
-        ("minipaged/distributed/shares.py", "minipaged/distributed/layers.py", "minipaged/distributed/*.py"),
-    ),
+CHAPTERS = tuple(
+    Chapter(chapter.number, chapter.title, chapter.modules, chapter.players, chapter.command)
+    for chapter in course_map().values()
 )
 
 
 def questions() -> dict[int, str]:
-    """The question of each chapter, from the course map in docs/design.md."""
-    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) \| (.+?) \|", text, flags=re.MULTILINE)
-    return {int(number): question for number, question in rows if int(number) <= len(CHAPTERS)}
+    """The question of each chapter, with what it covers."""
+    return {number: chapter.covers for number, chapter in course_map().items()}
 
 
 class Repository:

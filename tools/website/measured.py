@@ -19,14 +19,14 @@ FOLDER = ROOT / "docs" / "measured"
 COMMANDS = {
     "bench": ".venv/bin/minipaged bench A B C D S --dtype float32 --dtype bfloat16 --out docs/measured/bench.json",
     "growth": ".venv/bin/minipaged bench growth --out docs/measured/growth.json",
-    "attention": ".venv/bin/python -m minipaged.bench.attention --json docs/measured/attention.json",
-    "memory": ".venv/bin/python -m minipaged.bench.memory | tee docs/measured/memory.txt",
-    "engine": ".venv/bin/python -m minipaged.engine.bench | tee docs/measured/engine.txt",
+    "attention": ".venv/bin/minipaged bench attention --json docs/measured/attention.json",
+    "memory": ".venv/bin/minipaged bench memory | tee docs/measured/memory.txt",
+    "engine": ".venv/bin/minipaged bench engine | tee docs/measured/engine.txt",
     "kernels-compile": (
-        ".venv/bin/python -m minipaged.bench.kernel_report --targets sm_80,sm_90,sm_100,gfx942 "
+        ".venv/bin/python -m minipaged.bench.kernel_report --targets sm_75,sm_80,sm_90,sm_100,gfx942 "
         "| tee docs/measured/kernels-compile.txt"
     ),
-    "kernels": ".venv/bin/python -m minipaged.kernels.bench --json docs/measured/kernels.json",
+    "kernels": ".venv/bin/minipaged bench kernels --json docs/measured/kernels.json",
 }
 SHAPES: dict[str, Callable[[Any], str]] = {
     "bench": measured_tables.bench,

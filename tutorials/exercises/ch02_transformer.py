@@ -5,8 +5,12 @@
 Every operation but attention treats each token by itself. So the tokens of many sequences are laid end to end, and
 only `cache.attend` needs to know where one sequence ends. There is no batch dimension and no padding.
 
+Llama, Mistral, Qwen 2.5 and 3 and SmolLM3 are this one model. Where they differ, a field of `ModelConfig` says so, and
+one line below reads it; `families.py` fills the fields from a model's files.
+
 Sources: Vaswani et al. 2017 (the decoder); Touvron et al., "LLaMA" (2023), section 2.2 (RMSNorm, SwiGLU, rotary
-positions); Su et al., "RoFormer" (2021), section 3.4 (rotary positions); Ainslie et al., "GQA" (2023).
+positions); Su et al., "RoFormer" (2021), section 3.4 (rotary positions); Ainslie et al., "GQA" (2023); Jiang et al.,
+"Mistral 7B" (2023), section 2 (sliding window).
 """
 
 # Exercise ch02_transformer, about 60 minutes. Write what raises
@@ -51,12 +55,18 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = True  # the output layer is the embedding, transposed
+    qkv_bias: bool = False  # W^Q, W^K and W^V have biases (Qwen 2.5)
+    qk_norm: bool = False  # queries and keys are normed, head by head, before they are turned (Qwen 3)
+    rope_factors: tuple[float, ...] = ()  # what each frequency is divided by (Llama 3.1); empty: all by 1
+    rope_attention_factor: float = 1.0  # what cos and sin are multiplied by (yarn)
+    no_rope_layers: tuple[int, ...] = ()  # layers whose queries and keys carry no position (SmolLM3)
+    sliding_windows: tuple[int | None, ...] = ()  # of each layer, the tokens that a query sees (Mistral); empty: all
 
     def __post_init__(self) -> None:
         # A damaged file can hold any number here: each is refused before it becomes a shape, a table or a loop.
         for name in (*_SIZES, "max_position"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_size(value):
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
@@ -64,20 +74,36 @@ class ModelConfig:
             raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
         if self.max_position > MAX_POSITION:
             raise ValueError(f"max_position must be at most {MAX_POSITION:,}, got {self.max_position:,}")
-        for name, low, high in (("rope_theta", 1.0, 1e12), ("rms_norm_eps", 0.0, 1.0)):
+        numbers = {"rope_theta": (1.0, 1e12), "rms_norm_eps": (0.0, 1.0), "rope_attention_factor": (1e-3, 1e3)}
+        for name, (low, high) in numbers.items():
             value = getattr(self, name)
             if not isinstance(value, int | float) or not low <= value <= high:
                 raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
-        if not isinstance(self.tie_embeddings, bool):
-            raise ValueError(f"tie_embeddings must be True or False, got {self.tie_embeddings!r}")
+        for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        half, layers, factors, windows = self.head_dim // 2, self.num_layers, self.rope_factors, self.sliding_windows
+        if factors and (len(factors) != half or not all(1e-6 <= factor <= 1e6 for factor in factors)):
+            raise ValueError(f"rope_factors must be {half} numbers from 1e-6 to 1e6, one for each pair, got {factors}")
+        if windows and (len(windows) != layers or not all(window is None or _is_size(window) for window in windows)):
+            raise ValueError(f"sliding_windows must be {layers} sizes or None, one for each layer, got {windows}")
+
+    @property
+    def widest_window(self) -> int | None:
+        """Tokens back that some layer still sees: None where one sees all."""
+        return None if None in (self.sliding_windows or (None,)) else max(self.sliding_windows)  # type: ignore[type-var]
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of K and V that one token adds over all layers: 2 * num_layers * num_kv_heads * head_dim * itemsize."""
         raise NotImplementedError("ch02: ModelConfig.kv_bytes_per_token")
 
 
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def rotary_table(config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i / head_dim), each [max_position, head_dim / 2]."""
+    """cos and sin of position * theta^(-2i / head_dim) / factor_i, each [max_position, head_dim / 2]."""
     raise NotImplementedError("ch02: rotary_table")
 
 
@@ -96,10 +122,15 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.config, self.index = config, index
+        self.has_rope = index not in config.no_rope_layers
+        self.sliding_window = config.sliding_windows[index] if config.sliding_windows else None
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # W^Q, W^K and W^V stacked, and W^gate and W^up: one product each, since a wide one is faster than two narrow.
-        self.qkv_proj = nn.Linear(config.hidden_size, q_size + 2 * kv_size, bias=False)
+        self.qkv_proj = nn.Linear(config.hidden_size, q_size + 2 * kv_size, bias=config.qkv_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)

@@ -10,6 +10,7 @@ value  [num_kv_heads, num_keys, head_dim]
 #
 #   1. causal_attention
 #   2. visible
+#   3. first_seen
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # A query with a sliding_window of w sees the last w positions, its own included (minipaged/reference.py).
@@ -35,3 +36,8 @@ def visible(
 ) -> Tensor:
     """True where query i, at position num_keys - num_queries + i, may see key j. Shape [num_queries, num_keys]."""
     raise NotImplementedError("ch03: visible")
+
+
+def first_seen(seq_len: int, num_queries: int, sliding_window: int | None) -> int:
+    """The first position that the first of the last num_queries positions sees."""
+    raise NotImplementedError("ch03: first_seen")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention
-from minipaged.attention.contiguous import visible
+from minipaged.attention.contiguous import first_seen, visible
 from minipaged.cdiv import cdiv
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention, check_write_kv
-from minipaged.attention.contiguous import causal_attention
+from minipaged.attention.contiguous import causal_attention, first_seen
 from minipaged.cdiv import cdiv
 
 
@@ -57,12 +57,14 @@ def paged_attention_gathered(
     query_start_loc[s + 1] - 1, its last query at position seq_lens[s] - 1;
     key_cache, value_cache [num_blocks, num_kv_heads, block_size, head_dim];
     block_tables int32 [num_seqs, max_blocks]; seq_lens int32 [num_seqs]; query_start_loc int32 [num_seqs + 1].
-    Entries of a table past the sequence's end, and slots past it in its last block, are never read.
+    Entries of a table past the sequence's end, and slots past it in its last block, are never read; nor is what lies
+    before the window of the sequence's first query.
     Returns the shape of query. Raises ValueError for arguments that do not fit.
     """
     raise NotImplementedError("ch07: paged_attention_gathered")
 
 
-def gather(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor:
-    """K or V of one sequence, in logical order, in one piece: [num_kv_heads, seq_len, head_dim]."""
+def gather(cache: Tensor, block_table: Tensor, seq_len: int, first: int = 0) -> Tensor:
+    """K or V of one sequence from position `first` on, in logical order, in one piece: [num_kv_heads, seq_len - first,
+    head_dim]."""
     raise NotImplementedError("ch07: gather")

@@ -89,11 +89,6 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end, not the text")] = False,
 ) -> None:
     """Continue a text, token by token; with --n or --beams, in several ways."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started us, perhaps with others: rank 0 alone reads and writes
-        from minipaged.distributed.launch import serve_if_worker, torchrun_rank_and_size
-
-        serve_if_worker()
-        tensor_parallel_size = tensor_parallel_size or torchrun_rank_and_size()[1]
     from minipaged import LLM, BeamSearchParams, SamplingParams
 
     if beams is not None and (n > 1 or temperature > 0):
@@ -125,8 +120,9 @@ def generate(
         backend=backend.value,
         dtype=dtype,
         trace=trace or False,
-        tensor_parallel_size=1 if tensor_parallel_size is None else tensor_parallel_size,
+        tensor_parallel_size=_ranks() if tensor_parallel_size is None else tensor_parallel_size,
     )
+    # Of the processes that torchrun started, rank 0 alone comes as far as this: it reads and writes.
     text = _standard_input() if prompt == "-" else prompt
     if chat:
         text = llm.tokenizer.apply_chat_template([{"role": "user", "content": text}])
@@ -193,6 +189,11 @@ def chat(
             found = now.prefix_tokens_found - before.prefix_tokens_found
             asked = now.prefix_tokens_looked_up - before.prefix_tokens_looked_up
             print(f"[{found} of {asked} tokens were in the prefix cache]", file=sys.stderr)
+
+
+def _ranks() -> int:
+    """As many processes as torchrun started."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def register(app: typer.Typer) -> None:

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from minipaged import __version__, cli_bench, cli_course, cli_generate, cli_reproduce, cli_serve
-from minipaged.cli_generate import Backend, BackendOption, BlockSizeOption, ModelOption
+from minipaged import __version__
+from minipaged.cli import bench, course, generate, reproduce, serve
+from minipaged.cli.generate import Backend, BackendOption, BlockSizeOption, ModelOption
 from minipaged.memory.block_allocator import OutOfBlocks
 from minipaged.model.fetch import FetchError
 
@@ -56,8 +57,8 @@ def demo(
     raise typer.Exit(0 if equal else 1)
 
 
-cli_generate.register(app)
-cli_serve.register(app)
+generate.register(app)
+serve.register(app)
 
 
 @app.command()
@@ -102,9 +103,9 @@ def trace(
         recorded.save(jsonl)
 
 
-cli_course.register(app)
-cli_reproduce.register(app)
-cli_bench.register(app)
+course.register(app)
+reproduce.register(app)
+bench.register(app)
 
 
 def main() -> None:

