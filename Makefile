@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo conformance test test-all test-slow test-machines test-durations test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels colab-check notebooks notebooks-strip reproduce pictures traces measured site serve test-site clean bugs mutation exercises
+.PHONY: help demo conformance test test-all test-slow test-machines test-durations test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels colab-check notebooks notebooks-strip reproduce pictures traces measured site serve serve-site serve-demo test-site clean bugs mutation exercises
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -124,8 +124,14 @@ measured: $(READY) ## run the benchmarks that this machine can run, and keep the
 site: $(VENV)/.docs $(VENV)/.tutorials ## build the site into site/, notebooks run and all; its Playground needs npm
 	@$(BIN)/mkdocs build --strict --quiet
 
-serve: $(VENV)/.docs $(VENV)/.tutorials ## the site on http://localhost:8000, rebuilt as you write
-	@MINIPAGED_NOTEBOOKS=kept $(BIN)/mkdocs serve
+serve-site: $(VENV)/.docs $(VENV)/.tutorials ## the site on http://localhost:8001, rebuilt as you write
+	@MINIPAGED_NOTEBOOKS=kept $(BIN)/mkdocs serve --dev-addr localhost:8001
+
+serve: $(READY) ## SmolLM2 behind OpenAI's API, and its block tables while they change: http://localhost:8000
+	@$(BIN)/minipaged serve
+
+serve-demo: $(READY) ## that, with eight clients that share a system prompt, in a small pool
+	@$(BIN)/python -m minipaged.server.demo
 
 test-site: site $(VENV)/.site-test ## the built site in a headless Chromium (CHROMIUM=path): player, playground, links, axe
 	@$(BIN)/python -m pytest tools/website -p no:cacheprovider -rs

@@ -23,6 +23,7 @@ PARTS = {
     "fetch": "the model's download",
     "memory": "traces and imports",
     "notebooks": "the notebooks",
+    "server": "the server",
     "oracle": "beside transformers",
     "smollm2": "SmolLM2",
     "viz": "the pictures",

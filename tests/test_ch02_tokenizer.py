@@ -128,7 +128,9 @@ def test_a_text_begins_with_the_token_that_the_model_was_trained_to_see_there(sm
     tokenizer = small_file_with_bos(bos)
     assert tokenizer.encode(text)[0] == bos
     assert tokenizer.bos_token_id == bos
-    assert tokenizer.decode(tokenizer.encode(text)[1:]) == text
+    plain = TextTokenizer(tokenizer._tokenizer).encode(text)
+    assert tokenizer.encode(text) == (plain if plain[:1] == [bos] else [bos, *plain])  # never twice
+    assert tokenizer.decode(plain) == text
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +344,7 @@ def test_streamed_bytes_that_turn_out_to_be_no_text(strips, prompt, token_ids):
         given_out += stream.push(token)
         so_far = tokenizer.decode(prompt + token_ids[:count])
         assert so_far.startswith(before + given_out), "text was given out and then taken back"
-        if not SPELT[token].startswith("<0x"):
+        if token > 2 and not SPELT[token].startswith("<0x"):  # and no special token
             assert before + given_out == so_far, "it waits, and no byte is unfinished"
     given_out += stream.finish()
     assert before + given_out == tokenizer.decode(prompt + token_ids)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from minipaged import __version__
-from minipaged.cli import bench, course, generate, reproduce
+from minipaged.cli import bench, course, generate, reproduce, serve
 from minipaged.cli.generate import Backend, BackendOption, BlockSizeOption, ModelOption
 from minipaged.memory.block_allocator import OutOfBlocks
 from minipaged.model.fetch import FetchError
@@ -58,6 +58,7 @@ def demo(
 
 
 generate.register(app)
+serve.register(app)
 
 
 @app.command()

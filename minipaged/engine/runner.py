@@ -58,7 +58,7 @@ class Runner:
             if cache_config.num_host_blocks:
                 num_blocks = cache_config.num_host_blocks
                 self.swap_space = SwapSpace(self.cache, num_blocks)
-        except (RuntimeError, MemoryError) as error:  # OutOfMemoryError of CUDA is a RuntimeError
+        except (RuntimeError, MemoryError, TypeError) as error:  # of CUDA; of a host; of a size past 64 bits
             raise ValueError(
                 f"a pool of {num_blocks * block_size:,} slots of {self.bytes_per_token:,} bytes each is more than "
                 f"device '{self.device}' has: give it fewer blocks"

@@ -66,7 +66,7 @@ class State:
     def snapshot(self, start: int, end: int) -> Snapshot:
         """The state now, said to come from the events start .. end - 1."""
         events = tuple(self.trace.events[start:end])
-        texts = {seq: self._read(seq) for seq in self.tables}
+        texts = {seq: self.words(seq) for seq in self.tables}
         return Snapshot(
             num_blocks=self.trace.num_blocks,
             block_size=self.trace.block_size,
@@ -79,19 +79,23 @@ class State:
             cached_texts={block: list(self.device.words[block]) for block in sorted(self.device.cached)},
             copies=tuple((event["source"], event["target"]) for event in events if event["event"] == "copy"),
             events=events,
-            step=events[-1]["step"],
+            step=events[-1]["step"] if events else self.trace.step,
             names=self.names,
         )
 
     def _tables(self, pool: Pool) -> dict[str, list[int]]:
         """The part of each table that lies in one pool; a sequence with nothing there is left out."""
-        return {
-            seq: [block if lies is pool else NOWHERE for lies, block in table]
-            for seq, table in self.tables.items()
-            if any(lies is pool for lies, _ in table)
-        }
+        return {seq: part for seq in self.tables if (part := self.part(seq, pool))}
 
-    def _read(self, seq: str) -> list[str]:
+    def part(self, seq: str, pool: Pool) -> list[int]:
+        """The part of one table that lies in a pool; empty where nothing does."""
+        table = self.tables.get(seq, [])
+        if not any(lies is pool for lies, _ in table):
+            return []
+        return [block if lies is pool else NOWHERE for lies, block in table]
+
+    def words(self, seq: str) -> list[str]:
+        """The words of a sequence, read through its table."""
         words: list[str] = []
         for pool, block in self.tables[seq]:
             words += pool.words[block]

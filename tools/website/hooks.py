@@ -37,6 +37,7 @@ PACKAGES = (
     "engine",
     "simulator",
     "distributed",
+    "server",
     "viz",
     "course",
     "kernels",
@@ -71,6 +72,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, markdown in museum.pages(repository):
         _add(files, config, path, markdown)
     _add(files, config, "reference/index.md", reference_index())
+    for path in sorted((ROOT / "minipaged" / "viz" / "player").iterdir()):
+        files.append(File.generated(config, f"player/{path.name}", abs_src_path=str(path)))
     for package, modules in packages().items():
         _add(files, config, f"reference/{package}.md", reference(package, modules))
     for path, title in (("paper.md", "The paper and ours"), ("exercises.md", "Exercises")):

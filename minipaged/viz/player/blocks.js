@@ -11,6 +11,7 @@ import { element } from "./dom.js";
 import { plural } from "./film.js";
 
 const SLOTS_UP_TO = 8; // tokens a block: a larger block is one bar
+const DRAWN_UP_TO = 128; // blocks: of a larger pool, free ones are left out
 const SVG = "http://www.w3.org/2000/svg";
 
 export function drawBlocks(film, i, stage) {
@@ -91,7 +92,9 @@ function pools(film, i, owners, hosts, event) {
 
 function grid(film, i, count, owners, cached, event, prefix) {
   const fresh = changedBlock(event, prefix);
-  const cells = Array.from({ length: count }, (_, block) => {
+  const all = Array.from({ length: count }, (_, block) => block);
+  const drawn = count <= DRAWN_UP_TO ? all : all.filter((block) => owners.has(block) || String(block) in cached);
+  const cells = drawn.map((block) => {
     const named = owners.get(block) ?? [];
     const found = String(block) in cached;
     const fill = found ? film.pool.block_size : Math.max(0, ...named.map((owner) => owner.fill));

@@ -4,6 +4,7 @@
 // The document is what minipaged/viz/export.py writes. An event carries the entries that it changed in five maps
 // (tables, host_tables, num_tokens, texts, cached), and null for an entry that is gone.
 
+const KEPT = 2_000; // frames of a live film
 const EMPTY = { tables: {}, host_tables: {}, num_tokens: {}, texts: {}, cached: {} };
 
 export class BlockFilm {
@@ -15,13 +16,37 @@ export class BlockFilm {
     this.pool = document.trace;
     this.sequences = document.sequences;
     this.byName = Object.fromEntries(document.sequences.map((seq) => [seq.name, seq]));
-    this.states = [EMPTY];
-    this.queues = [this.#firstQueue()];
-    const last = Object.fromEntries(document.events.map((item, i) => [item.event.seq, i])); // each sequence's last event
-    document.events.forEach((item, i) => {
+    this.states = [document.base ?? EMPTY];
+    this.queues = [document.queues ?? this.#firstQueue()];
+    this.#add(document.events);
+  }
+
+  #add(events) {
+    const last = Object.fromEntries(events.map((item, i) => [item.event.seq, i])); // each sequence's last event
+    events.forEach((item, i) => {
       this.states.push(applied(this.states.at(-1), item.changes));
       this.queues.push(this.#queueAfter(this.queues.at(-1), item.event, this.states.at(-1), last[item.event.seq] > i));
     });
+  }
+
+  // What a live server adds: sequences that arrived, and events. Only the last frames are kept. Returns how many went.
+  append({ sequences, events }) {
+    for (const seq of sequences) {
+      this.byName[seq.name] = seq;
+      this.sequences.push(seq);
+      this.queues.at(-1)[seq.name] = "waiting";
+    }
+    this.document.events.push(...events);
+    this.#add(events);
+    const gone = this.length - KEPT;
+    if (gone < KEPT / 2) return 0;
+    for (const list of [this.states, this.queues, this.document.events]) list.splice(0, gone);
+    this.document.earlier = "Earlier events are not kept.";
+    const seen = new Set(this.document.events.map((item) => item.event.seq));
+    const lives = (seq) => seen.has(seq.name) || this.queues[0][seq.name] !== "done";
+    this.document.sequences = this.sequences = this.sequences.filter(lives);
+    this.byName = Object.fromEntries(this.sequences.map((seq) => [seq.name, seq]));
+    return gone;
   }
 
   get length() {
@@ -29,11 +54,12 @@ export class BlockFilm {
   }
 
   words(i) {
+    if (i === 0 && this.document.base) return this.document.earlier ?? "The pool as the page found it.";
     return i === 0 ? "The pool is empty." : this.document.events[i - 1].words;
   }
 
   step(i) {
-    return i === 0 ? 0 : this.document.events[i - 1].event.step ?? i;
+    return i === 0 ? this.document.step ?? 0 : this.document.events[i - 1].event.step ?? i;
   }
 
   event(i) {
@@ -42,7 +68,7 @@ export class BlockFilm {
 
   // A counterexample is a script of calls: nobody waits and nobody runs.
   get hasQueues() {
-    return this.document.events.some((item) => item.event.event !== "call");
+    return this.document.queues || this.document.events.some((item) => item.event.event !== "call");
   }
 
   // Who waits, who runs, who is done: told by the events, since a trace records no arrivals.
@@ -127,11 +153,13 @@ export class BlockFilm {
 
 // A state with an event's changes in it. Maps that did not change are shared with the state before.
 export function applied(state, changes) {
+  if ("" in changes) return EMPTY; // a reset of a live server
   const next = { ...state };
   for (const [map, entries] of Object.entries(changes)) {
     next[map] = { ...next[map] };
     for (const [key, value] of Object.entries(entries)) {
       if (value === null) delete next[map][key];
+      else if (map === "texts" && !Array.isArray(value)) next[map][key] = [...(next[map][key] ?? []).slice(0, value.at), ...value.words];
       else next[map][key] = value;
     }
   }

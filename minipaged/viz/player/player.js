@@ -62,6 +62,17 @@ class TracePlayer extends HTMLElement {
     this.resizing.observe(this.stage);
   }
 
+  // A live film grows. The player follows while it shows the last frame and is not held.
+  append(message, hold = false) {
+    const follow = !hold && !this.timer && this.frame === this.film.length - 1;
+    const gone = this.film.append(message);
+    this.slider.max = this.film.length - 1;
+    this.said.setAttribute("aria-live", follow ? "off" : "polite");
+    this.frame = follow ? this.film.length - 1 : Math.max(0, this.frame - gone);
+    if (follow) this.drawing ??= requestAnimationFrame(() => { this.drawing = null; this.go(this.frame); });
+    else this.count.textContent = `${this.frame} / ${this.film.length - 1}`;
+  }
+
   go(frame) {
     this.isPoster = false;
     this.frame = Math.max(0, Math.min(this.film.length - 1, frame));
