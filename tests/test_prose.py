@@ -16,7 +16,16 @@ CODE = [path for folder in ("minipaged", "kernels", "tests", "tools") for path i
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tools").rglob("*.md")]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 ELSEWHERE = ROOT / "docs" / "wild.md"  # where the ideas stand in other engines
-FOREIGN = ("vllm/", "python/sglang/", "src/transformers/", "tensorrt_llm/", "tests/kernels/", "vidur/", "torch/")
+FOREIGN = (
+    "vllm/",
+    "python/sglang/",
+    "src/transformers/",
+    "tensorrt_llm/",
+    "tests/kernels/",
+    "tests/v1/",
+    "vidur/",
+    "torch/",
+)
 FOREIGN_NAMES = (
     "memory_pool.py",
     "MHATokenToKVPool",
