@@ -171,9 +171,9 @@ def test_a_server_that_is_told_to_end_finishes_what_it_has(how):
     command = [sys.executable, "-m", "minipaged", "serve", "tiny", "--port", "0"]
     # A shell that starts the suite in the background has SIGINT ignored, and its children inherit that.
     heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         try:
-            url = re.search(r"http://\S+/v1", process.stderr.readline())[0]
+            url = re.search(r"http://\S+/v1", process.stdout.readline())[0]
             client = openai.OpenAI(base_url=url, api_key="x", max_retries=0)
             stream = client.completions.create(
                 model="tiny", prompt="a", max_tokens=200, temperature=1, seed=1, stream=True
