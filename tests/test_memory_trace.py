@@ -269,12 +269,6 @@ HEADER = {"schema": "minipaged.trace", "version": 2, "num_blocks": 2, "block_siz
         (2, [json.dumps(HEADER), json.dumps({"event": "cache", "step": 10**30, "block": 1})]),
         (2, [json.dumps(HEADER), json.dumps({"event": "cache", "step": 0, "block": 10**30})]),
         (2, [json.dumps(HEADER), json.dumps({"event": "cache", "step": 0, "block": 1.5})]),
-        (
-            2,
-            [
-                json.dumps(HEADER),
-            ],
-        ),
         (2, [json.dumps(HEADER), json.dumps({"event": "free", "step": 0, "seq": "A" * 101, "logical": 0, "block": 1})]),
         (2, [json.dumps(HEADER), json.dumps({"event": "free", "step": 0, "seq": ["A"], "logical": 0, "block": 1})]),
         (2, [json.dumps(HEADER), json.dumps({"event": "schedule", "step": 0, "seqs": [1]})]),
