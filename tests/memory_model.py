@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
 from minipaged.memory.block_table import BlockTable
 
-POISON = None  # what lies in a slot that nobody may read
+POISON = None  # what lies in a slot that no sequence may read
 NUM_BLOCKS = st.integers(1, 8)
 BLOCK_SIZES = st.sampled_from([1, 2, 3, 4])
 
@@ -181,9 +181,9 @@ class TablesMachine(RuleBasedStateMachine):
         assert needed <= unchanged[1], f"took {needed} blocks although {unchanged[1]} are free"
         kept = before[: len(before) - copied]
         assert table.blocks[: len(kept)] == kept, "an append moved tokens that were there"
-        assert not taken & set(table.blocks[len(kept) :]), "a block was handed out while somebody has it"
+        assert not taken & set(table.blocks[len(kept) :]), "a block was handed out while a table names it"
         due = [(before[-1], table.blocks[len(kept)])] if copied else []
-        assert copies == due, f"the copies to make are {due}, as a last block that somebody else has is never written"
+        assert copies == due, f"the copies to make are {due}, as a last block that another table names is never written"
         self.pool.copy(copies)
         start = len(sequence.tokens)
         sequence.tokens += tokens

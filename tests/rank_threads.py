@@ -25,7 +25,7 @@ def on_threads(size, work, timeout=60.0):
             errors.append(error)
         finally:
             if group:
-                group.close()  # whoever still waits for this rank is told
+                group.close()  # a rank that still waits for this one is told
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:

@@ -50,7 +50,7 @@ from model_files import (
 pytestmark = pytest.mark.ch02
 
 WEIGHTS = random_weights(SMALL)
-SECONDS = 2.0  # of this process, whoever else computes here; a load of these small files takes milliseconds
+SECONDS = 2.0  # of this process, whatever else runs here; a load of these small files takes milliseconds
 BYTES = 1 << 30
 
 
@@ -323,7 +323,7 @@ HUGE = (2**27, 2**31, 2**40, 2**60, 2**64 - 1)
 )
 def test_a_huge_length_before_much_data_is_never_believed(made, size):
     with file_of(made(size)) as path:
-        os.truncate(path, 1 << 28)  # 256 MiB of zeros, for whoever walks through them: a sparse file, which is small
+        os.truncate(path, 1 << 28)  # 256 MiB of zeros, for code that walks through them: a sparse file, which is small
         assert str(path) in refused(path)
 
 
@@ -667,7 +667,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused():
 
 
 class Trap:
-    """Whoever unpickles it writes a file."""
+    """To unpickle it is to write a file."""
 
     def __init__(self, sign):
         self.sign = sign

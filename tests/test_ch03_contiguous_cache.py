@@ -89,7 +89,7 @@ def test_tokens_in_any_portions_equal_all_at_once(make, data):
         return [rng.standard_normal((NUM_LAYERS, MAX_LEN, h, head_dim)) for h in (num_heads, *[num_kv_heads] * 2)]
 
     for number in range(data.draw(st.integers(1, 6), label="steps")):
-        # Some sequences end; their memory goes to whoever comes next.
+        # Some sequences end; their memory goes to the next one.
         for seq in [s for s in live if s.done == MAX_LEN or data.draw(st.integers(0, 4), label="ends if 0") == 0]:
             if memory:
                 memory.free(seq.name)

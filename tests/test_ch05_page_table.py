@@ -1,7 +1,7 @@
 """Chapter 5. Any page table that passes is right: what is pinned is where an address leads, and what the way costs.
 
 The model of a page table is a dictionary, page -> frame. The model of a shared memory is a dictionary too: page of a
-process -> one cell of bytes, the same cell for whoever shares it. No frame number is pinned.
+process -> one cell of bytes, the same cell for all that share it. No frame number is pinned.
 """
 
 import pytest
@@ -274,7 +274,7 @@ class ProcessesAgainstCells(RuleBasedStateMachine):
         else:
             assert not mapped, f"page {page} lost the frame that it had"
             assert not full, "a frame in use was handed out"
-            self.cells[who, page] = [0] * self.layout.page_bytes  # cleared: nobody reads what another left there
+            self.cells[who, page] = [0] * self.layout.page_bytes  # cleared: no process reads what another left there
         return who, page
 
     @rule(target=mappings, who=who, page=any_page, owners=mappings)
@@ -356,7 +356,7 @@ def test_a_shared_frame_lives_as_long_as_one_process_names_it():
     assert memory.num_free == 2
 
 
-def test_a_frame_is_cleared_before_somebody_else_gets_it():
+def test_a_frame_is_cleared_before_another_process_gets_it():
     _, a, b = two_processes(num_frames=1)
     a.map(0)
     for offset in range(4):

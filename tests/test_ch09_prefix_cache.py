@@ -255,7 +255,7 @@ def test_a_reused_block_is_found_no_more_by_what_it_held(tokens):
 
 
 def test_a_cached_block_is_not_written_by_its_last_owner():
-    """A sequence is cut back into a full block, and goes on differently: whoever finds the block must not see that."""
+    """A sequence is cut back into a full block, and goes on differently: a sequence that finds the block must not see that."""
     cache = PrefixCache(4, 2)
     table = written(cache, [1, 2, 3, 4])
     old = table.blocks[1]
@@ -280,7 +280,7 @@ def test_caching_twice_is_caching_once():
 
 
 def test_a_block_freed_twice():
-    """A shared block: two tables, two frees. The third would take it from under whoever finds it."""
+    """A shared block: two tables, two frees. The third would take it from a sequence that finds it."""
     cache = PrefixCache(4, 2)
     table = written(cache, [1, 2])
     (block,) = table.blocks

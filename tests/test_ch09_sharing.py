@@ -35,7 +35,7 @@ def test_forks_cost_nothing_and_the_last_one_out_gives_back(num_tokens, num_fork
     assert all(allocator.ref_count(block) == num_forks + 1 for block in table.blocks)
     for other in tables[:-1]:
         other.release()
-        assert allocator.num_free == free, "somebody still names these blocks"
+        assert allocator.num_free == free, "a table still names these blocks"
     tables[-1].release()
     assert allocator.num_free == 20
 
@@ -67,7 +67,7 @@ def test_a_partly_full_shared_block_is_copied_once():
     assert child.blocks_needed(1) == 0
     assert child.append_tokens(1) == []
     assert child.blocks[-1] == last
-    assert parent.blocks[0] == child.blocks[0], "the full block stays shared: nobody writes into it"
+    assert parent.blocks[0] == child.blocks[0], "the full block stays shared: it is not written"
 
 
 def test_a_full_shared_block_is_not_copied():

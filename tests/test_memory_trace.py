@@ -36,7 +36,7 @@ class TracedMachine(PagedMemoryMachine):
         return parent.table.fork(seq=name)
 
     def wrote(self, name, start):
-        """Whoever stores K and V records it; here the model does."""
+        """The code that stores K and V records it; here the model does."""
         if count := len(self.sequences[name].tokens) - start:
             self.trace.record("write", seq=name, start=start, count=count)
 

@@ -1,4 +1,4 @@
-"""The pictures tell the truth: what a trace replays to is what the real block tables hold, whoever wrote the tokens.
+"""The pictures tell the truth: what a trace replays to is what the real block tables hold, whatever wrote the tokens.
 
 And they are safe to look at: no token text leaves its slot, whichever output shows it.
 """

@@ -80,7 +80,7 @@ def _peak_megabytes() -> float:
 
 
 def _end_with(parent: int) -> None:
-    """Nobody waits for the numbers once the process that asked for them has gone."""
+    """End with the process that asked for the numbers."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

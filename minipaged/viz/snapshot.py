@@ -76,7 +76,7 @@ class Snapshot:
 
     @property
     def labels(self) -> dict[str, str]:
-        """A short label of each sequence: its own name if that is one letter, else the next letter nobody has."""
+        """A short label of each sequence: its own name if that is one letter, else the next letter that is free."""
         known = list(dict.fromkeys([*self.names, *self.sequences]))
         taken = {seq for seq in known if len(seq) == 1 and seq in _LETTERS}
         fresh = (label for label in _all_labels() if label not in taken)
@@ -111,11 +111,11 @@ class Snapshot:
         return self._named.get(block, [])
 
     def by_block(self) -> dict[int, list[Owner]]:
-        """Blocks of the pool that somebody names, or that are cached with no owner (-> []), by number."""
+        """Blocks of the pool that a table names, or that are cached with no owner (-> []), by number."""
         return {block: self.owners(block) for block in sorted({*self._named, *self.cached})}
 
     def by_host_block(self) -> dict[int, list[Owner]]:
-        """Blocks of the host pool that somebody names, by number."""
+        """Blocks of the host pool that a table names, by number."""
         return dict(sorted(self._owners(self.host_tables).items()))
 
     def block_fill(self, block: int) -> int:
@@ -134,7 +134,7 @@ class Snapshot:
 
     @property
     def num_free(self) -> int:
-        """Blocks of the pool that nobody names and no hash finds."""
+        """Blocks of the pool that no table names and the prefix cache does not hold."""
         return self.num_blocks - len(self.by_block())
 
     @cached_property

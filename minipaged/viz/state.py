@@ -21,7 +21,7 @@ class Pool:
         self.words: dict[int, list[str]] = {}
 
     def take(self, block: int, words: list[str]) -> None:
-        """A free block becomes somebody's."""
+        """A free block gets an owner."""
         if not 0 <= block < self.num_blocks:
             raise ValueError(f"{self.name} has no block {block}: it has {self.num_blocks}")
         if block in self.owners or block in self.cached:

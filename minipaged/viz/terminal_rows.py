@@ -125,7 +125,7 @@ class Rows:
         return Text(f"{left}{right:>{max(len(right) + 1, width - len(left))}}", style="dim")
 
     def _slots(self, words: Sequence[str], fill: int, colour: str | None) -> Text:
-        """The slots of one block, the filled ones first; colour None: nobody owns it."""
+        """The slots of one block, the filled ones first; colour None: it has no owner."""
         size, shown = self.snapshot.block_size, [visible(word) for word in words]
         on_colour = f"#111111 on {colour}" if colour else "dim"
         if not self.in_slots:
