@@ -255,7 +255,7 @@ def test_a_reused_block_is_found_no_more_by_what_it_held(tokens):
 
 
 def test_a_cached_block_is_not_written_by_its_last_owner():
-    """A sequence is cut back into a full block, and goes on differently: a sequence that finds the block must not see that."""
+    """A sequence is cut back into a full block, and goes on differently: its finder must not see that."""
     cache = PrefixCache(4, 2)
     table = written(cache, [1, 2, 3, 4])
     old = table.blocks[1]
