@@ -1,5 +1,8 @@
 """The real model writes the same tokens with no cache, a contiguous cache and a paged cache, alone and in a batch."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -143,3 +146,10 @@ def test_thirty_two_mixed_requests_in_too_small_a_pool(smollm2, expected_of_mixe
     print(f"\n{preemption}, prefix caching {enable_prefix_caching}:", *metrics.rows(), sep="\n    ")
     assert metrics.preemptions[preemption] > 0, "the pool was not too small: this test shows less than it says"
     assert (metrics.prefix_tokens_found > 0) == enable_prefix_caching
+
+
+def test_the_program_of_the_readme_runs(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    exec(program, {})
+    assert "The moon is" in capsys.readouterr().out
