@@ -10,6 +10,7 @@ because the package gguf reads a file word by word.
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from minipaged.model.families import rope_scaling
 from minipaged.model.transformer import ModelConfig, Transformer
 
 TOKENS = [*"abcdefghijklmnopqrstuvwxyz.Ġ12", "12", "hi", "<|endoftext|>"]  # U+0120 stands for the space
@@ -36,6 +38,52 @@ SMALL = ModelConfig(
     tie_embeddings=False,
 )
 
+
+class Family(NamedTuple):
+    """What a small model of a family (heads of 4 numbers, a context of 64 tokens) says otherwise than Llama 2."""
+
+    config: dict  # in ModelConfig
+    json: dict  # in config.json
+    architecture: str | None = None  # in GGUF: None where GGUF cannot say it
+    gguf: dict | None = None  # fields
+
+
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_YARN_IN_GGUF = {"type": ("add_string", "yarn"), "factor": ("add_float32", 4.0)}
+_YARN_IN_GGUF |= {"original_context_length": ("add_uint32", 16)}
+_WINDOWS_OF_QWEN = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+_yarn_factors, _yarn_attention = rope_scaling(_YARN, 10_000.0, 4)
+
+FAMILIES = {
+    "llama 3.1": Family(  # of its two pairs one is slow
+        {"rope_factors": (1.0, 8.0)},
+        {"rope_scaling": {**_LLAMA3, "original_max_position_embeddings": 32}},
+        "llama",  # its GGUF files hold the factors as a tensor
+    ),
+    "yarn": Family(
+        {"rope_factors": _yarn_factors, "rope_attention_factor": _yarn_attention},
+        {"rope_scaling": _YARN},
+        "llama",
+        {f"llama.rope.scaling.{name}": value for name, value in _YARN_IN_GGUF.items()},
+    ),
+    "mistral": Family(
+        {"sliding_windows": (3, 3)},
+        {"model_type": "mistral", "sliding_window": 3},
+        "llama",
+        {"llama.attention.sliding_window": ("add_uint32", 3)},
+    ),
+    "qwen2": Family({"qkv_bias": True}, {"model_type": "qwen2"}, "qwen2"),
+    "qwen2, one window": Family(
+        {"qkv_bias": True, "sliding_windows": (None, 3)}, {"model_type": "qwen2", **_WINDOWS_OF_QWEN}
+    ),
+    "qwen3": Family({"qk_norm": True}, {"model_type": "qwen3"}, "qwen3"),
+    "qwen3, one window": Family(
+        {"qk_norm": True, "sliding_windows": (None, 3)}, {"model_type": "qwen3", **_WINDOWS_OF_QWEN}
+    ),
+    "smollm3": Family({"num_layers": 4, "no_rope_layers": (3,)}, {"model_type": "smollm3"}, "smollm3"),
+}
+
 # Hugging Face's name of a tensor, and GGUF's.
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -45,6 +93,8 @@ GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -54,7 +104,7 @@ GGUF_NAMES = {
 
 
 def shapes(config):
-    """Hugging Face's name of every tensor of a Llama -> its shape."""
+    """Hugging Face's name of every tensor -> its shape."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     found = {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
@@ -73,6 +123,11 @@ def shapes(config):
             "mlp.down_proj": (hidden, inner),
         }.items():
             found[f"model.layers.{i}.{name}.weight"] = shape
+        of = f"model.layers.{i}.self_attn."
+        if config.qkv_bias:
+            found |= {f"{of}{c}_proj.bias": (size,) for c, size in (("q", q_size), ("k", kv_size), ("v", kv_size))}
+        if config.qk_norm:
+            found |= {f"{of}{c}_norm.weight": (config.head_dim,) for c in "qk"}
     return found
 
 
@@ -103,11 +158,11 @@ def transformer_of(config, weights):
 
 
 def gguf_name(name):
-    layer, rest = "", name.removesuffix(".weight")
+    layer, (rest, _, kind) = "", name.rpartition(".")
     if rest.startswith("model.layers."):
         number, _, rest = rest.removeprefix("model.layers.").partition(".")
         layer = f"blk.{number}."
-    return f"{layer}{GGUF_NAMES.get(rest, rest)}.weight"
+    return f"{layer}{GGUF_NAMES.get(rest, rest)}.{kind}"
 
 
 def permute(weights, num_heads):
@@ -152,11 +207,23 @@ def write_gguf(path, config, weights, kind=gguf.GGMLQuantizationType.F32, archit
     for name, field in fields.items():
         if field is not None:
             method, value = field
-            getattr(writer, method)(name, value)
+            of_family = f"{architecture}.{name.removeprefix('llama.')}" if name.startswith("llama.") else name
+            getattr(writer, method)(of_family, value)
+    is_permuted = architecture in ("llama", "smollm3")
     for name, array in weights.items():
-        if name.endswith("q_proj.weight") and array.ndim == 2 and not len(array) % (2 * config.num_heads):
+        if (
+            is_permuted
+            and name.endswith("q_proj.weight")
+            and array.ndim == 2
+            and not len(array) % (2 * config.num_heads)
+        ):
             array = permute(array, config.num_heads)
-        elif name.endswith("k_proj.weight") and array.ndim == 2 and not len(array) % (2 * config.num_kv_heads):
+        elif (
+            is_permuted
+            and name.endswith("k_proj.weight")
+            and array.ndim == 2
+            and not len(array) % (2 * config.num_kv_heads)
+        ):
             array = permute(array, config.num_kv_heads)
         of = kind if array.ndim > 1 else gguf.GGMLQuantizationType.F32  # norms are not quantised
         writer.add_tensor(gguf_name(name), gguf.quantize(array, of), raw_dtype=of)
@@ -194,10 +261,11 @@ def tokenizer():
     return made
 
 
-def write_folder(folder, config, weights, dtype=torch.float32, num_shards=1):
+def write_folder(folder, config, weights, dtype=torch.float32, num_shards=1, fields=None):
+    """fields: further ones of config.json, or others in the place of a Llama's."""
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**json_fields(config), "eos_token_id": EOS}))
+    (folder / "config.json").write_text(json.dumps({**json_fields(config), "eos_token_id": EOS, **(fields or {})}))
     names = sorted(weights)
     for shard in range(num_shards):
         part = {name: torch.from_numpy(np.array(weights[name])).to(dtype) for name in names[shard::num_shards]}

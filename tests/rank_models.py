@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from minipaged.model.transformer import ModelConfig
 
 
-def config(kv_heads, group, head_dim=4, hidden=8, inner=12, vocab=17, tied=True):
+def config(kv_heads, group, head_dim=4, hidden=8, inner=12, vocab=17, tied=True, max_position=32):
     return ModelConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -14,7 +14,7 @@ def config(kv_heads, group, head_dim=4, hidden=8, inner=12, vocab=17, tied=True)
         num_heads=kv_heads * group,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_position=32,
+        max_position=max_position,
         tie_embeddings=tied,
     )
 

@@ -1,10 +1,15 @@
 """Chapter 2. The copy of a model's weights: the same model, and never one that is damaged or of another file."""
 
 import json
+import os
+import time
 from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +21,7 @@ from minipaged.model import fetch, load, weight_cache
 from minipaged.model.load import load_model
 from minipaged.model.transformer import ModelConfig
 from minipaged.model.weights import source_from_gguf
-from model_files import SMALL, TOKENS, random_weights, write_gguf
+from model_files import FAMILIES, SMALL, TOKENS, random_weights, write_gguf
 from strategies import costly
 
 pytestmark = pytest.mark.ch02
@@ -37,7 +42,10 @@ def loaded(source, dtype=torch.float32):
     """The model through the cache, and whether it was built anew."""
     built = []
     found = weight_cache.load_through_cache(
-        source, dtype, lambda: built.append(1) or load.read_model(source_from_gguf(source), dtype)
+        source,
+        sha256(source.read_bytes()).hexdigest(),
+        dtype,
+        lambda: built.append(1) or load.read_model(source_from_gguf(source), dtype),
     )
     return found, bool(built)
 
@@ -75,6 +83,44 @@ def test_a_copy_is_made_once_and_is_the_same_model(config, dtype):
         assert [path.name for path in source.parent.iterdir() if path != source] == [
             copy_of(source, str(dtype).removeprefix("torch.")).name
         ], "something was left behind"
+
+
+@contextmanager
+def folder_with_family(name, seed, tied):
+    family = FAMILIES[name]
+    config = replace(SMALL, tie_embeddings=tied, **family.config)
+    weights = random_weights(config, seed)
+    if name == "llama 3.1":
+        weights["rope_freqs.weight"] = np.array(config.rope_factors, np.float32)
+    with TemporaryDirectory() as folder:
+        source = Path(folder) / "model.gguf"
+        write_gguf(source, config, weights, architecture=family.architecture, **(family.gguf or {}))
+        yield source, config
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.architecture])
+@costly(1 / 8)
+@given(
+    seed=st.integers(0, 9),
+    tied=st.booleans(),
+    where=st.floats(0.0, 1.0, exclude_max=True),
+    bit=st.integers(0, 7),
+)
+def test_a_copy_of_each_family_is_the_same_model_and_a_damaged_one_is_made_anew(name, seed, tied, where, bit):
+    with folder_with_family(name, seed, tied) as (source, config):
+        for anew in (True, False):
+            found, built = loaded(source)
+            assert built == anew
+            assert found[0].config == config
+            assert_same(found, source)
+        data = bytearray(copy_of(source).read_bytes())
+        begin = 8 + int.from_bytes(data[:8], "little")  # of the numbers
+        data[begin + int(where * (len(data) - begin))] ^= 1 << bit
+        copy_of(source).write_bytes(data)
+        found, built = loaded(source)
+        assert built
+        assert_same(found, source)
+        assert not loaded(source)[1], "the good copy did not take the place of the damaged one"
 
 
 def test_the_weights_are_mapped_and_writing_to_them_leaves_the_file_alone():
@@ -170,5 +216,32 @@ def test_smollm2_goes_through_the_cache_and_other_files_do_not(monkeypatch):
         load_model(source)
         assert list(source.parent.iterdir()) == [source]
         monkeypatch.setattr(fetch, "fetch", lambda: source)
+        monkeypatch.setattr(fetch, "GGUF_SHA256", sha256(source.read_bytes()).hexdigest())
         load_model("smollm2-135m")
         assert copy_of(source).exists()
+
+
+@given(where=st.floats(0, 1, exclude_max=True), num_bytes=st.integers(1, 64))
+def test_a_damaged_model_is_refused_also_where_a_copy_is_whole(where, num_bytes):
+    with folder_with_source() as source, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch, "fetch", lambda: source)
+        patch.setattr(fetch, "GGUF_SHA256", sha256(source.read_bytes()).hexdigest())
+        load_model("smollm2-135m")
+        data = bytearray(source.read_bytes())
+        start = int(where * len(data))
+        data[start : start + num_bytes] = bytes(byte ^ 0xFF for byte in data[start : start + num_bytes])
+        source.write_bytes(data)
+        with pytest.raises(fetch.FetchError, match=f"{sha256(data).hexdigest()}.*fetch --force"):
+            load_model("smollm2-135m")
+
+
+def test_half_a_copy_that_a_killed_process_left_is_swept():
+    with folder_with_source() as source:
+        left, fresh = source.parent / ".fetch-killed", source.parent / ".fetch-running"
+        for folder, age in ((left, 3600), (fresh, 0)):
+            folder.mkdir()
+            (folder / "half.safetensors").write_bytes(b"half")
+            for path in (folder / "half.safetensors", folder):
+                os.utime(path, (time.time() - age, time.time() - age))
+        loaded(source)
+        assert not left.exists() and fresh.exists()

@@ -16,12 +16,13 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import gguf
 import pytest
 import ranks_table
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import rank_threads
@@ -30,6 +31,7 @@ from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.cdiv import cdiv
 from minipaged.distributed import launch
 from minipaged.distributed.launch import WorkerError
+from minipaged.distributed.layers import parallelise
 from minipaged.distributed.load import slice_of
 from minipaged.distributed.message import decode, encode
 from minipaged.distributed.shares import local_config, shares, step_traffic, weight_bytes
@@ -39,10 +41,12 @@ from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.engine.sequence import Sequence, Token
 from minipaged.model.batch import ForwardBatch, make_batch
 from minipaged.model.load import TINY, load_model, open_source, tiny_transformer
-from minipaged.model.recompute import next_logits
+from minipaged.model.recompute import RecomputeCache, next_logits
 from minipaged.model.weights import source_from_transformer
 from minipaged.simulator.replicas import POLICIES, Workload, simulate_replicas
-from model_files import SMALL, TOKENS, random_weights, transformer_of, write_folder, write_gguf
+from model_files import FAMILIES, SMALL, TOKENS, random_weights, transformer_of, write_folder, write_gguf
+from rank_models import config, in_words
+from strategies import costly
 
 pytestmark = pytest.mark.ch13
 
@@ -137,6 +141,79 @@ def test_slices_of_a_file_are_slices_of_its_model(tmp_path, kind, size):
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert torch.equal(ours[name], theirs[name]), name
+
+
+# ---- families --------------------------------------------------------------------------------------------------------
+
+
+def family_in_folder(folder, name, shape, seed):
+    """A model of a family with random weights, norms and biases, in float64. Returns it, and the folder with its
+    files."""
+    family = FAMILIES[name]
+    whole = tiny_transformer(torch.float64, seed, replace(shape, **family.config))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in whole.parameters():
+        if parameter.dim() == 1:
+            parameter.uniform_(0.5, 1.5, generator=generator)
+    source = source_from_transformer(whole, lambda: None)
+    weights = {name: source.read(name, (slice(None), slice(None))).numpy() for name in source.shapes}
+    written = replace(shape, num_layers=whole.config.num_layers)
+    write_folder(folder / "model", written, weights, torch.float64, fields=family.json)
+    return whole, folder / "model"
+
+
+def logits_of(transformer, sequences):
+    with torch.no_grad():
+        hidden = transformer(make_batch(sequences, [0] * len(sequences)), RecomputeCache())
+        return transformer.logits(hidden)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+@costly(1 / 8)
+@given(
+    size=st.sampled_from((2, 3)),
+    kv_heads=st.integers(1, 4),
+    group=st.integers(1, 3),
+    tied=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_ranks_that_read_slices_of_any_family_compute_the_logits_of_the_whole(name, size, kv_heads, group, tied, seed):
+    """Heads, biases and words are divided; norms of queries and keys, windows and scaled positions are not."""
+    assume(kv_heads * group >= size)
+    shape, sequences = config(kv_heads, group, tied=tied, max_position=64), [[1, 2, 3, 4, 5, 6, 7], [8, 9]]
+    with TemporaryDirectory() as folder:
+        whole, path = family_in_folder(Path(folder), name, shape, seed)
+        assert open_source(path).config == whole.config
+        found = shares(whole.config, size)
+
+        def rank_runs(group):
+            share = found[group.rank]
+            part = slice_of(open_source(path), share, torch.float64)
+            assert weight_bytes(local_config(whole.config, share), torch.float64) == sum(
+                parameter.nbytes for parameter in part.parameters()
+            )
+            parallelise(part, share, shape.vocab_size, group)
+            return logits_of(part, sequences)
+
+        several = rank_threads.on_threads(size, rank_runs)[0]
+    expected = logits_of(whole, sequences)
+    assert torch.allclose(several, expected, rtol=1e-9, atol=1e-9), f"{name}: {in_words(shape, size)}"
+    llama = tiny_transformer(torch.float64, seed, shape)
+    if name != "smollm3":  # it has more layers here
+        llama.load_state_dict({n: p for n, p in whole.state_dict().items() if n in llama.state_dict()})
+        assert not torch.allclose(logits_of(llama, sequences), expected), "the family is no other than Llama 2"
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_two_ranks_write_the_tokens_of_one_for_each_family(ranks_are_threads, tmp_path, name):
+    """Through the engine: paged caches, compiled operations, blocks given back behind a window."""
+    shape = replace(TINY, vocab_size=len(TOKENS), num_kv_heads=2, head_dim=4, max_position=64)
+    _, path = family_in_folder(tmp_path, name, shape, 1)
+    one, two = (Watch(LLM(path, dtype="float64", tensor_parallel_size=n, **SMALL_POOL)) for n in (1, 2))
+    prompts = small_words(PROMPTS)
+    assert two.everything(prompts, (GREEDY, SAMPLED)) == one.everything(prompts, (GREEDY, SAMPLED))
+    assert_rows_agree(two, one, 1e-9)
+    two.llm.close()
 
 
 def test_a_tensor_larger_than_the_configuration_says_is_refused(tmp_path):

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from minipaged.distributed.shares import Share, local_config, shares
 from minipaged.model import fetch
 from minipaged.model.gguf_file import ModelFileError
-from minipaged.model.load import DTYPES, Model, checked, open_source, quicken, tiny_transformer
+from minipaged.model.load import DTYPES, Model, assemble, checked, open_source, quicken, tiny_transformer
 from minipaged.model.tokenizer import TextTokenizer
 from minipaged.model.tokenizer_files import byte_tokenizer
 from minipaged.model.transformer import ModelConfig, Transformer
-from minipaged.model.weights import ALL, Cut, Source, build_transformer, check_shapes, source_from_transformer
+from minipaged.model.weights import ALL, Cut, Source, check_shapes, source_from_transformer
 
 WHOLE = (ALL, ALL)
 
@@ -41,7 +42,7 @@ def load_slice(name: str | Path, rank: int, size: int, dtype: str, seed: int, de
         source = open_source(fetch.fetch() if name == "smollm2-135m" else name)
     share = shares(source.config, size)[rank]
     try:
-        transformer = slice_of(source, share, DTYPES[dtype]).to(device)
+        transformer = slice_of(source, share, DTYPES[dtype], device, keep=False)
         quicken(transformer)
         tokenizer = checked(Model(transformer, source.tokenizer())).tokenizer if rank == 0 else None
     except ValueError as error:
@@ -49,11 +50,16 @@ def load_slice(name: str | Path, rank: int, size: int, dtype: str, seed: int, de
     return RankModel(transformer, tokenizer, source.config, share)
 
 
-def slice_of(source: Source, share: Share, dtype: torch.dtype) -> Transformer:
-    """The part of a model that a share names. Raises ModelFileError for a tensor that is missing, odd, or left over."""
+def slice_of(source: Source, share: Share, dtype: torch.dtype, device: str = "cpu", keep: bool = True) -> Transformer:
+    """The part of a model that a share names. Raises ModelFileError for a tensor that is missing, odd, or left over,
+    and where the device has no memory for the part. keep: see `assemble`."""
     check_shapes(source.config, source.shapes)  # of the whole: a slice of a tensor that is too large would look right
     local, cuts = local_config(source.config, share), _cuts(share, source.config.head_dim)
-    transformer = build_transformer(local, lambda name: source.read(name, cuts.get(name.split(".")[-2], WHOLE)), dtype)
+
+    def read(name: str) -> Tensor:
+        return source.read(name, cuts.get(name.split(".")[-2], WHOLE))
+
+    transformer = assemble(local, read, dtype, device, keep)
     transformer.config = replace(local, vocab_size=source.config.vocab_size)  # the batch has tokens of all words
     return transformer
 

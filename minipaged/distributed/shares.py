@@ -96,7 +96,9 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     of_layer = 2 * config.num_heads + 2 * config.num_kv_heads  # Q and output, K and V: heads of head_dim rows each
     rows = config.num_layers * (of_layer * config.head_dim + 3 * config.intermediate_size + 2) + 1  # 2 norms, and 1
     rows += config.vocab_size * (1 if config.tie_embeddings else 2)
-    return rows * config.hidden_size * dtype.itemsize
+    biases = config.num_heads + 2 * config.num_kv_heads if config.qkv_bias else 0  # of head_dim numbers each
+    of_heads = config.num_layers * (biases + 2 * config.qk_norm) * config.head_dim
+    return (rows * config.hidden_size + of_heads) * dtype.itemsize
 
 
 @dataclass(frozen=True)

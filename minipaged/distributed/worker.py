@@ -79,7 +79,7 @@ def serve(store: Store, rank: int, size: int) -> None:
 
 
 def report(runner: Runner, group: Group) -> dict[str, Any]:
-    """Bytes that this rank holds, as they lie in memory, and what it exchanged so far."""
+    """Bytes that this rank holds (of a packed weight, those of its plain form), and what it exchanged so far."""
     return {
         "rank": group.rank,
         "weight_bytes": sum(parameter.nbytes for parameter in runner.transformer.parameters()),

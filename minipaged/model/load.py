@@ -1,12 +1,13 @@
 """Chapter 2. From a model's name to a transformer and its tokenizer."""
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minipaged.model import fetch
 from minipaged.model.gguf_file import ModelFileError
@@ -74,7 +75,8 @@ def load_model(name: str | Path | Model, dtype: str | None = None, seed: int = 0
     elif name == "smollm2-135m":
         path = fetch.fetch()
         # Ours, in our own folder: a copy may lie beside it. Other people's files are read as they are.
-        loaded = load_through_cache(path, torch_dtype, lambda: read_model(source_from_gguf(path), torch_dtype))
+        digest = fetch.verify(path)
+        loaded = load_through_cache(path, digest, torch_dtype, lambda: read_model(source_from_gguf(path), torch_dtype))
         model = Model(loaded[0].to(device), loaded[1])
     else:
         source = open_source(name)
@@ -123,36 +125,45 @@ def open_source(name: str | Path) -> Source:
 
 
 def read_model(source: Source, dtype: torch.dtype, device: str = "cpu", keep: bool = True) -> Model:
-    """A model from its files. keep=False: its linear layers are packed as they are read, and not kept beside that.
-
-    Raises ModelFileError where a file is to blame, and where the device has no memory for it: then nothing was read.
-    """
+    """A model from its files. Arguments and errors as of `assemble`; also raises ModelFileError for a damaged file."""
     check_shapes(source.config, source.shapes)
+    tokenizer = source.tokenizer()
+    transformer = assemble(source.config, lambda name: source.read(name, (ALL, ALL)), dtype, device, keep)
+    return checked(Model(transformer, tokenizer))
+
+
+def assemble(
+    config: ModelConfig, read: Callable[[str], Tensor], dtype: torch.dtype, device: str = "cpu", keep: bool = True
+) -> Transformer:
+    """A transformer on its device, whose weights `read` gives by their names, part after part.
+
+    keep=False: its linear layers are packed as they are read, and not kept beside that. Raises ModelFileError where the
+    device has no memory for it: then nothing was read.
+    """
     with torch.device("meta"):
-        empty = Transformer(source.config, dtype)
+        empty = Transformer(config, dtype)
     is_on_cpu = torch.device(device).type == "cpu"
     way = fastest_way(dtype) if is_on_cpu and not keep else Way("plain", dtype)
     needed, there = bytes_in_memory(empty, way), memory_of(device)
     if needed > there:
         raise ModelFileError(
-            f"the model takes {needed:,} bytes of memory in {str(dtype).removeprefix('torch.')}, and device '{device}' "
-            f"has {there:,}: take a smaller one{'' if dtype.itemsize == 2 else ', or bfloat16'}"
+            f"the weights take {needed:,} bytes of memory in {str(dtype).removeprefix('torch.')}, and device "
+            f"'{device}' has {there:,}: take a smaller model{'' if dtype.itemsize == 2 else ', or bfloat16'}"
         )
-    tokenizer = source.tokenizer()
 
     def place(part: nn.Module) -> None:
         part.to(device)
         if is_on_cpu and not keep:
             pack_linears(part, way, keep=False)
 
-    transformer = build_transformer(source.config, lambda name: source.read(name, (ALL, ALL)), dtype, place)
-    if not source.config.tie_embeddings:
+    transformer = build_transformer(config, read, dtype, place)
+    if not config.tie_embeddings:
         place(transformer)  # the output layer
-    return checked(Model(transformer.to(device), tokenizer))
+    return transformer.to(device)
 
 
 def bytes_in_memory(transformer: Transformer, way: Way) -> int:
-    """Of the weights and tables of a model that `read_model` has read with this way to multiply."""
+    """Of the weights and tables of a model that is assembled with this way to multiply."""
     total = transformer.cos.nbytes + transformer.sin.nbytes + sum(p.nbytes for p in transformer.parameters())
     for module in transformer.modules():
         if isinstance(module, nn.Linear) and module.weight.numel() >= MIN_SIZE and is_packing(way, module.weight.dtype):
