@@ -1,8 +1,11 @@
 """Chapter 2. The copy of a model's weights: the same model, and never one that is damaged or of another file."""
 
 import json
+import os
+import time
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,7 +42,10 @@ def loaded(source, dtype=torch.float32):
     """The model through the cache, and whether it was built anew."""
     built = []
     found = weight_cache.load_through_cache(
-        source, dtype, lambda: built.append(1) or load.read_model(source_from_gguf(source), dtype)
+        source,
+        sha256(source.read_bytes()).hexdigest(),
+        dtype,
+        lambda: built.append(1) or load.read_model(source_from_gguf(source), dtype),
     )
     return found, bool(built)
 
@@ -214,5 +220,32 @@ def test_smollm2_goes_through_the_cache_and_other_files_do_not(monkeypatch):
         load_model(source)
         assert list(source.parent.iterdir()) == [source]
         monkeypatch.setattr(fetch, "fetch", lambda: source)
+        monkeypatch.setattr(fetch, "GGUF_SHA256", sha256(source.read_bytes()).hexdigest())
         load_model("smollm2-135m")
         assert copy_of(source).exists()
+
+
+@given(where=st.floats(0, 1, exclude_max=True), num_bytes=st.integers(1, 64))
+def test_a_damaged_model_is_refused_also_where_a_copy_is_whole(where, num_bytes):
+    with folder_with_source() as source, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch, "fetch", lambda: source)
+        patch.setattr(fetch, "GGUF_SHA256", sha256(source.read_bytes()).hexdigest())
+        load_model("smollm2-135m")
+        data = bytearray(source.read_bytes())
+        start = int(where * len(data))
+        data[start : start + num_bytes] = bytes(byte ^ 0xFF for byte in data[start : start + num_bytes])
+        source.write_bytes(data)
+        with pytest.raises(fetch.FetchError, match=f"{sha256(data).hexdigest()}.*fetch --force"):
+            load_model("smollm2-135m")
+
+
+def test_half_a_copy_that_a_killed_process_left_is_swept():
+    with folder_with_source() as source:
+        left, fresh = source.parent / ".fetch-killed", source.parent / ".fetch-running"
+        for folder, age in ((left, 3600), (fresh, 0)):
+            folder.mkdir()
+            (folder / "half.safetensors").write_bytes(b"half")
+            for path in (folder / "half.safetensors", folder):
+                os.utime(path, (time.time() - age, time.time() - age))
+        loaded(source)
+        assert not left.exists() and fresh.exists()

@@ -212,7 +212,8 @@ def test_ranks_together_compute_what_one_does_and_exchange_what_the_formula_says
     model, size = drawn
     whole = tiny_transformer(torch.float64, seed, model)
     source, found = source_from_transformer(whole, lambda: None), shares(model, size)
-    batch = make_batch([[1, 2, 3, 4, 5], [7, 8]], [0, 0], sampled=[0, 1] if ends else [])
+    words = [(model.vocab_size - 1) * i // 6 for i in range(7)]  # of all ranks, the first and the last word among them
+    batch = make_batch([words[:5], words[5:]], [0, 0], sampled=[0, 1] if ends else [])
 
     def rank_runs(group):
         part = slice_of(source, found[group.rank], torch.float64)

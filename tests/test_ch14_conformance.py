@@ -20,7 +20,7 @@ from test_ch10_scheduler import ServingMachine
 pytestmark = pytest.mark.ch14
 
 FOLDER = Path(kit.__file__).parent
-SCRIPTS = 4 * settings.default.max_examples
+SCRIPTS = 2 * settings.default.max_examples
 
 
 @pytest.mark.parametrize("adapter", [toy.Toy, *ours.ADAPTERS], ids=lambda adapter: adapter.__name__)

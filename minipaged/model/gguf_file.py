@@ -72,7 +72,8 @@ class GGUFFile:
         """
         entry = self.tensors[name]
         block, num_bytes = gguf.GGML_QUANT_SIZES[entry.tensor_type]  # numbers of a block, and bytes that hold them
-        data, then = entry.data[rows], slice(None)
+        is_vector = entry.data.ndim == 1  # all its bytes are one row; it is small, and cut when it is read
+        data, then = (entry.data[None], rows) if is_vector else (entry.data[rows], slice(None))
         if columns != slice(None):
             if data.dtype != np.uint8:
                 data = data[:, columns]
@@ -93,7 +94,8 @@ class GGUFFile:
                 out[i * step : i * step + len(piece)] = piece
         except (NotImplementedError, ValueError) as error:
             raise ValueError(f"tensor {name} cannot be read as {entry.tensor_type.name}: {error}") from error
-        return np.empty(data.shape, np.float32) if out is None else out
+        found = np.empty(data.shape, np.float32) if out is None else out
+        return found[0] if is_vector else found
 
 
 class _CheckedReader(gguf.GGUFReader):

@@ -75,7 +75,8 @@ def load_model(name: str | Path | Model, dtype: str | None = None, seed: int = 0
     elif name == "smollm2-135m":
         path = fetch.fetch()
         # Ours, in our own folder: a copy may lie beside it. Other people's files are read as they are.
-        loaded = load_through_cache(path, torch_dtype, lambda: read_model(source_from_gguf(path), torch_dtype))
+        digest = fetch.verify(path)
+        loaded = load_through_cache(path, digest, torch_dtype, lambda: read_model(source_from_gguf(path), torch_dtype))
         model = Model(loaded[0].to(device), loaded[1])
     else:
         source = open_source(name)

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from minipaged.model.fetch import sweep
 from minipaged.model.tokenizer import TextTokenizer
 from minipaged.model.transformer import ModelConfig, Transformer
 
@@ -37,10 +38,12 @@ FORMAT = "minipaged 2"  # raise the number when what a copy holds changes
 Loaded = tuple[Transformer, TextTokenizer]
 
 
-def load_through_cache(source: Path, dtype: torch.dtype, build: Callable[[], Loaded]) -> Loaded:
-    """What `build()` makes of the file `source`, from a copy beside it where there is a good one; else one is made."""
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def load_through_cache(source: Path, digest: str, dtype: torch.dtype, build: Callable[[], Loaded]) -> Loaded:
+    """What `build()` makes of the file `source`, from a copy beside it where there is a good one; else one is made.
+
+    digest: the SHA-256 of the source, as it is now. What killed processes have left beside it is removed.
+    """
+    sweep(source.parent)
     path = source.with_name(f"{source.stem}.{str(dtype).removeprefix('torch.')}.safetensors")
     found = _read(path, digest)
     if found is not None:
@@ -64,7 +67,7 @@ def _write(path: Path, source_sha256: str, transformer: Transformer, tokenizer: 
         "tokenizer": _tokenizer_to_json(tokenizer),
     }
     about["checksum"] = _checksum(tensors, about)
-    # Of this name, because `fetch` sweeps up what is left of those that were killed.
+    # Of this name, because `sweep` removes what is left of those that were killed.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
         save_file(tensors, Path(folder) / path.name, about)
         os.replace(Path(folder) / path.name, path)
