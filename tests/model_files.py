@@ -9,6 +9,7 @@ because the package gguf reads a file word by word.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,17 @@ SMALL = ModelConfig(
     max_position=64,
     rms_norm_eps=2.0**-16,  # a float32, as GGUF keeps it, and a float64 alike
     tie_embeddings=False,
+)
+
+# The proportions of Llama 3.2 1B, a 16th as wide: large enough that its weights are nearly all of its memory.
+WIDE = replace(
+    SMALL,
+    vocab_size=8016,
+    hidden_size=128,
+    intermediate_size=512,
+    num_layers=16,
+    num_heads=8,
+    head_dim=16,
 )
 
 
@@ -234,6 +246,21 @@ def write_gguf(path, config, weights, kind=gguf.GGMLQuantizationType.F32, archit
 
 
 # ---- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def write_wide(folder, form, tied):
+    """WIDE in a GGUF file of 8 bits, or in a folder in bfloat16. Returns its path, and how many numbers it has."""
+    config, path = replace(WIDE, tie_embeddings=tied), folder / form
+    weights = random_weights(config)
+    if form == "folder":
+        write_folder(path, config, weights, torch.bfloat16)
+    else:
+        tokens = [*TOKENS, *(f"<{i}>" for i in range(config.vocab_size - len(TOKENS)))]
+        kinds = [3 if i == EOS else 1 for i in range(len(tokens))]
+        more = {"tokens": ("add_array", tokens), "token_type": ("add_array", kinds)}
+        more = {f"tokenizer_ggml_{name}": value for name, value in more.items()}
+        write_gguf(path, config, weights, gguf.GGMLQuantizationType.Q8_0, **more)
+    return path, sum(array.size for array in weights.values())
 
 
 def json_fields(config):

@@ -27,24 +27,36 @@ from hypothesis import strategies as st
 
 import rank_threads
 from alone import alone
+from live_bytes import assert_load_is_frugal
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.cdiv import cdiv
 from minipaged.distributed import launch
 from minipaged.distributed.launch import WorkerError
 from minipaged.distributed.layers import parallelise
-from minipaged.distributed.load import slice_of
+from minipaged.distributed.load import load_slice, slice_of
 from minipaged.distributed.message import decode, encode
 from minipaged.distributed.shares import local_config, shares, step_traffic, weight_bytes
 from minipaged.engine.beam_scheduler import Search
 from minipaged.engine.beam_search import choose
 from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.engine.sequence import Sequence, Token
+from minipaged.model import gguf_file, linear, load
 from minipaged.model.batch import ForwardBatch, make_batch
 from minipaged.model.load import TINY, load_model, open_source, tiny_transformer
 from minipaged.model.recompute import RecomputeCache, next_logits
 from minipaged.model.weights import source_from_transformer
 from minipaged.simulator.replicas import POLICIES, Workload, simulate_replicas
-from model_files import FAMILIES, SMALL, TOKENS, random_weights, transformer_of, write_folder, write_gguf
+from model_files import (
+    FAMILIES,
+    SMALL,
+    TOKENS,
+    WIDE,
+    random_weights,
+    transformer_of,
+    write_folder,
+    write_gguf,
+    write_wide,
+)
 from rank_models import config, in_words
 from strategies import costly
 
@@ -141,6 +153,29 @@ def test_slices_of_a_file_are_slices_of_its_model(tmp_path, kind, size):
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("form", ["gguf", "folder"])
+def test_a_rank_takes_little_more_memory_than_what_stays_of_its_part(form, tied, monkeypatch, tmp_path):
+    """It packs as it reads, as one device does: of no weight but the embedding it keeps both forms."""
+    packing = [way for way in linear.ways(torch.float32)[1:] if way.library != "MKL"]
+    if not packing:
+        pytest.skip("nothing can be packed here")
+    monkeypatch.setattr(load, "fastest_way", lambda dtype: packing[-1])
+    monkeypatch.setattr(linear, "MIN_SIZE", 1)
+    monkeypatch.setattr(gguf_file, "_PIECE", 1 << 14)
+    path, numbers = write_wide(tmp_path, form, tied)
+    table = WIDE.vocab_size * WIDE.hidden_size // 2 if tied else 0
+    assert_load_is_frugal(lambda: load_slice(path, 1, 2, "float32", 0, "cpu"), numbers // 2, table, 4)
+
+
+def test_a_part_that_no_memory_holds_is_refused_before_a_number_is_read(monkeypatch, tmp_path):
+    path, _ = write_wide(tmp_path, "folder", True)
+    monkeypatch.setattr(load, "memory_of", lambda device: 1000)
+    monkeypatch.setattr(load, "build_transformer", lambda *arguments: pytest.fail("numbers were read"))
+    with pytest.raises(ValueError, match=r"bytes of memory in float32.*1,000"):
+        load_slice(path, 1, 2, "float32", 0, "cpu")
 
 
 # ---- families --------------------------------------------------------------------------------------------------------
