@@ -735,6 +735,7 @@ def test_a_packed_weight_is_not_kept_beside_its_packed_form(tied, monkeypatch):
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("form", ["gguf", "folder"])

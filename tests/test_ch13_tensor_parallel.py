@@ -155,6 +155,7 @@ def test_slices_of_a_file_are_slices_of_its_model(tmp_path, kind, size):
             assert torch.equal(ours[name], theirs[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("form", ["gguf", "folder"])
 def test_a_rank_takes_little_more_memory_than_what_stays_of_its_part(form, tied, monkeypatch, tmp_path):
@@ -239,6 +240,7 @@ def test_ranks_that_read_slices_of_any_family_compute_the_logits_of_the_whole(na
         assert not torch.allclose(logits_of(llama, sequences), expected), "the family is no other than Llama 2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_two_ranks_write_the_tokens_of_one_for_each_family(ranks_are_threads, tmp_path, name):
     """Through the engine: paged caches, compiled operations, blocks given back behind a window."""
