@@ -23,11 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from minipaged.course.chapters import chapter, repository
-from minipaged.course.grade import Grade, arguments, environment, grade, read
+from minipaged.course.grade import SMALL, Grade, arguments, environment, grade, read
 from minipaged.course.museum import Bug, load_bugs
 from minipaged.course.plugin import NO_LIMIT
-
-MOST_EVENTS = 11  # of a counterexample that was shrunk to its end and has more than two sequences
 
 WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -128,7 +126,7 @@ def complaint(row: dict[str, Any]) -> str | None:
     """
     if not row["killed"]:
         return "SURVIVES"
-    return "LARGE" if row["shrunk"] and row["events"] > MOST_EVENTS and row["sequences"] > 2 else None
+    return "LARGE" if row["shrunk"] and row["events"] > SMALL and row["sequences"] > 2 else None
 
 
 def line(row: dict[str, Any]) -> str:

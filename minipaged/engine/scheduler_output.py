@@ -44,4 +44,5 @@ def cache_computed(blocks: BlockManager, output: SchedulerOutput) -> None:
         seq.num_computed += count
         if blocks.enable_prefix_caching and seq.num_computed % blocks.block_size < count:
             blocks.cache_blocks(seq.seq_id, seq.tokens(0, seq.num_computed), seq.cache_salt)
-        blocks.remove_skipped_blocks(seq.seq_id, seq.num_computed)
+        if blocks.sliding_window:
+            blocks.remove_skipped_blocks(seq.seq_id, seq.num_computed)

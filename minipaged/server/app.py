@@ -32,6 +32,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from minipaged import viz
+from minipaged.engine.prompt import read_prompt
 from minipaged.server.engine_loop import Call, EngineLoop, Piece
 from minipaged.server.live import Watcher
 from minipaged.server.protocol import Answer, ApiError, ChatRequest, CompletionRequest, _Asked, parsed
@@ -173,9 +174,7 @@ class Server:
         scheduler, found = self.llm.scheduler, []
         room = min(scheduler.max_model_len, scheduler.blocks.num_slots + 1)
         for token_ids in body.prompts(self.llm.tokenizer):
-            vocab_size = self.llm.config.vocab_size
-            if wrong := [token for token in token_ids if not 0 <= token < vocab_size]:
-                raise ValueError(f"token {wrong[0]} does not exist: the vocabulary has 0 to {vocab_size - 1}")
+            read_prompt({"prompt_token_ids": token_ids}, self.llm.tokenizer, self.llm.config.vocab_size)
             params = body.params(body.new_tokens or max(1, room - len(token_ids)), body.num_logprobs)
             scheduler.check(len(token_ids), params.max_tokens)
             found.append((token_ids, params))
