@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from minipaged.model import gguf_file, linear, load
+
 MOST = 1.3  # times the bytes of the form that stays: what a model may take while it is loaded
 
 
@@ -57,3 +59,14 @@ def assert_load_is_frugal(load, numbers, twice, itemsize):
     # The embedding of a folder may stay in its mapped file, and a tokenizer takes memory too.
     assert 0.85 * stays < rest < 1.15 * stays, f"{rest:,} bytes stay of a form of {stays:,}"
     assert peak < MOST * stays, f"{peak:,} bytes at the peak, for a form of {stays:,}"
+
+
+def pack_everything(monkeypatch, dtype):
+    """Each linear layer is packed in float32, whichever way is the faster here, and files are read in small pieces. (MKL
+    asks for more memory than it touches, and does not count.)"""
+    packing = [way for way in linear.ways(dtype)[1:] if way.library != "MKL"]
+    if not packing:
+        pytest.skip("nothing can be packed here")
+    monkeypatch.setattr(load, "fastest_way", lambda dtype: packing[-1])
+    monkeypatch.setattr(linear, "MIN_SIZE", 1)
+    monkeypatch.setattr(gguf_file, "_PIECE", 1 << 14)

@@ -25,8 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from live_bytes import assert_load_is_frugal
-from minipaged.model import gguf_file, linear, load
+from live_bytes import assert_load_is_frugal, pack_everything
+from minipaged.model import linear, load
 from minipaged.model.batch import make_batch
 from minipaged.model.compiled_ops import use_compiled_ops
 from minipaged.model.gguf_file import ModelFileError
@@ -740,13 +740,7 @@ def test_a_packed_weight_is_not_kept_beside_its_packed_form(tied, monkeypatch):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("form", ["gguf", "folder"])
 def test_a_load_takes_little_more_memory_than_what_stays(form, tied, dtype, monkeypatch, tmp_path):
-    """Packed in float32 here, whichever way is the faster. (MKL asks for more memory than it touches: not counted.)"""
-    packing = [way for way in linear.ways(load.DTYPES[dtype])[1:] if way.library != "MKL"]
-    if not packing:
-        pytest.skip("nothing can be packed here")
-    monkeypatch.setattr(load, "fastest_way", lambda dtype: packing[-1])
-    monkeypatch.setattr(linear, "MIN_SIZE", 1)
-    monkeypatch.setattr(gguf_file, "_PIECE", 1 << 14)
+    pack_everything(monkeypatch, load.DTYPES[dtype])
     path, numbers = write_wide(tmp_path, form, tied)
     table = WIDE.vocab_size * WIDE.hidden_size
     kept = table * load.DTYPES[dtype].itemsize // 4  # of the embedding: rows of it are looked up

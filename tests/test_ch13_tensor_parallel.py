@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import rank_threads
 from alone import alone
-from live_bytes import assert_load_is_frugal
+from live_bytes import assert_load_is_frugal, pack_everything
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.cdiv import cdiv
 from minipaged.distributed import launch
@@ -40,7 +40,7 @@ from minipaged.engine.beam_scheduler import Search
 from minipaged.engine.beam_search import choose
 from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.engine.sequence import Sequence, Token
-from minipaged.model import gguf_file, linear, load
+from minipaged.model import load
 from minipaged.model.batch import ForwardBatch, make_batch
 from minipaged.model.load import TINY, load_model, open_source, tiny_transformer
 from minipaged.model.recompute import RecomputeCache, next_logits
@@ -160,12 +160,7 @@ def test_slices_of_a_file_are_slices_of_its_model(tmp_path, kind, size):
 @pytest.mark.parametrize("form", ["gguf", "folder"])
 def test_a_rank_takes_little_more_memory_than_what_stays_of_its_part(form, tied, monkeypatch, tmp_path):
     """It packs as it reads, as one device does: of no weight but the embedding it keeps both forms."""
-    packing = [way for way in linear.ways(torch.float32)[1:] if way.library != "MKL"]
-    if not packing:
-        pytest.skip("nothing can be packed here")
-    monkeypatch.setattr(load, "fastest_way", lambda dtype: packing[-1])
-    monkeypatch.setattr(linear, "MIN_SIZE", 1)
-    monkeypatch.setattr(gguf_file, "_PIECE", 1 << 14)
+    pack_everything(monkeypatch, torch.float32)
     path, numbers = write_wide(tmp_path, form, tied)
     table = WIDE.vocab_size * WIDE.hidden_size // 2 if tied else 0
     assert_load_is_frugal(lambda: load_slice(path, 1, 2, "float32", 0, "cpu"), numbers // 2, table, 4)

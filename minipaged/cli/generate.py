@@ -40,6 +40,7 @@ BlockSizeOption = Annotated[int, typer.Option(help="tokens in a block of the pag
 BackendOption = Annotated[Backend, typer.Option(help="of the paged cache; Triton on a CPU is interpreted, and slow")]
 NumBlocksOption = Annotated[int | None, typer.Option(help="blocks in the pool (default: at most 1 GiB of them)")]
 MaxModelLenOption = Annotated[int | None, typer.Option(help="longest request, in tokens (default: the model's)")]
+PreemptionOption = Annotated[Preemption, typer.Option(help="what the latest sequence does when blocks run out")]
 RanksOption = Annotated[
     int | None, typer.Option(help="processes to divide the model's heads over (default: as many as torchrun started)")
 ]
@@ -76,9 +77,7 @@ def generate(
     block_size: BlockSizeOption = 16,
     num_blocks: NumBlocksOption = None,
     max_model_len: MaxModelLenOption = None,
-    preemption: Annotated[
-        Preemption, typer.Option(help="what the latest sequence does when blocks run out")
-    ] = Preemption.recompute,
+    preemption: PreemptionOption = Preemption.recompute,
     backend: BackendOption = Backend.auto,
     dtype: DtypeOption = "float32",
     tensor_parallel_size: RanksOption = None,

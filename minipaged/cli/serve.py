@@ -15,6 +15,7 @@ from minipaged.cli.generate import (
     MaxModelLenOption,
     NumBlocksOption,
     Preemption,
+    PreemptionOption,
 )
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -36,9 +37,7 @@ def serve(
     num_blocks: NumBlocksOption = None,
     max_model_len: MaxModelLenOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once", min=1)] = 64,
-    preemption: Annotated[
-        Preemption, typer.Option(help="what the latest sequence does when blocks run out")
-    ] = Preemption.recompute,
+    preemption: PreemptionOption = Preemption.recompute,
     dtype: DtypeOption = "float32",
     max_waiting: Annotated[int, typer.Option(help="answers that may wait; more are told to come again", min=0)] = 256,
     timeout: Annotated[float, typer.Option(help="seconds that a request may take", min=0.1)] = 600.0,
