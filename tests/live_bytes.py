@@ -62,8 +62,8 @@ def assert_load_is_frugal(load, numbers, twice, itemsize):
 
 
 def pack_everything(monkeypatch, dtype):
-    """Each linear layer is packed in float32, whichever way is the faster here, and files are read in small pieces. (MKL
-    asks for more memory than it touches, and does not count.)"""
+    """Each linear layer is packed in float32, whichever way is the faster here, and files are read in small pieces.
+    (MKL asks for more memory than it touches, and does not count.)"""
     packing = [way for way in linear.ways(dtype)[1:] if way.library != "MKL"]
     if not packing:
         pytest.skip("nothing can be packed here")

@@ -47,9 +47,7 @@ class ShardedModel:
         """timeout: seconds that a rank may let the others wait, once all are there.
 
         Raises ValueError where the model, the ranks or the devices do not go together. Starts nothing."""
-        size = whole(
-            "tensor_parallel_size", size, least=1
-        )  # with `number`: what is none would fail in a comparison below
+        size, timeout = whole("tensor_parallel_size", size, least=1), number("distributed_timeout", timeout)
         rank, world = launch.torchrun_rank_and_size()
         device = device or default_device()
         gpus = size if world > 1 or not device.startswith("cuda") else torch.cuda.device_count()
@@ -59,10 +57,7 @@ class ShardedModel:
                 isinstance(model, Model),
                 f"{asked} needs the model's name, file or folder: each rank loads its own slice",
             ),
-            (
-                not 0.0 < number("distributed_timeout", timeout) < 1e6,
-                f"distributed_timeout must be a number of seconds above 0, got {timeout!r}",
-            ),
+            (not 0.0 < timeout < 1e6, f"distributed_timeout must be a number of seconds above 0, got {timeout!r}"),
             (world not in (1, size), f"torchrun started {world} processes, and tensor_parallel_size is {size}"),
             (
                 gpus < size,
@@ -77,9 +72,8 @@ class ShardedModel:
         if self.ranks and rank > 0:
             serve(self.ranks.store, rank, size)
             sys.exit()
-        dtype = named_dtype(
-            "float32" if dtype is None else dtype, device
-        )  # decided here: two ranks might measure otherwise
+        dtype = "float32" if dtype is None else dtype
+        dtype = named_dtype(dtype, device)  # decided here: two ranks might measure otherwise
         self.order = {"model": name, "dtype": dtype, "seed": seed, "device": device, "timeout": timeout}
         self.loaded = load_slice(name, 0, size, dtype, seed, rank_device(device, 0))
 
