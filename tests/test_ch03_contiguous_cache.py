@@ -121,7 +121,7 @@ def test_tokens_in_any_portions_equal_all_at_once(make, data):
                 name: [getattr(s, name)[layer, start:end] for s, start, end in zip(live, starts, ends, strict=True)]
                 for name in ("query", "key", "value")
             }
-            out = cache.attend(layer, *(torch.from_numpy(np.concatenate(parts)) for parts in new.values()), batch)
+            out = cache.attend(layer, *(torch.from_numpy(np.concatenate(parts)) for parts in new.values()), batch, None)
             for i, (seq, start, end) in enumerate(zip(live, starts, ends, strict=True)):
                 rows = slice(*batch.query_start_loc[i : i + 2].tolist())
                 expected = masked_attention(seq.query[layer, start:end], seq.key[layer, :end], seq.value[layer, :end])
@@ -153,7 +153,7 @@ def test_causal_attention_equals_the_oracle(shape, num_keys, window, scale, data
 def test_recompute_refuses_a_sequence_that_does_not_come_whole():
     batch = make_batch([[1, 2]], [3])
     with pytest.raises(ValueError, match="all 5 tokens must come; got 2"):
-        RecomputeCache().attend(0, torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), batch)
+        RecomputeCache().attend(0, torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), torch.zeros(2, 1, 2), batch, None)
 
 
 @given(

@@ -296,7 +296,7 @@ def beams_without_a_cache(model, params, prompt):
         search.beams = [beams[parent].fork(index) for index, (parent, _) in enumerate(choices)]
         for beam, (_, token) in zip(search.beams, choices, strict=True):
             beam.outputs.append(Token(token, None, 0.0))
-    return [hypothesis.token_ids for hypothesis in search.hypotheses]
+    return [output.token_ids for _, output in search.hypotheses]
 
 
 class Watch:

@@ -41,6 +41,12 @@ def text(name: str, value: object) -> str:
     return value
 
 
+def choice(name: str, value: object, known: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return value
+
+
 def items(name: str, value: object) -> list[object]:
     if not isinstance(value, str | bytes):
         try:

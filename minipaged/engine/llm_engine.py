@@ -74,9 +74,8 @@ class LLMEngine:
             if output.num_scheduled_tokens:
                 scheduled = time.perf_counter()
                 batch = forward_batch(output, self.blocks, self.runner.device)
-                self.record_schedule(output)
-                logits = self.runner.run(output, batch)
-                self.record_writes(output)
+                with self.recording(output):
+                    logits = self.runner.run(output, batch)
                 ran = time.perf_counter()
                 self.scheduler.update_from_output(output)
                 updated = time.perf_counter()
@@ -99,20 +98,19 @@ class LLMEngine:
         if self.trace is not None:
             self.trace.step += 1
 
-    def record_schedule(self, output: SchedulerOutput) -> None:
-        """Before a step runs: what it preempted, and what it computes."""
-        if self.trace is not None:
-            for seq, mode in output.preempted.items():
-                self.trace.record("preempt", seq=seq.seq_id, mode=mode)
-            counts = {seq.seq_id: count for seq, count in output.num_scheduled_tokens.items()}
-            self.trace.record("schedule", seqs=counts)
-
-    def record_writes(self, output: SchedulerOutput) -> None:
-        """After a step ran: the tokens whose K and V it stored."""
-        if self.trace is not None:
-            for seq, count in output.num_scheduled_tokens.items():
-                words = self.tokenizer.pieces(seq.tokens(seq.num_computed, seq.num_computed + count))
-                self.trace.record("write", seq=seq.seq_id, start=seq.num_computed, count=count, tokens=words)
+    @contextmanager
+    def recording(self, output: SchedulerOutput) -> Iterator[None]:
+        """Around the run of a step: events of what it preempts and computes, and then of what it wrote."""
+        if self.trace is None:
+            yield
+            return
+        for seq, mode in output.preempted.items():
+            self.trace.record("preempt", seq=seq.seq_id, mode=mode)
+        self.trace.record("schedule", seqs={seq.seq_id: count for seq, count in output.num_scheduled_tokens.items()})
+        yield
+        for seq, count in output.num_scheduled_tokens.items():
+            words = self.tokenizer.pieces(seq.tokens(seq.num_computed, seq.num_computed + count))
+            self.trace.record("write", seq=seq.seq_id, start=seq.num_computed, count=count, tokens=words)
 
     def abort(self, *request_ids: str) -> None:
         """Stop requests, wherever they stand, and free their blocks. Their texts so far remain.

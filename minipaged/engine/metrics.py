@@ -12,7 +12,6 @@ from typing import Self
 from minipaged.engine.scheduler import Scheduler
 from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.engine.sequence import Request
-from minipaged.memory.prefix_cache import PrefixCache
 
 KEPT = 10_000  # times that are kept, the latest ones: an engine may run for days
 
@@ -98,7 +97,7 @@ class Metrics(Stats):
     @classmethod
     def of(cls, stats: Stats, scheduler: Scheduler, unfinished: Iterable[Request]) -> "Metrics":
         pool, host, counts = scheduler.blocks.device, scheduler.blocks.host, scheduler.counts
-        cached = pool.num_evictable if isinstance(pool, PrefixCache) else 0
+        cached = scheduler.blocks.prefix_cache.num_evictable if scheduler.blocks.prefix_cache else 0
         num_tokens = sum(len(seq.outputs) for request in unfinished for seq in request.seqs)
         return cls(
             **vars(stats) | {"num_tokens_generated": stats.num_tokens_generated + num_tokens},

@@ -39,13 +39,7 @@ class ContiguousCache:
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        batch: ForwardBatch,
-        sliding_window: int | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
         """Store the new K and V behind the old ones in each slab, then attend over the slab."""
         starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()

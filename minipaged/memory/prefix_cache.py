@@ -93,12 +93,8 @@ class PrefixCache(BlockAllocator):
         Name them with `BlockTable.append_shared` before anything is allocated, which could evict them.
         Never the whole prompt: at least one token is left to compute, since its logits give the first new token.
         """
-        blocks = []
-        for key in block_keys(tokens[:-1], self.block_size, cache_salt):
-            if key not in self._block_of:
-                break
-            blocks.append(self._block_of[key])
-        return blocks
+        keys = block_keys(tokens[:-1], self.block_size, cache_salt)
+        return [self._block_of[key] for key in takewhile(self._block_of.__contains__, keys)]
 
     def cache_blocks(self, table: BlockTable, tokens: Sequence[int], cache_salt: str | None = None) -> None:
         """Cache the full blocks of a table whose tokens are written: `tokens`, from position 0 on.

@@ -37,13 +37,7 @@ class KVCache(Protocol):
     """Where K and V live. The model calls `attend` and nothing else, so it cannot tell one cache from another."""
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        batch: ForwardBatch,
-        sliding_window: int | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
         """Store the batch's key and value; return causal attention of its queries over each sequence's whole context.
 

@@ -18,13 +18,7 @@ class RecomputeCache:
     """Invariant: nothing is remembered between two calls."""
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        batch: ForwardBatch,
-        sliding_window: int | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
         """Causal attention of each sequence over itself. Raises ValueError where a sequence does not come whole."""
         starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()

@@ -47,13 +47,7 @@ class ContiguousCache:
         raise NotImplementedError("ch03: ContiguousCache.__init__")
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        batch: ForwardBatch,
-        sliding_window: int | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
         """Store the new K and V behind the old ones in each slab, then attend over the slab."""
         raise NotImplementedError("ch03: ContiguousCache.attend")

@@ -59,13 +59,7 @@ class PagedCache:
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        batch: ForwardBatch,
-        sliding_window: int | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables."""
         raise NotImplementedError("ch07: PagedCache.attend")

@@ -31,9 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.attention.checks import check_attention_kernel
 from minipaged.cdiv import cdiv
-from minipaged.kernels.launch import LOG2_E, decode_constants, strides
+from minipaged.kernels.launch import LOG2_E, check_attention, decode_constants, strides
 from minipaged.kernels.online_softmax import attend_context, locate_context, locate_rows, start_softmax
 
 MAX_SPLITS = 64  # the merge holds all splits of a head in registers
@@ -67,11 +66,10 @@ def paged_decode_split(
     sliding_window: int | None = None,
     out: Tensor | None = None,
     tile: int | None = None,
-    check: bool = False,
 ) -> Tensor:
     """The arguments and the answer of `paged_decode`; each context is cut into `num_splits` parts, 1 to MAX_SPLITS."""
     tensors = query, key_cache, value_cache, block_tables, seq_lens
-    check_attention_kernel(*tensors, None, sliding_window, out=out, tile=tile, numbers=check)
+    check_attention(*tensors, None, sliding_window, out=out, tile=tile)
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits must lie in 1 to {MAX_SPLITS}, got {num_splits}")
     num_seqs, num_heads, head_dim = query.shape

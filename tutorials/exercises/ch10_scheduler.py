@@ -41,7 +41,7 @@ from collections.abc import Iterable
 
 from minipaged.engine.scheduler_output import SchedulerOutput, cache_computed
 from minipaged.engine.sequence import Sequence
-from minipaged.memory.block_manager import NO_PREFIX, BlockManager
+from minipaged.memory.block_manager import BlockManager
 
 
 class Scheduler:
