@@ -3,20 +3,13 @@
     "A" -> [ 0 1 4 ]        logical block 0 of A is physical block 0
     "B" -> [ 2 3 ]          logical block 0 of B is physical block 2; both come from one free list
 
-Three methods take blocks. Each returns the block copies that the device makes before the step, or None if the pool has
-too few free blocks; then nothing was changed, and the scheduler lets the sequence wait or preempts another.
-
-    allocate_slots    for a sequence that enters, behind a prefix that is there already; for the newest token of one
-                      that runs (a shared last block is copied first: copy-on-write)
-    swap_out          to the host's pool
-    swap_in           back
+Three methods take blocks: `allocate_slots`, `swap_out` and `swap_in`. Each returns the block copies that the device
+makes before the step, or None if the pool has too few free blocks; then nothing was changed, and the scheduler lets the
+sequence wait or preempts another.
 
 A contiguous cache is this class with one block a sequence, as long as the longest request may be (chapter 3: a *slab*):
-
-    BlockManager(num_slabs, block_size=max_model_len)
-
-A sequence then holds its one block from its first token on, however few it writes. That is the whole of the memory that
-paging saves.
+BlockManager(num_slabs, block_size=max_model_len). A sequence then holds its one block from its first token on, however
+few it writes. That is the whole of the memory that paging saves.
 
 In a model whose layers all have a sliding window, a token that every layer has slid past is never read again. Its block
 is freed (`remove_skipped_blocks`), and one block that is neither written nor read takes its place in the table: the
@@ -67,7 +60,7 @@ class BlockManager:
         self._num_skipped: dict[str, int] = {}  # entries of a table, from its first on, that are the null block
 
     def reset(self) -> None:
-        """Empty pools and no tables: what the blocks hold is not known any more."""
+        """Empty pools and no tables: after an exception in a step, the contents of the blocks are undefined."""
         self._build()
         if self.trace is not None:
             self.trace.record("reset")
