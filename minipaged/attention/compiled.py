@@ -7,8 +7,8 @@
 A part walks the block table over PART_SLOTS positions and reads each block where it lies, once for all query heads of
 the group. Threads share the parts out; then m, l and acc of a row's parts are merged by the same rescaling (chapter 8
 calls it split-KV). Parts begin at fixed positions: an answer depends, to the last bit, neither on the number of threads
-nor on what else is in the batch. While a block is computed with, the next one of the table, which lies anywhere, is
-already on its way into the processor's cache: without this, half of the time goes into waiting for memory.
+nor on the rest of the batch. Each block is prefetched while the one before it is computed with: without this, half of
+the time goes into waiting for memory.
 """
 
 import math

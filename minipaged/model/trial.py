@@ -4,9 +4,9 @@
     the fastest:    the smallest geometric mean over the four numbers of rows, where the smallest of these are left to
                     the plain way if that is clearly faster there
 
-A trial takes some tenths of a second. Its figures are kept in MINIPAGED_HOME, in a file for each processor, torch,
-number of threads and dtype, which may be deleted. Where nothing can be kept, or other programs took the processor
-meanwhile, a rule decides (`_by_rule`): two starts of one program must choose alike, and add in the same order.
+A trial takes some tenths of a second. Its figures are kept in MINIPAGED_HOME, a file for each processor, torch, number
+of threads and dtype. Where nothing can be kept, or other programs took the processor meanwhile, a rule decides
+(`_by_rule`): two starts of one program must choose alike, and add in the same order.
 """
 
 import hashlib
