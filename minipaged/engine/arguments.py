@@ -1,4 +1,4 @@
-"""Chapter 10. Arguments as users bring them. What passes here cannot fail in a step, where it would fail for all.
+"""Chapter 10. Arguments of users, checked: what passes here cannot fail in a step, where it would fail for all.
 
 A whole number is what `operator.index` takes, NumPy's integers among it, and it becomes Python's. True and False are
 no numbers. Each function raises ValueError with the argument's name, its value, and what it takes.

@@ -4,9 +4,7 @@
     step 2   A -> A1 A2    B -> B1      the three likeliest of all continuations: C is freed, A forks
 
 A fork copies a block table, not K and V, and a beam that is dropped gives its blocks back. So the beams share their
-common past, however it branched. The scheduler of chapter 10 knows no beams (as vLLM's does not since RFC 6226):
-searches are stepped here, over the same pool, with three verbs of the block manager: fork, allocate_slots, free.
-
+common past, however it branched. The scheduler of chapter 10 knows no beams (as vLLM's does not since RFC 6226).
 Plain Python, and no tensor. The caller says how each search continues: from logits (beam_search.py), or by a formula
 (the simulator of chapter 11).
 """
