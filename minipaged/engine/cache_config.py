@@ -1,4 +1,4 @@
-"""Chapter 10. What kind of cache an engine has, and how large: checked, with the numbers, before anything is built."""
+"""Chapter 10. The kind and size of an engine's cache, checked before anything is built."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,8 +17,8 @@ PREEMPTIONS = ("recompute", "swap")
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The arguments of `LLM` that speak of memory, complete and fit for each other. A contiguous cache has blocks as
-    long as the longest request: slabs."""
+    """The arguments of `LLM` about memory, checked and complete. A contiguous cache has blocks as long as the longest
+    request: slabs."""
 
     cache: str
     backend: str  # "torch" or "triton"

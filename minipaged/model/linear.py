@@ -47,11 +47,11 @@ class Way(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A weight as a way wants it. The numbers it was made of are not needed for the product."""
+    """A weight in the layout of a way. The product does not need the parameter."""
 
     way: Way
     numbers: Tensor
-    shape: Tensor  # [out_features, in_features], without memory: MKL's product asks a weight for its shape
+    shape: Tensor  # [out_features, in_features], without memory: MKL's product reads only its shape
 
 
 class PackedLinear(nn.Linear):
@@ -66,11 +66,11 @@ class PackedLinear(nn.Linear):
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self._packed: Packed | None = packed
-        self._packed_of = stamp(linear.weight)
+        self._packed_of = weight_version(linear.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias, packed = self.weight, self.bias, self._packed
-        is_stale = self._packed_of != stamp(weight)
+        is_stale = self._packed_of != weight_version(weight)
         if packed is None or is_stale or input.dtype != weight.dtype or is_learning(input, weight, bias):
             return F.linear(input, weight, bias)
         if 0 < input.numel() <= packed.way.plain_rows * self.in_features:
@@ -81,7 +81,7 @@ class PackedLinear(nn.Linear):
         """Give up the parameter's memory. One NaN stands for all of its numbers: a use of them would show."""
         nothing = torch.full((1, 1), torch.nan, dtype=self.weight.dtype).expand(self.weight.shape)
         self.weight = nn.Parameter(nothing, requires_grad=False)
-        self._packed_of = stamp(self.weight)
+        self._packed_of = weight_version(self.weight)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # a packed copy cannot be copied or saved; the parameter can
@@ -120,7 +120,7 @@ def ways(dtype: torch.dtype) -> list[Way]:
 
 
 def pack(weight: Tensor, way: Way) -> Packed | None:
-    """The weight as the way wants it. None where it needs no packing, or where this torch or processor cannot do it."""
+    """The weight in the layout of a way. None where it needs no packing, or where this torch or processor cannot do it."""
     if not is_packing(way, weight.dtype) or weight.device.type != "cpu":
         return None
     numbers = weight.detach().to(way.dtype)
@@ -155,6 +155,6 @@ def is_learning(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def stamp(weight: Tensor) -> tuple[int, int]:
-    """Changes when the parameter moves (another device or dtype) and when it is written to: a copy of it is stale."""
+def weight_version(weight: Tensor) -> tuple[int, int]:
+    """Changes when the parameter moves (another device or dtype) and when it is written to."""
     return weight.data_ptr(), weight._version
