@@ -120,7 +120,7 @@ def ways(dtype: torch.dtype) -> list[Way]:
 
 
 def pack(weight: Tensor, way: Way) -> Packed | None:
-    """The weight in the layout of a way. None where it needs no packing, or where this torch or processor cannot do it."""
+    """The weight in the layout of a way. None where it needs no packing, or this torch or processor cannot do it."""
     if not is_packing(way, weight.dtype) or weight.device.type != "cpu":
         return None
     numbers = weight.detach().to(way.dtype)
