@@ -10,7 +10,7 @@
     merge            m = max(m0, m1, m2),  out = sum exp2(mi - m) acc_i / sum exp2(mi - m) l_i     grid (sequence, head)
 
 One sequence of 32 K tokens with 8 KV heads is 8 programs for 132 multiprocessors: without splits most of the GPU, and
-of its memory bandwidth, waits. The merge is the online softmax of chapter 7 with a split in the place of a block.
+of its memory bandwidth, is idle. The merge is the online softmax of chapter 7 with a split in the place of a block.
 Source: Dao et al., "Flash-Decoding for long-context inference" (2023).
 """
 

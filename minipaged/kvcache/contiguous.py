@@ -6,7 +6,7 @@
 
 K and V of past tokens are needed at every step and never change, so they are kept. Q is not: the query of a token is
 used once, in the step that computes the token. Attention reads a view of the slab: no table, no copy.
-A row of the step's `block_tables` has one entry here, the number of the slab. Chapter 6 will need more of them.
+A row of the step's `block_tables` has one entry here, the number of the slab.
 """
 
 import torch

@@ -4,10 +4,9 @@
 
     A: [0, 2]     B: [1]
 
-memory/ decides, in plain Python, which sequence owns which block. The decision arrives as two tensors of the step:
-`slot_mapping` says where to write, `block_tables` says where to read. The compiled loop and Triton have the same two
-functions under the same names. All layers of a step have the same tables, so the numbers in them are checked at the
-first layer only.
+memory/ decides, in plain Python, which sequence owns which block. `slot_mapping` then holds where to write, and
+`block_tables` where to read. The compiled loop and Triton have the same two functions under the same names. All layers
+of a step have the same tables, so the numbers in them are checked at the first layer only.
 """
 
 # Exercise ch07_paged_cache, about 15 minutes. Write what raises

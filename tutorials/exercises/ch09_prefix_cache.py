@@ -8,16 +8,13 @@
 The key of a block hashes the key of the block before it, so one key stands for the whole prefix. K and V of a token
 depend on every token before it: equal tokens behind different prefixes are different blocks, with different keys.
 
-The cache is one more owner of each cached block. That one idea gives the rest. While tables name the block,
-copy-on-write keeps them from writing into it. After its last table is released, the block is still owned, so it is not
-handed out: it is *evictable*. When the free list is empty, the block that has been evictable longest is evicted. An
-operating system's page cache holds its pages in the same way.
+The cache is one more owner of each cached block. While tables name the block, copy-on-write keeps them from writing
+into it. After its last table is released, the block is still owned, so it is not handed out: it is *evictable*. When
+the free list is empty, the block that has been evictable longest is evicted, as in an operating system's page cache.
 
 A block is cached when its tokens are *written*, not when they are planned, so an aborted request leaves nothing behind.
-Two requests with one prefix that are admitted in the same step both compute it, unless the scheduler lets the second
-wait (`block_keys` names the blocks that this step computes). The cache only appends: a block whose key another block
-has stays in its table, uncached, and so do those behind it. So a table never changes because of the cache, and tables
-that name one block name the same blocks before it.
+The cache only appends: a block whose key another block has stays in its table, uncached, and so do those behind it. So
+a table never changes because of the cache, and tables that name one block name the same blocks before it.
 
 H is SHA-256 over fields of fixed width: 32 bytes of parent, 8 bytes a token, and the salt last. With a key of 64 bits,
 as Python's own hash() makes, two prefixes can collide, and one user is answered from another user's text: vLLM had that

@@ -5,8 +5,8 @@
     slot                      ->  3 * 4 + 1 = 13
 
 This is the page table of an operating system with one level: a page is a block of tokens, a process is a sequence,
-and an address is a position. Logical blocks are filled in order, so only the last one may be partly empty: a
-sequence never wastes more than block_size - 1 slots. Source: the PagedAttention paper, sections 4.2 and 4.3.
+and an address is a position. Blocks are filled in order, so only the last one may be partly empty: a sequence wastes at
+most block_size - 1 slots. Source: the PagedAttention paper, sections 4.2 and 4.3.
 
 Chapter 9 extends the same class: a block that two tables name is shared, and it is never written.
 

@@ -9,7 +9,7 @@ after. (The paper moves all sequences of a request together. The scheduler of ch
 sample that moves back names the blocks of the prompt that another sample still has on the device.) The last block
 moves whole, also when it is partly empty. A block that a table outside the group names too is copied like the others,
 and the other table keeps it. This class decides, and the caller copies the tensors.
-Source: the PagedAttention paper, section 4.5, which compares this with dropping the blocks and computing them anew.
+Source: the PagedAttention paper, section 4.5, which compares this with recomputation.
 """
 
 # Exercise ch09_swap, about 30 minutes. Write what raises

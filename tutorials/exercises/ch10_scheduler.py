@@ -13,7 +13,7 @@ preempted: it moves to the host's memory if there is room, or its blocks are fre
 and recomputation: the PagedAttention paper, section 4.5).
 
 The samples of a request are sequences with one prompt. The first computes it; the others then fork its block table.
-One that enters later, or again, begins with the full blocks of the prompt in the table of a sample that runs.
+One that enters later, or again, begins with the prompt's full blocks in the table of a running sample.
 Plain Python, and no tensor: the simulator of chapter 11 runs this very class.
 """
 
