@@ -29,7 +29,8 @@ class ServerMetrics:
         self.between = histogram("inter_token_latency", "From one token of a sequence to its next.")
         self.whole = histogram("e2e_request_latency", "From a request's arrival to its last token.")
         labels = ["model_name", "finished_reason"]
-        self.prompt_tokens = Counter("vllm:prompt_tokens", "Tokens of prompts.", labels[:1], registry=self.registry)
+        prompts = Counter("vllm:prompt_tokens", "Tokens of prompts.", labels[:1], registry=self.registry)
+        self.prompt_tokens = prompts.labels(model)
         self.success = Counter("vllm:request_success", "Requests that ended.", labels, registry=self.registry)
         self.registry.register(self)
 
@@ -40,7 +41,7 @@ class ServerMetrics:
             self.between.observe(now - seq.outputs[number - 1].time)
         elif seq.index == 0:
             self.first.observe(now - request.arrival_time)
-            self.prompt_tokens.labels(self.model).inc(len(seq.prompt_token_ids))
+            self.prompt_tokens.inc(len(seq.prompt_token_ids))
 
     def finished(self, request: Request) -> None:
         times = [seq.outputs[-1].time for seq in request.seqs if seq.outputs]
