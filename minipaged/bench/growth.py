@@ -88,7 +88,7 @@ def _decoding(model: Any, cache: str, batch: int, context: int) -> Any:
     """An engine all of whose sequences decode."""
     from minipaged import LLM, SamplingParams
 
-    slots = {"max_model_len": MAX_MODEL_LEN, "num_blocks": batch * MAX_MODEL_LEN // 16}
+    slots: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "num_blocks": batch * MAX_MODEL_LEN // 16}
     llm = LLM(model, cache=cache, max_num_seqs=batch, enable_prefix_caching=False, **slots)
     # No sequence ends: the first ones write on while the last prompts are computed.
     params = SamplingParams(max_tokens=MAX_MODEL_LEN - context, ignore_eos=True)
