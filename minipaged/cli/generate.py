@@ -233,17 +233,9 @@ def _print_metrics(llm: "LLM") -> None:
 
 def _fields(output: "RequestOutput", model: str, cache: str) -> dict[str, Any]:
     """One answer as one flat object; several as a list beside the prompt."""
-    answers = [
-        {
-            "text": answer.text,
-            "token_ids": answer.token_ids,
-            "finish_reason": answer.finish_reason,
-            **({"logprobs": answer.logprobs} if answer.logprobs is not None else {}),
-            **({"score": answer.score} if answer.score is not None else {}),
-            **({"error": answer.error} if answer.error is not None else {}),
-        }
-        for answer in output.outputs
-    ]
+    names = ("text", "token_ids", "finish_reason", "logprobs", "score", "error")
+    found = [[(name, getattr(answer, name)) for name in names] for answer in output.outputs]
+    answers = [{name: value for name, value in fields if value is not None} for fields in found]
     prompt = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids}
     said = answers[0] if len(answers) == 1 else {"outputs": answers}
     return {**prompt, **said, "model": model, "cache": cache}
