@@ -10,6 +10,7 @@ Three pools: one without a free block; one of which three quarters are free; and
 first 1,024 tokens, so that contiguous memory holds (and reads) 32 copies of them.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,8 +71,8 @@ def ours(batch: Batch) -> Run:
 
 def truth(batch: Batch) -> torch.Tensor:
     """The answer in float64, on contiguous memory."""
-    wide = (tensor.double() for tensor in (batch.query, batch.key_cache, batch.value_cache))
-    return one_by_one(Batch(*wide, batch.block_tables, batch.seq_lens, batch.query_start_loc))()
+    wide = {name: getattr(batch, name).double() for name in ("query", "key_cache", "value_cache")}
+    return one_by_one(replace(batch, **wide))()
 
 
 def measure(dtype: torch.dtype, pool: str, rounds: int, console: Console) -> dict[str, Any]:
@@ -119,6 +120,8 @@ def run(console: Console, out: Path | None, settings: Settings) -> None:
         for peer, most in TARGETS.items() if found["pool"] == POOLS[0] else ():
             ratio, by_medians = (found[figure][OURS] / found[figure][peer] for figure in ("best", "medians"))
             verdict = "met" if ratio <= most else "NOT met"
-            said = f"{found['dtype']}: at most {most} x {peer}: {ratio:.2f} x ({by_medians:.2f} x by medians), {verdict}"
+            said = (
+                f"{found['dtype']}: at most {most} x {peer}: {ratio:.2f} x ({by_medians:.2f} x by medians), {verdict}"
+            )
             console.print(said)
     save(out, {"machine": machine, "tables": tables})

@@ -53,7 +53,9 @@ def run(console: Console, out: Path | None, settings: Settings) -> None:
                 add("memory", cache, [llm.blocks.num_stored_tokens, llm.blocks.num_used * llm.blocks.block_size])
 
     for context in CONTEXTS:
-        measure("token", 1, context, context, {"recompute": _recompute(model, context)} if context < CONTEXTS[-1] else {})
+        measure(
+            "token", 1, context, context, {"recompute": _recompute(model, context)} if context < CONTEXTS[-1] else {}
+        )
     console.print(_table("token", found["token"]))
     for sequences in BATCHES:
         measure("step", sequences, 128, sequences, {})

@@ -115,7 +115,7 @@ def _error(
 
 
 def milliseconds(calls: list[Call], rounds: int = 1) -> list[float]:
-    """Times of calls that take turns, for so many of the rounds' milliseconds."""
+    """Times of calls that take turns: a round's share of 100 ms."""
     from triton.testing import do_bench
 
     turn = cycle(calls)
@@ -210,12 +210,12 @@ def run(console: Console, out: Path | None, settings: Settings) -> None:
     for shape in (LLAMA, SMOLLM2):
         decode = [Problem(shape, n, c, half, device) for n, c in (QUICK_DECODE if settings.scale < 1 else DECODE)]
         prefill = [Problem(shape, n, c, half, device, q) for n, q, c in PREFILL]
-        for title, problems, *measured in (
+        for title, problems, ceiling, amount, unit in (
             ("decode", decode, bandwidth, "kv_bytes", "GB/s"),
             ("prefill", prefill, matmul, "flops", "TFLOP/s"),
         ):
             found = [measure(problem, peers, settings.rounds, told) for problem in problems]
-            print_table(console, found, f"{title}, {shape.name}", *measured)
+            print_table(console, found, f"{title}, {shape.name}", ceiling, amount, unit)
             rows += found
             # After each table: a run that is cut short leaves what it has.
             save(out, {"machine": machine, "copy": bandwidth, "matmul": matmul, "rows": rows})

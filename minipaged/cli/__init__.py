@@ -88,8 +88,8 @@ def trace(
     from minipaged.viz.export import to_json
     from minipaged.viz.replay import at_step
     from minipaged.viz.script import load_script, run_script
-    from minipaged.viz.terminal import show
     from minipaged.viz.svg import to_svg
+    from minipaged.viz.terminal import show
     from minipaged.viz.trace_file import load_trace
 
     recorded = load_trace(file) if file.suffix == ".jsonl" else run_script(load_script(file))

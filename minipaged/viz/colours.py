@@ -16,7 +16,7 @@ def colours(snapshot: Snapshot) -> dict[str, str]:
 
 
 def sign(owners: list[Owner] | None, labels: dict[str, str], shades: dict[str, str]) -> tuple[str, str | None]:
-    """A block of a large pool, and its colour: its owner's letters, + for several owners, # for none, · if it is free."""
+    """A block of a large pool, and its colour: its owner's letters, + for several owners, # for none, · if free."""
     if owners is None:
         return "·", None
     if len(owners) != 1:

@@ -64,8 +64,8 @@ def fit_columns(text: str, width: int) -> str:
 _SENTENCES = {
     "allocate": "{seq} takes physical block {block} for its logical block {logical}",
     "share": "{seq} names physical block {block} too, as its logical block {logical}",
-    "copy": "physical block {source} is shared: {seq} copies it to block {target}, its logical block {logical} from now "
-    "on (copy-on-write)",
+    "copy": "physical block {source} is shared: {seq} copies it to block {target}, its logical block {logical} "
+    "from now on (copy-on-write)",
     "fork": "{seq} is a fork of {parent}: it has the same first {tokens} in the same blocks",
     "write": "{seq} {stores}",
     "free": "{seq} lets go of block {block}, its logical block {logical}",
