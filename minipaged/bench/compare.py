@@ -107,12 +107,7 @@ def installed_peers(pythons: dict[str, str]) -> list[str]:
 
 
 def run(
-    console: Console,
-    out: Path | None,
-    settings: Settings,
-    works: list[str],
-    dtypes: list[str],
-    pythons: dict[str, str],
+    console: Console, out: Path | None, settings: Settings, works: list[str], dtypes: list[str], pythons: dict[str, str]
 ) -> None:
     """Every workload through every system, and a table of each. pythons: interpreters of peers."""
     for dtype in dtypes:

@@ -228,11 +228,7 @@ class Answer:
 
     def usage(self) -> dict[str, int]:
         total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
 
     def _choice(self, pieces: list[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
