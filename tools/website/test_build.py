@@ -22,7 +22,7 @@ import measured_tables
 import pytest
 from built import KINDS, PAGES, ROOT, SITE
 
-FORMS = {  # what the benchmarks write, in small: the fields of minipaged/bench and kernels/bench.py
+FORMS = {  # what the benchmarks write, in small: the fields of minipaged/bench
     "bench": {
         "machine": {"platform": "Linux", "python": "3.11.7", "cores": 2},
         "threads": 2,
