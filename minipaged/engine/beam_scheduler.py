@@ -85,6 +85,7 @@ class Search:
     room: int = 0  # tokens that the context has for the answer
     cumulative: list[float] = field(default_factory=lambda: [0.0])
     hypotheses: list[Hypothesis] = field(default_factory=list)  # the best first, at most beam_width
+    error: str | None = None  # why this search failed
     num_forks: int = 0
 
     def __post_init__(self) -> None:
@@ -94,6 +95,8 @@ class Search:
     def outputs(self, tokenizer: "TextTokenizer") -> list[CompletionOutput]:
         """The hypotheses as an answer, best first. The text of a stop token is no part of it."""
         stops = self.params.stop_token_ids or ()
+        if self.error is not None:
+            return [CompletionOutput(0, finish_reason="error", error=self.error)]
         return [
             CompletionOutput(
                 rank,
