@@ -388,7 +388,7 @@ def test_a_tensor_lies_where_it_lies_and_nowhere_else(name, data):
     is free in a whole file."""
     whole, _, _ = gguf_bytes()
     encoded = gguf_name(name).encode()
-    at = whole.index(struct.pack("<Q", len(encoded)) + encoded) + 8 + len(encoded) + 4 + 8 * len(shapes(SMALL)[name]) + 4
+    at = whole.index(struct.pack("<Q", len(encoded)) + encoded) + 8 + len(encoded) + 8 + 8 * len(shapes(SMALL)[name])
     (own,) = struct.unpack_from("<Q", whole, at)
     near, far = st.integers(0, len(whole)), st.integers(2**64 - len(whole), 2**64 - 1)
     offset = data.draw(near | (near | far).map(lambda n: n // 32 * 32) | far, label="offset")
@@ -911,7 +911,9 @@ def test_numbers_of_quantised_weights_are_refused_by_their_type(dtype, name):
     assert name in message and "quantised" in message
 
 
-@given(changed=st.none() | st.integers(0, SMALL.vocab_size * SMALL.hidden_size - 1), dtype=st.sampled_from(("f4", "f2")))
+@given(
+    changed=st.none() | st.integers(0, SMALL.vocab_size * SMALL.hidden_size - 1), dtype=st.sampled_from(("f4", "f2"))
+)
 def test_an_output_layer_beside_a_tied_embedding_is_used_where_it_is_another(changed, dtype):
     """As in transformers: a config.json that says tied is believed as far as the two are equal."""
     weights = random_weights(replace(SMALL, tie_embeddings=True))
@@ -924,7 +926,8 @@ def test_an_output_layer_beside_a_tied_embedding_is_used_where_it_is_another(cha
         loaded = load_model(folder).transformer
         assert torch.equal(logits(loaded), logits(expected))
         assert loaded.config.tie_embeddings == (changed is None)
-        save_file({**load_file(folder / "model.safetensors"), "lm_head.weight": torch.ones(3, 8)}, folder / "model.safetensors")
+        file = folder / "model.safetensors"
+        save_file({**load_file(file), "lm_head.weight": torch.ones(3, 8)}, file)
         assert "lm_head.weight has shape [3, 8]" in refused(folder)
 
 
@@ -972,14 +975,19 @@ def test_an_id_that_is_none_is_refused_by_its_name(name, file, value):
             assert f"{name} must be" in refused(folder) or name in refused(folder)
 
 
-@given(said=st.dictionaries(st.sampled_from(("tokenizer_config.json", "config.json", "generation_config.json")),
-                            st.none() | st.integers(0, EOS)), named=st.booleans(), where=st.sampled_from(
-    ("tokenizer_config.json", "special_tokens_map.json")), form=st.booleans())
+@given(
+    said=st.dictionaries(
+        st.sampled_from(("tokenizer_config.json", "config.json", "generation_config.json")),
+        st.none() | st.integers(0, EOS),
+    ),
+    named=st.booleans(),
+    where=st.sampled_from(("tokenizer_config.json", "special_tokens_map.json")),
+    form=st.booleans(),
+)
 def test_the_end_of_a_text_is_found_wherever_a_folder_names_it(said, named, where, form):
     """The last file that says it counts, null says nothing, and without an id the token's name is looked up."""
-    files = {"config.json": json_fields(SMALL), **{file: {} for file in said}}
-    if "config.json" in said:
-        files["config.json"] = dict(json_fields(SMALL))
+    files = {file: {} for file in said}
+    files["config.json"] = json_fields(SMALL)
     for file, value in said.items():
         files[file]["eos_token_id"] = value
     if named:

@@ -172,7 +172,7 @@ class LLM(LLMEngine):
         if not given:
             raise ValueError("messages is empty: a conversation has at least one message")
         conversations = [given] if isinstance(given[0], dict) else given
-        prompts: list[Prompt] = [chat_prompt(conversation, self.tokenizer) for conversation in conversations]  # type: ignore[arg-type]
+        prompts: list[Prompt] = [chat_prompt(each, self.tokenizer) for each in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, progress=progress)
 
     def beam_search(

@@ -8,8 +8,8 @@ from minipaged.model.tokenizer import Message, TextTokenizer
 
 
 class TokenPrompt(TypedDict):
-    """A prompt as tokens. prompt: their text, for the answer to repeat. cache_salt: prompts of unequal salts never share
-    a block (one for each tenant, say)."""
+    """A prompt as tokens. prompt: their text, for the answer to repeat. cache_salt: prompts of unequal salts share no
+    block (one for each tenant, say)."""
 
     prompt_token_ids: list[int]
     prompt: NotRequired[str]

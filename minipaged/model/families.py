@@ -39,7 +39,7 @@ _NOT_SUPPORTED = {
     "qwen3_moe": "it has experts",
     "qwen3moe": "it has experts",
 }
-# Fields of other families that change what a model computes, in config.json and in GGUF -> the values that change nothing.
+# Fields of other families that change what a model computes, in config.json and GGUF -> values that change nothing.
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "expert_count", "attention.max_alibi_bias"), (0,)),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attention.clamp_kqv"), (0,)),
@@ -133,7 +133,7 @@ def config_from_json(path: Path) -> ModelConfig:
         _check_no_effect(fields.get)
         names = ("num_attention_heads", "hidden_size", "num_hidden_layers", "max_position_embeddings")
         heads, hidden, layers, context = (_counted(name, get(name)) for name in names)
-        head_dim = hidden // heads if (head_dim := fields.get("head_dim")) is None else head_dim
+        head_dim = fields.get("head_dim", 128 if family == "qwen3" else None) or hidden // heads
         scaling, parameters = fields.get("rope_scaling"), fields.get("rope_parameters")
         if scaling and parameters and scaling != parameters:  # transformers would take the first, and its base alone
             raise ModelFileError(f"rope_scaling {scaling} and rope_parameters {parameters} differ: leave one of them")

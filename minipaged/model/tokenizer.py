@@ -165,11 +165,9 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _to_json(
-    value: object, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """With transformers' arguments, and without jinja2's escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, **how: Any) -> str:
+    """With the arguments of transformers' filter, and without jinja2's escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **how)
 
 
 def _refuse(message: str) -> None:
