@@ -343,7 +343,7 @@ def test_token_ids_agree(splitter, form, files):
         )
 
 
-# ---- tokenizers of folders ---------------------------------------------------------------------------------------------
+# ---- tokenizers of folders -------------------------------------------------------------------------------------------
 
 
 @cache
@@ -411,7 +411,7 @@ def test_what_a_folder_saves_is_read_as_transformers_reads_it(kind, tmp_path):
 TEMPLATES = {
     # Qwen: a system message of its own, tools, and what jinja2 calls a namespace.
     "chatml": """
-{%- if tools %}{{ '<|im_start|>system\n# Tools' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '<|im_end|>\n' }}
+{%- if tools %}{{ '<|im_start|>system\n# Tools' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}
 {%- elif messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
 {%- else %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{%- endif %}
 {%- set ns = namespace(last=messages|length - 1) %}
@@ -421,13 +421,15 @@ TEMPLATES = {
 {%- if message.role == 'user' or message.role == 'assistant' or (message.role == 'system' and not loop.first) %}
 {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
 {%- endif %}{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- if ns.last == 0 %}{{ '<think>' }}{% endif %}{%- endif %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- if ns.last == 0 %}{{ '<think>' }}{% endif %}
+{%- endif %}
 """,
     # Llama 3: it writes what begins a text, and the date.
     "llama3": """
 {{- bos_token }}
 {%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
-{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
+{%- if messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
 {%- else %}{%- set system = "" %}{%- endif %}
 {{- "<|start|>system<|end|>\n\n" }}{%- if tools is not none %}{{- "Environment: ipython\n" }}{%- endif %}
 {{- "Today Date: " + date_string + "\n\n" }}{{- system }}{{- eos_token }}
@@ -480,7 +482,8 @@ TEMPLATES = {
 {%- else %}{{ "<|im_start|>" + message.role + "\n" + message.content + "<|im_end|>\n" }}{% endif %}
 {%- endfor %}
 {{- {"role": messages[-1].role, "a": ["<", "é", "'"], "content": messages[-1].content} | tojson(indent=2) }}
-{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% if not enable_thinking %}{{ "<think>" }}{% endif %}{% endif %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% if not enable_thinking %}{{ "<think>" }}{% endif %}
+{%- endif %}
 """,
 }
 ROLES = [["user"], ["system", "user"], ["user", "assistant", "user"], ["system", "user", "assistant", "user", "tool"]]

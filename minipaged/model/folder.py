@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Files of the weights, and the tensors to read of each (None: all). Raises ModelFileError for one that is missing."""
+    """Files of the weights, and the tensors to read of each (None: all). Raises ModelFileError where one is missing."""
     if (index := file_in(folder, INDEX)) is None:
         if (single := file_in(folder, "model.safetensors")) is None:
             raise ModelFileError(f"{folder} holds neither model.safetensors nor {INDEX}")
