@@ -381,6 +381,9 @@ KINDS |= {
 }
 
 
+PLAIN_TEXT = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+
+
 def saved(kind, folder, template=None):
     """The folder as transformers saves it, and their tokenizer, read from there."""
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=KINDS[kind](), bos_token=BOS, eos_token=EOS)
@@ -398,12 +401,11 @@ def test_what_a_folder_saves_is_read_as_transformers_reads_it(kind, tmp_path):
     for text in STRINGS:
         expected = theirs(text).input_ids
         assert ours.encode(text) == expected, repr(text)
-        assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
+        assert ours.decode(expected) == theirs.decode(expected, **PLAIN_TEXT)
         stream = ours.stream()
         assert "".join([*map(stream.push, expected), stream.finish()]) == ours.decode(expected)
         plain = theirs(text, add_special_tokens=False).input_ids
-        whole = theirs.decode(prompt + plain, skip_special_tokens=True)
-        before = theirs.decode(prompt, skip_special_tokens=True)
+        whole, before = theirs.decode(prompt + plain, **PLAIN_TEXT), theirs.decode(prompt, **PLAIN_TEXT)
         assert before + ours.decode_behind(prompt, plain) == whole, repr(text)
 
 

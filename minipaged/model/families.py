@@ -53,6 +53,7 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 GGUF_ROPE_FACTORS = "rope_freqs.weight"  # a tensor of all layers, and no weight
 _DEFAULT_WINDOW, _DEFAULT_FULL_LAYERS = 4096, 28  # of Mistral and Qwen, where config.json does not say
+_QWEN3_HEAD_DIM = 128  # the same
 _SMOLLM3_INTERVAL = 4  # each fourth layer has no positions; its GGUF files do not say so
 
 
@@ -133,7 +134,8 @@ def config_from_json(path: Path) -> ModelConfig:
         _check_no_effect(fields.get)
         names = ("num_attention_heads", "hidden_size", "num_hidden_layers", "max_position_embeddings")
         heads, hidden, layers, context = (_counted(name, get(name)) for name in names)
-        head_dim = fields.get("head_dim", 128 if family == "qwen3" else None) or hidden // heads
+        head_dim = fields.get("head_dim", _QWEN3_HEAD_DIM if family == "qwen3" else None)
+        head_dim = hidden // heads if head_dim is None else head_dim
         scaling, parameters = fields.get("rope_scaling"), fields.get("rope_parameters")
         if scaling and parameters and scaling != parameters:  # transformers would take the first, and its base alone
             raise ModelFileError(f"rope_scaling {scaling} and rope_parameters {parameters} differ: leave one of them")

@@ -64,7 +64,7 @@ def source_from_gguf(path: Path) -> Source:
     try:
         config = config_from_gguf(file)
         names = {hugging_face_name(name): name for name in file.tensors if name != GGUF_ROPE_FACTORS}
-    except (ValueError, TypeError, ArithmeticError) as error:  # a field holds something else than it should
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:  # a field that is odd, or missing
         raise ModelFileError(f"{path}: {error}") from error
     is_permuted = gguf_field(file, "general.architecture") in _PERMUTED
 
