@@ -446,7 +446,7 @@ TEMPLATES = {
 {%- else %}{%- set rest = messages %}{%- endif %}{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
 {{- bos_token }}
 {%- for message in rest %}
-{%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}{{- raise_exception("roles must take turns") }}{%- endif %}
+{%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}{{- raise_exception("no turns") }}{%- endif %}
 {%- if message["role"] == "user" %}
 {%- if loop.last and system is defined %}{{- "[INST] " + system + "\n\n" + message["content"] + "[/INST]" }}
 {%- else %}{{- "[INST] " + message["content"] + "[/INST]" }}{%- endif %}
@@ -490,7 +490,7 @@ TEMPLATES = {
 }
 ROLES = [["user"], ["system", "user"], ["user", "assistant", "user"], ["system", "user", "assistant", "user", "tool"]]
 ROLES += [["user", "user"], ["assistant"]]
-CONTENTS = ["Hello", "  <b>it's \"5 < 6\"</b> & \n", "日本語 😀", f"{EOS}{BOS}", "", "{{ 1 }}"]
+CONTENTS = ["Hello", '  <b>it\'s "5 < 6"</b> & \n', "日本語 😀", f"{EOS}{BOS}", "", "{{ 1 }}"]
 
 
 def rendered(render):
@@ -506,11 +506,10 @@ def rendered(render):
 def test_conversations_are_what_transformers_makes_of_them(name, kind, tmp_path):
     """As text and as tokens: with what begins a text where the template writes it, and there alone."""
     theirs, ours = saved(kind, tmp_path, TEMPLATES[name]), tokenizer_from_folder(tmp_path)
-    refused = 0
+    refused, told = 0, {"add_generation_prompt": True, "return_dict": False}
     for roles, shift in product(ROLES, range(3)):
         contents = CONTENTS[shift:] + CONTENTS[:shift]
         messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
-        told = {"add_generation_prompt": True, "return_dict": False}
         text = rendered(lambda messages=messages: theirs.apply_chat_template(messages, tokenize=False, **told))
         prompt = rendered(lambda messages=messages: chat_prompt(messages, ours))
         refused += text == "refused"

@@ -220,4 +220,4 @@ def _windows(window: int | None, slides: list[bool]) -> tuple[int | None, ...]:
 def _check_no_effect(get: Callable[[str], Any]) -> None:
     for name, values in _NO_EFFECT.items():
         if (found := get(name)) is not None and found not in values:
-            raise ModelFileError(f"{name} is {found!r}, which is not supported: {values[-1]!r} is")
+            raise ModelFileError(f"{name} is {found!r}, which is not supported")
