@@ -196,7 +196,7 @@ def _each_nth(num_layers: int, interval: int) -> tuple[int, ...]:
 def _sliding_windows(fields: dict[str, Any], family: str, num_layers: int) -> tuple[int | None, ...]:
     """Of each layer. Where a field is missing, it is what transformers' class of the family takes."""
     window = fields.get("sliding_window", _DEFAULT_WINDOW if family in ("mistral", "qwen2", "qwen3") else None)
-    if not fields.get("use_sliding_window", family == "mistral"):
+    if family != "mistral" and not fields.get("use_sliding_window", False):
         window = None
     if family in ("llama", "mistral"):
         slides = [family == "mistral" and window is not None] * num_layers
