@@ -226,7 +226,8 @@ class LLM(LLMEngine):
                 self.scheduler.check(len(token_ids), params.max_tokens)
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from error
-            checked.append((prompt if isinstance(prompt, str) else prompt.get("prompt"), token_ids, cache_salt))
+            text = prompt.get("prompt") if isinstance(prompt, dict) else str(prompt)
+            checked.append((text, token_ids, cache_salt))
         requests = []
         for prompt_text, token_ids, cache_salt in checked:
             request_id = next(self._request_ids)
