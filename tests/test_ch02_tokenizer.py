@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from minipaged.engine.prompt import chat_prompt
 from minipaged.model import fetch
-from minipaged.model.gguf_file import open_gguf
+from minipaged.model.gguf_file import ModelFileError, open_gguf
 from minipaged.model.load import load_model
 from minipaged.model.tokenizer import TextTokenizer
 from minipaged.model.tokenizer_files import byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
@@ -447,3 +447,28 @@ def test_of_several_templates_the_default_one_is_for_conversations(names):
     else:
         with pytest.raises(ValueError, match="no chat template"):
             tokenizer.apply_chat_template(ONE)
+
+
+def exploding():
+    """Each further "a" doubles the ways to cut a text that does not end with "b"."""
+    made = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "!": 2, "a" * 40: 3}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
+    made.decoder = decoders.Replace(Regex("(a+)+b"), "")
+    return made
+
+
+def test_a_pattern_that_explodes_is_an_error_of_its_text_alone():
+    tokenizer = TextTokenizer(exploding())
+    for call in (lambda: tokenizer.encode("a" * 40 + "!"), lambda: tokenizer.decode([3])):
+        with pytest.raises(ValueError, match="does not get through this text"):
+            call()
+    assert tokenizer.encode("aab!") == [0, 0, 1, 2]
+    with TemporaryDirectory() as folder:
+        write_folder(folder, SMALL, {})
+        made = exploding()
+        made.normalizer = normalizers.Sequence(
+            [normalizers.Replace("a", "a" * 40), normalizers.Replace(Regex("(a+)+b"), "")]
+        )
+        made.save(f"{folder}/tokenizer.json")
+        with pytest.raises(ModelFileError, match="tokenizer.json is not a usable"):
+            tokenizer_from_folder(Path(folder))

@@ -7,7 +7,8 @@ in the model's files.
 import json
 import re
 from codecs import getincrementaldecoder
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -26,6 +27,18 @@ _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
 _SPELT_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """The package's Rust code panics where a pattern of tokenizer.json explodes, say. That is no Exception, and would
+    pass for a Ctrl-C: here it becomes a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer does not get through this text: {error}") from error
 
 
 class TextTokenizer:
@@ -68,13 +81,15 @@ class TextTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode: {error.reason}, at character {error.start}") from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with panics_are_errors():
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         bos = [self.bos_token_id] if add_bos and self.bos_token_id is not None else []
         return ids if ids[:1] == bos else [*bos, *ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of the tokens, without special tokens. Bytes that are not a whole character read as U+FFFD."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        with panics_are_errors():
+            return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Each token's own text, special tokens included: for pictures of what lies in which slot."""

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from minipaged.model.folder import file_in, read_json
 from minipaged.model.gguf_file import GGUFFile, ModelFileError, gguf_field
-from minipaged.model.tokenizer import TextTokenizer
+from minipaged.model.tokenizer import TextTokenizer, panics_are_errors
 
 _UNKNOWN_TOKEN, _CONTROL_TOKEN, _USER_TOKEN = 2, 3, 4  # llama.cpp's token types; 1 is an ordinary token
 
@@ -95,8 +95,9 @@ def tokenizer_from_folder(folder: Path) -> TextTokenizer:
     if (path := file_in(folder, "tokenizer.json")) is None:
         raise ModelFileError(f"{folder} holds no tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-        bos = _first_of_a_text(tokenizer)
+        with panics_are_errors():
+            tokenizer = Tokenizer.from_file(str(path))
+            bos = _first_of_a_text(tokenizer)
     except Exception as error:  # the package raises a bare Exception
         raise ModelFileError(f"{path} is not a usable tokenizer.json: {error}") from error
     settings: dict[str, Any] = {}
