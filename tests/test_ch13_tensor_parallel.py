@@ -40,7 +40,7 @@ from minipaged.engine.beam_scheduler import Search
 from minipaged.engine.beam_search import choose
 from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.engine.sequence import Sequence, Token
-from minipaged.model import load
+from minipaged.model import fetch, load
 from minipaged.model.batch import ForwardBatch, make_batch
 from minipaged.model.load import TINY, load_model, open_source, tiny_transformer
 from minipaged.model.recompute import RecomputeCache, next_logits
@@ -246,6 +246,15 @@ def test_two_ranks_write_the_tokens_of_one_for_each_family(ranks_are_threads, tm
     assert two.everything(prompts, (GREEDY, SAMPLED)) == one.everything(prompts, (GREEDY, SAMPLED))
     assert_rows_agree(two, one, 1e-9)
     two.llm.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_copy_of_the_model_that_is_damaged_is_refused_by_its_sum(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("MINIPAGED_HOME", str(tmp_path))
+    monkeypatch.setattr(fetch, "GGUF_BYTES", 1000)
+    fetch.smollm2_path().write_bytes(bytes(1000))
+    with pytest.raises(fetch.FetchError, match="is damaged"):
+        load_slice("smollm2-135m", rank, 2, "float32", 0, "cpu")
 
 
 def test_a_tensor_larger_than_the_configuration_says_is_refused(tmp_path):
