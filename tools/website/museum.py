@@ -8,7 +8,6 @@ from itertools import groupby
 from chapters import front_matter
 from course import ROOT, Repository, fenced, folded
 
-
 GITHUB = {
     "vLLM": "vllm-project/vllm",
     "nano-vllm": "GeeeekExplorer/nano-vllm",
@@ -71,14 +70,14 @@ def pages(repository: Repository) -> Iterator[tuple[str, str]]:
 
 
 def index(found: list) -> str:
-    about = "Classic bugs, and some that were reported from real systems, each planted in our code and killed by a suite."
+    about = "Classic bugs, and some reported from real systems, each planted in our code and killed by a suite."
     head = front_matter("Bug museum", about) + "# The bug museum\n\n"
     if not found:
         return head + "The museum has no exhibit yet.\n"
     systems = sum(map(is_of_a_system, found))
     text = (
-        f"{len(found)} bugs, {systems} of them reported from a real system, planted one at a time in a copy of one module. A "
-        "test proves that the suite of the chapter kills every one. `minipaged hunt` hands you one without saying "
+        f"{len(found)} bugs, {systems} of them reported from a real system, planted one at a time in a copy of one module. "
+        "A test proves that the suite of the chapter kills every one. `minipaged hunt` hands you one without saying "
         "which: find it from the counterexample.\n"
     )
     for chapter, group in groupby(found, key=lambda bug: bug.chapter):
