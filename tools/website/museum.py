@@ -76,9 +76,9 @@ def index(found: list) -> str:
         return head + "The museum has no exhibit yet.\n"
     systems = sum(map(is_of_a_system, found))
     text = (
-        f"{len(found)} bugs, {systems} of them reported from a real system, planted one at a time in a copy of one module. "
-        "A test proves that the suite of the chapter kills every one. `minipaged hunt` hands you one without saying "
-        "which: find it from the counterexample.\n"
+        f"{len(found)} bugs, {systems} of them reported from a real system, planted one at a time in a copy of one "
+        "module. A test proves that the suite of the chapter kills every one. `minipaged hunt` hands you one without "
+        "saying which: find it from the counterexample.\n"
     )
     for chapter, group in groupby(found, key=lambda bug: bug.chapter):
         lines = [f"- [{title(bug)}]({bug.name}.md): {linked(bug.source)}" for bug in group]

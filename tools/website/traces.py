@@ -85,8 +85,8 @@ def runs(model: Model) -> Iterator[tuple[str, str, str, Trace]]:
     samples = SamplingParams(n=3, temperature=0.9, max_tokens=8, ignore_eos=True, seed=4)
     engine.generate(["The moon is a place where"], samples)
     about = (
-        "One prompt, three samples. The prompt is computed once. All three name its blocks, and a sample that writes into "
-        "a shared block takes a copy first."
+        "One prompt, three samples. The prompt is computed once. All three name its blocks, and a sample that writes "
+        "into a shared block takes a copy first."
     )
     yield "parallel_sampling", "Parallel sampling", about, traced(engine)
 
