@@ -145,7 +145,7 @@ form.addEventListener("submit", (event) => {
     const document = await ask({ act: "run", settings: settingsOf() });
     const player = place.querySelector("#pg-film");
     player.load(document);
-    player.document = document; // for the page's own tests
+    player.document = document; // for whoever looks: the page's own tests
     say(`Done: ${document.events.length} events.`);
   });
 });

@@ -213,7 +213,7 @@ def _states_of_tables(script):
 
 
 def _states_of_an_allocator(script):
-    """The same where there is an allocator alone: each holder of a block is drawn as one owner."""
+    """The same where there is an allocator alone: whoever was given a block, or shares it, is drawn as one owner."""
     owners, states, num_blocks = {}, [], 1
     letters = iter(LETTERS)
     for call in script:

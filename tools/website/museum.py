@@ -1,49 +1,11 @@
 """The bug museum as pages, one a bug, from tests/bugs/. The bug itself is folded away: hunt first, then look."""
 
 import difflib
-import re
 from collections.abc import Iterator
 from itertools import groupby
 
 from chapters import front_matter
 from course import ROOT, Repository, fenced, folded
-
-GITHUB = {
-    "vLLM": "vllm-project/vllm",
-    "nano-vllm": "GeeeekExplorer/nano-vllm",
-    "sglang": "sgl-project/sglang",
-    "text-generation-inference": "huggingface/text-generation-inference",
-    "llm-d-inference-sim": "llm-d/llm-d-inference-sim",
-}
-PAPERS = {"PagedAttention paper": "2309.06180", "Sarathi-Serve": "2403.02310"}
-
-
-def linked(source: str) -> str:
-    """The source of a bug in Markdown: "vLLM pull requests 4761 and 4764" with a link on each number."""
-    repository = kind = ""
-
-    def link(word: re.Match[str]) -> str:
-        nonlocal repository, kind
-        text = word[0]
-        if text in GITHUB:
-            repository, kind = GITHUB[text], ""
-        elif text.startswith(("pull", "issue")):
-            kind = "pull" if text.startswith("pull") else "issues"
-        elif text.startswith("CVE"):
-            return f"[{text}](https://nvd.nist.gov/vuln/detail/{text})"
-        elif text in PAPERS:
-            return f"[{text}](https://arxiv.org/abs/{PAPERS[text]})"
-        elif repository and kind:
-            return f"[{text}](https://github.com/{repository}/{kind}/{text})"
-        return text
-
-    names = "|".join(map(re.escape, [*GITHUB, *PAPERS]))
-    return re.sub(rf"CVE-\d+-\d+|(?<![\w-])(?:{names})(?![\w-])|pull requests?|issues?|\b\d+\b", link, source)
-
-
-def is_of_a_system(bug) -> bool:
-    """Whether its source names a system that had it."""
-    return any(name in bug.source for name in GITHUB)
 
 
 def bugs() -> list:
@@ -70,18 +32,18 @@ def pages(repository: Repository) -> Iterator[tuple[str, str]]:
 
 
 def index(found: list) -> str:
-    about = "Classic bugs, and some reported from real systems, each planted in our code and killed by a suite."
+    about = "Real bugs of real systems, and classics, each planted in our code and killed by a suite."
     head = front_matter("Bug museum", about) + "# The bug museum\n\n"
     if not found:
         return head + "The museum has no exhibit yet.\n"
-    systems = sum(map(is_of_a_system, found))
+    systems = sum(bug.source != "a classic" for bug in found)
     text = (
-        f"{len(found)} bugs, {systems} of them reported from a real system, planted one at a time in a copy of one "
-        "module. A test proves that the suite of the chapter kills every one. `minipaged hunt` hands you one without "
-        "saying which: find it from the counterexample.\n"
+        f"{len(found)} bugs, {systems} of them seen in a real system, planted one at a time in a copy of one module. A "
+        "test proves that the suite of the chapter kills every one. `minipaged hunt` hands you one without saying "
+        "which: find it from the counterexample.\n"
     )
     for chapter, group in groupby(found, key=lambda bug: bug.chapter):
-        lines = [f"- [{title(bug)}]({bug.name}.md): {linked(bug.source)}" for bug in group]
+        lines = [f"- [{title(bug)}]({bug.name}.md): {bug.source}" for bug in group]
         text += f"\n## Chapter {chapter}\n\n" + "\n".join(lines) + "\n"
     return head + text
 
@@ -99,7 +61,7 @@ def page(bug, repository: Repository) -> str:
     chapter = f"[{bug.chapter}](../course/ch{bug.chapter:02d}.md)"
     return (
         front_matter(f"{title(bug)} (chapter {bug.chapter})", about)
-        + f"# {title(bug)}\n\n{about}\n\n**Seen in:** {linked(bug.source)}. **Chapter:** {chapter}.\n\n"
+        + f"# {title(bug)}\n\n{about}\n\n**Seen in:** {bug.source}. **Chapter:** {chapter}.\n\n"
         "Which lines would you look at first? Which property must fail, and on what smallest script?\n\n"
         f"{folded('The bug', shown, 'bug')}\n"
         f"`minipaged check {bug.chapter}` runs the suite that kills it. All exhibits: [the museum](index.md).\n"

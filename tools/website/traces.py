@@ -85,8 +85,8 @@ def runs(model: Model) -> Iterator[tuple[str, str, str, Trace]]:
     samples = SamplingParams(n=3, temperature=0.9, max_tokens=8, ignore_eos=True, seed=4)
     engine.generate(["The moon is a place where"], samples)
     about = (
-        "One prompt, three samples. The prompt is computed once. All three name its blocks, and a sample that writes "
-        "into a shared block takes a copy first."
+        "One prompt, three samples. The prompt is computed once. All three name its blocks, and whoever writes into a "
+        "shared block takes a copy first."
     )
     yield "parallel_sampling", "Parallel sampling", about, traced(engine)
 
@@ -154,7 +154,7 @@ def fragmentation(num_requests: int = 12, seed: int = 0) -> dict[str, Any]:
             break
     head = {"schema": "minipaged.site.fragmentation", "version": 1, "title": "Three policies, one memory"}
     about = (
-        "The same requests in three pools of 64 slots. How long a request will get is not known: how much is reserved "
+        "The same requests in three pools of 64 slots. Nobody knows how long a request will get: how much is reserved "
         "for it?"
     )
     pool = {"num_slots": NUM_SLOTS, "max_model_len": MAX_MODEL_LEN, "states": STATES, "policies": list(POLICIES)}
