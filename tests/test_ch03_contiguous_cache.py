@@ -192,8 +192,8 @@ def test_a_pool_is_in_use_exactly_as_far_as_its_tables_say():
     for memory in (paged, slabs):
         assert memory.num_slots == 32
         assert memory.allocate_slots("A", 5) == memory.allocate_slots("B", 1) == []
-        assert (memory.num_tokens("A"), memory.num_tokens("B"), memory.num_tokens("nobody")) == (5, 1, 0)
-        assert memory.blocks("nobody") == []
+        assert (memory.num_tokens("A"), memory.num_tokens("B"), memory.num_tokens("unknown")) == (5, 1, 0)
+        assert memory.blocks("unknown") == []
     assert paged.num_free == 5, "two blocks and one"
     assert slabs.num_free == 0, "a slab each, however little they hold"
     assert slabs.allocate_slots("A", 16) == [], "a slab is taken whole"
@@ -205,7 +205,7 @@ def test_a_pool_is_in_use_exactly_as_far_as_its_tables_say():
     assert paged.allocate_slots("C", 17) is None
     assert paged.allocate_slots("C", 16) == []
     for memory in (paged, slabs):
-        for name in ("A", "B", "C", "nobody"):
+        for name in ("A", "B", "C", "unknown"):
             memory.free(name)
         assert memory.num_free == memory.num_blocks
         assert memory.blocks("A") == []

@@ -328,7 +328,7 @@ class PoolAgainstAccounts(RuleBasedStateMachine):
             f"{account} does not sum to the pool's {self.slots.num_slots} slots"
         )
         assert min(account) >= 0, f"a part of {account} is negative: some slot is counted twice"
-        assert (account.external, account.free) == (0, self.slots.num_free), "nobody asks, so nothing is too small"
+        assert (account.external, account.free) == (0, self.slots.num_free), "no request waits, so nothing is too small"
         self.check_what_the_requests_have(account)
 
     @invariant()

@@ -167,7 +167,7 @@ def filled(num_blocks=4, block_size=2, num_tokens=5):
 
 @pytest.mark.parametrize("position", [-1, 5, 6, 100])
 def test_a_position_that_was_not_appended(position):
-    """Position 5 has a slot in the last block already, and still it is nobody's."""
+    """The last block has a slot for position 5, but no token has that position yet."""
     allocator, table = filled()
     before = state(allocator, table)
     with pytest.raises(IndexError):

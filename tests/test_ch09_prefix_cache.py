@@ -77,7 +77,7 @@ def test_equal_tokens_behind_another_prefix_are_another_block():
 
 @pytest.mark.parametrize(("cache_salt", "other"), [(None, ""), ("a", "b"), (None, "None"), ("", "a"), ("a", "aa")])
 def test_tenants_do_not_find_each_other(cache_salt, other):
-    """The same prompt under two salts: not even the fact that somebody else sent it may show."""
+    """The same prompt under two salts: not even that another user sent it may show."""
     cache = PrefixCache(8, 2)
     written(cache, [1, 2, 3, 4], cache_salt)
     assert (num_found(cache, [1, 2, 3, 4], cache_salt), num_found(cache, [1, 2, 3, 4], other)) == (2, 0)
@@ -92,7 +92,7 @@ def test_a_hit_leaves_a_token_to_compute(num_tokens, block_size):
     written(cache, prompt).release()
     hits = cache.match(prompt)
     assert len(hits) * block_size < max(num_tokens, 1)
-    assert len(hits) == max(0, num_tokens - 1) // block_size, "and not one token more than a block is computed anew"
+    assert len(hits) == max(0, num_tokens - 1) // block_size, "and not one token more than a block is computed again"
 
 
 def test_what_is_planned_is_not_found():

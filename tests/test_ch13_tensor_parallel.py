@@ -532,7 +532,7 @@ def test_a_rank_that_fails_is_named_with_its_reason(monkeypatch, where):
 
 
 def listening():
-    """Ports of this machine where somebody accepts connections."""
+    """Ports of this machine on which a process accepts connections."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return {int(row[1].partition(":")[2], 16) for row in rows if row[3] == "0A"}
 
