@@ -31,6 +31,7 @@ _modules: dict[str, str] = {
 }
 
 
+@functools.cache
 def remember(thing: Any) -> None:
     """A class or a function that a script uses. A learner's comes from their file."""
     module = sys.modules.get(thing.__module__)
