@@ -91,7 +91,8 @@ def multi_head_attention(
 
     hidden [num_tokens, hidden_size]; w_q [num_heads, hidden_size, head_dim]; w_k, w_v [num_kv_heads, hidden_size,
     head_dim]; w_o [num_heads * head_dim, hidden_size]. The heads are laid side by side along the feature axis: head i
-    fills columns i * head_dim to (i + 1) * head_dim - 1, and meets those rows of W^O. Raises ValueError for another w_o.
+    fills columns i * head_dim to (i + 1) * head_dim - 1, and meets those rows of W^O.
+    Raises ValueError for a w_o of another shape.
     """
     num_tokens, hidden_size = hidden.shape
     num_heads, _, head_dim = w_q.shape

@@ -357,8 +357,12 @@ CHAPTERS = {
                     blank=_SCHEDULER,
                     note=_SCHEDULING,
                     uses=(
-                        "minipaged.memory.block_manager.BlockManager",
-                        "minipaged.engine.sequence.Sequence",
+                        "minipaged.memory.block_manager.BlockManager: num_slots, blocks_for, can_ever_fit, "
+                        "get_computed_blocks, prefix_of, block_keys, fork, allocate_slots, free, is_swapped, swap_out, "
+                        "swap_in, reset",
+                        "minipaged.memory.block_manager.Prefix",
+                        "minipaged.engine.sequence.Sequence: request_id, index, prompt_token_ids, params, cache_salt, "
+                        "outputs, num_computed, seq_id, num_uncomputed_tokens, tokens",
                         "minipaged.engine.scheduler_output.SchedulerOutput",
                         "minipaged.engine.scheduler_output.cache_computed",
                     ),

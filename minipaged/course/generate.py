@@ -63,7 +63,7 @@ def exercise_text(exercise: Exercise) -> str:
         lines[start:end] = new
     came = re.match(r'r?"""Chapter (\d+)\. ', lines[0])
     if came and int(came[1]) != exercise.chapter:  # a module that an earlier chapter began
-        lines[0] = lines[0].replace("Chapter ", f"Chapter {exercise.chapter}, in the module of chapter ", 1)
+        lines[0] = lines[0].replace(f"Chapter {came[1]}.", f"Chapter {exercise.chapter} (begun in {came[1]}).", 1)
     header = tree.body[0].end_lineno or 1  # the module's docstring
     lines[header:header] = ["", *_steps(exercise, blanked)]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -85,19 +85,20 @@ def interface(name: str) -> list[str]:
     for inner in node.body:
         if isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
             if not inner.target.id.startswith("_") and (wanted is None or inner.target.id in wanted):
-                lines.append(f"  {source.splitlines()[inner.lineno - 1].strip()}")
+                line = source.splitlines()[inner.lineno - 1].strip()
+                lines.append(f"  {re.sub(r' = field[(][^)]*[)]', '', line)}")
         elif isinstance(inner, Function) and (inner.name in wanted if wanted else not inner.name.startswith("_")):
             lines += _described(inner)
     return lines
 
 
 def _described(node: Function) -> list[str]:
-    """A function's signature, and below it the first paragraph of its docstring."""
+    """A function's signature, and below it its docstring."""
     arguments = ast.unparse(node.args).removeprefix("self").removeprefix(", ")
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     reads = any(isinstance(each, ast.Name) and each.id == "property" for each in node.decorator_list)
     head = f"  {node.name}{returns}" if reads else f"  {node.name}({arguments}){returns}"
-    paragraph = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+    paragraph = " ".join((ast.get_docstring(node) or "").split())
     return [
         *wrap(head, 108, subsequent_indent="      ", break_long_words=False),
         *wrap(paragraph, 108, initial_indent="      ", subsequent_indent="      "),
