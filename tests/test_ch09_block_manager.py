@@ -404,7 +404,7 @@ def test_a_refusal_keeps_the_order_of_eviction():
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4), (4, -1)])
 def test_a_manager_has_blocks_and_they_have_slots(sizes):
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError):
         BlockManager(*sizes)
 
 
