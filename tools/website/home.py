@@ -3,7 +3,7 @@
     <!-- side by side -->           two servers, the same memory, the same requests (docs/figures/side_by_side.js)
     <!-- ours: held max -->         a figure of docs/paper/, as the last `make reproduce` wrote it
 
-The chapters that the side-by-side belongs to get it here, before the first section that the build adds to the notebook.
+The chapters that the side-by-side belongs to get it here, before their exercise.
 """
 
 import html
@@ -36,7 +36,7 @@ CHAPTERS = {  # page -> what to look for there
     "course/ch11.md": "Both pools run under the scheduler of chapter 10, with the lengths and the clock of this chapter. Raise the "
     "arrivals until the right server has a queue, too: what it finishes from then on is what it sustains.",
 }
-ADDED = re.compile(r"^## (Play it|The module|Its properties|The exercise)\b", re.MULTILINE)
+BEFORE = re.compile(r"^## (\d+\. Exercise|The code|The module|Its properties)\b", re.MULTILINE)
 
 
 def recorded() -> bytes:
@@ -64,6 +64,6 @@ def placed(markdown: str, path: str) -> str:
     if path not in CHAPTERS or "<!-- side by side -->" in markdown:
         return markdown
     section = f"## The same traffic, contiguous beside paged\n\n{CHAPTERS[path]}\n\n<!-- side by side -->\n\n"
-    found = ADDED.search(markdown)
+    found = BEFORE.search(markdown)
     at = found.start() if found else len(markdown)
     return f"{markdown[:at].rstrip()}\n\n{section}{markdown[at:]}"
