@@ -24,7 +24,7 @@ const query = (seq, head) => [seq === "A" ? 1.5 : -0.5, head ? 1 : -1];
 
 export function kernelProgram(place) {
   let [seq, head, moment, pairs] = ["A", 0, 5, []];
-  const code = element("ol", { class: "fig-code" });
+  const code = element("ol", { class: "fig-code", tabindex: 0, "aria-label": "The kernel" });
   const tables = element("div", { class: "fig-requests" });
   const pool = element("div", { class: "fig-pool" });
   const both = stage(tables, pool);

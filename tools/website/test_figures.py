@@ -75,7 +75,7 @@ def test_it_plays_when_it_comes_into_sight_and_can_be_stopped(opened):
     page.wait_for_function("document.querySelector('side-by-side').timer")
     page.get_by_role("button", name="Pause", exact=True).click()
     assert page.evaluate("document.querySelector('side-by-side').timer") is None
-    page.locator("side-by-side").get_by_label("Second").press("End")
+    page.locator("side-by-side .fig-controls input").press("End")
     assert page.evaluate("document.querySelector('side-by-side').frame") == 120
 
 
