@@ -131,7 +131,7 @@ class SideBySide extends HTMLElement {
       "fieldset",
       { class: "sbs-settings" },
       element("legend", {}, "Change the traffic"),
-      range("Arrivals", { min: 0.25, max: 4, step: 0.25, value: rate }, (n) => `${n} a second`, (n) => set("rate", n)),
+      range("Arrivals", { min: 0.25, max: 5, step: 0.25, value: rate }, (n) => `${n} a second`, (n) => set("rate", n)),
       range("Spread of lengths", { min: 0.166, max: 1.466, step: 0.1, value: spread }, ratio, (n) => set("spread", n)),
       element("label", { class: "fig-range" }, element("span", {}, "Left: reserve"), policy),
       range("Right: block size", { min: 0, max: 8, value: Math.log2(block_size) }, (n) => count(2 ** n, "token"), (n) => set("block_size", 2 ** n)),

@@ -28,7 +28,7 @@ from minipaged.simulator.simulate import simulate
 from minipaged.simulator.workloads import Request, stream
 
 SECONDS = 120  # of the servers' clock
-RATES = (0.1, 4.0)  # requests a second
+RATES = (0.1, 5.0)  # requests a second
 SPREADS = (0.1, 1.5)  # sigma of the lognormal lengths; the means stay those of ShareGPT
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens
 LEFT_BLOCK_SIZE = 16  # where the server on the left is paged, too
@@ -36,7 +36,7 @@ LEFT_BLOCK_SIZE = 16  # where the server on the left is paged, too
 Frame = dict[str, Any]
 
 
-def film(rate: float = 2.0, spread: float = SPREAD, block_size: int = 16, policy: str = "max") -> dict[str, Any]:
+def film(rate: float = 3.0, spread: float = SPREAD, block_size: int = 16, policy: str = "max") -> dict[str, Any]:
     """The two servers under one stream of requests. Raises ValueError, with the numbers, for what cannot be filmed.
 
     policy: the server on the left, one of SERVERS. block_size: of the paged server on the right.

@@ -40,7 +40,7 @@ BEFORE = re.compile(r"^## (\d+\. Exercise|The code|The module|Its properties)\b"
 
 
 def recorded() -> bytes:
-    """The run that plays at once: the two servers of the paper's Figure 2, at 2 requests a second."""
+    """The run that plays at once: the two servers of the paper's Figure 2, at 3 requests a second."""
     return json.dumps(film(), separators=(",", ":")).encode()
 
 

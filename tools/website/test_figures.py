@@ -95,7 +95,7 @@ def test_sliders_run_both_servers_in_the_browser_as_python_outside_does(browser,
     )
     page.evaluate("document.querySelector('side-by-side').pause()")
     settings = page.evaluate("document.querySelector('side-by-side').film.settings")
-    assert settings == {"rate": 2.25, "spread": pytest.approx(0.766), "block_size": 32, "policy": "pow2"}
+    assert settings == {"rate": 3.25, "spread": pytest.approx(0.766), "block_size": 32, "policy": "pow2"}
     made = film(**settings)
     assert page.evaluate("document.querySelector('side-by-side').film") == json.loads(json.dumps(made))
     for second in (0, 60, 120):
