@@ -1,5 +1,5 @@
-// <side-by-side src="side_by_side/recorded.json">: two servers with the same memory under the same requests, one that
-// reserves and one that pages. minipaged/simulator/side_by_side.py made the film, and makes another one in a worker
+// <side-by-side src="figures/side_by_side.film">: two servers with the same memory under the same requests, one that
+// reserves and one that pages. minipaged/simulator/side_by_side.py made the film (gzipped JSON), and makes another one in a worker
 // (Pyodide) when a slider is moved. What stands inside the element is what a page without scripts shows.
 //
 // The attribute `missing` says why there is no Python: the sliders are then left out.
@@ -21,7 +21,7 @@ class SideBySide extends HTMLElement {
     try {
       const answer = await fetch(this.getAttribute("src"));
       if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
-      const film = await answer.json();
+      const film = await new Response(answer.body.pipeThrough(new DecompressionStream("gzip"))).json();
       this.settings = { ...film.settings };
       this.films = new Map([[JSON.stringify(film.settings), film]]);
       this.#build(film);
