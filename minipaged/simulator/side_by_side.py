@@ -76,10 +76,9 @@ def frames(server: Server, requests: list[Request]) -> list[Frame]:
     clock, seen = 0.0, 0
 
     def fill(moment: float, frame: Frame) -> None:
-        """The frames before a moment. Only the first of them says what is new."""
+        """The frames before a moment."""
         while len(made) < min(moment, SECONDS + 1):
             made.append(frame)
-            frame = {**frame, "given": {}}
 
     def idle() -> Frame:
         return {"account": empty, "queues": [0, 0, seen], "tokens": {}, "given": {}}

@@ -1,4 +1,4 @@
-"""The figures of Home and of "Ten minutes": the side-by-side and its recorded run, and our own numbers beside the paper's.
+"""The figures of Home and of "Ten minutes": the side-by-side and its recorded run, and our numbers beside the paper's.
 
     <!-- side by side -->           two servers, the same memory, the same requests (docs/figures/side_by_side.js)
     <!-- ours: held max -->         a figure of docs/paper/, as the last `make reproduce` wrote it
@@ -30,12 +30,15 @@ OURS = {
     "factor-oracle": ("c", "sharegpt: paged over Orca (Oracle)", "{:.1f}"),
 }
 CHAPTERS = {  # page -> what to look for there
-    "course/ch04.md": "On the left each request reserves one run, as in this chapter. Choose another policy, and watch what it holds: "
-    "even the exact length leaves most of the memory without a token. On the right is what the next chapters build.",
-    "course/ch06.md": "On the right a request takes a block when its last one is full, wherever a free one lies. Choose another block "
-    "size: in small blocks hardly a slot is empty, in large ones the last block of each request is half empty.",
-    "course/ch11.md": "Both pools run under the scheduler of chapter 10, with the lengths and the clock of this chapter. Raise the "
-    "arrivals until the right server has a queue, too: what it finishes from then on is what it sustains.",
+    "course/ch04.md": "On the left each request reserves one run, as in this chapter. Choose another policy, and watch "
+    "what it holds: even the exact length leaves most of the memory without a token. On the right is what the next "
+    "chapters build.",
+    "course/ch06.md": "On the right a request takes a block when its last one is full, wherever a free one lies. "
+    "Choose another block size: in small blocks hardly a slot is empty, in large ones the last block of each request "
+    "is half empty.",
+    "course/ch11.md": "Both pools run under the scheduler of chapter 10, with the lengths and the clock of this "
+    "chapter. Raise the arrivals until the right server has a queue, too: what it finishes from then on is what it "
+    "sustains.",
 }
 BEFORE = re.compile(r"^## (\d+\. Exercise|The code|The module|Its properties)\b", re.MULTILINE)
 
@@ -55,7 +58,7 @@ def ours(what: str) -> str:
 def side_by_side(here: Callable[[str], str], problem: str) -> str:
     """The element, and inside of it what a page without scripts shows. problem: why there is no Python, or ""."""
     missing = f' missing="{html.escape(problem, quote=True)}"' if problem else ""
-    alt = "Two pools of the same size after a minute: seven long runs, mostly empty, beside small blocks that fill the pool"
+    alt = "Two pools of one size: seven long runs, mostly empty, beside small blocks that fill the pool"
     picture = f'<noscript><img src="{here("figures/still/sideBySide.png")}" alt="{alt}"></noscript>'
     return f'<div><side-by-side src="{here(RECORDED)}"{missing}>{picture}</side-by-side></div>'
 

@@ -12,14 +12,17 @@ from minipaged.simulator.side_by_side import film
 SECONDS = 60_000 * PATIENCE  # milliseconds, to load Python and run both servers
 TEN_MINUTES_BYTES = 900_000
 SIDE_BY_SIDE = ("", "course/ch04/", "course/ch06/", "course/ch11/")
-needs_python = pytest.mark.skipif(not RUNS_PLAYGROUND, reason="the site was built without npm: no Python in the browser")
+needs_python = pytest.mark.skipif(
+    not RUNS_PLAYGROUND, reason="the site was built without npm: no Python in the browser"
+)
 
 
 # ---- the side-by-side ------------------------------------------------------------------------------------------------
 
 SHOWN = """second => { const figure = document.querySelector('side-by-side');
     figure.go(second);
-    return figure.panels.map(panel => Object.fromEntries(panel.counters.map(c => [c.dataset.count, c.textContent]))); }"""
+    return figure.panels.map(panel =>
+        Object.fromEntries(panel.counters.map(c => [c.dataset.count, c.textContent]))); }"""
 
 
 def counters(made, second):
@@ -53,7 +56,8 @@ def test_the_recorded_run_shows_the_account_of_the_simulator(beside, path):
 
 AREA = """second => { const figure = document.querySelector('side-by-side');
     figure.go(second);
-    const area = path => [...(path.getAttribute('d') ?? '').matchAll(/h([\\d.]+)v/g)].reduce((sum, m) => sum + Number(m[1]), 0);
+    const area = path => [...(path.getAttribute('d') ?? '').matchAll(/h([\\d.]+)v/g)]
+        .reduce((sum, match) => sum + Number(match[1]), 0);
     return figure.panels.map(panel => { const sum = kind => Object.entries(panel.paths)
         .filter(([name]) => name.startsWith(kind)).reduce((total, [, path]) => total + area(path), 0);
         return [sum('held') / 0.5, sum('later') / 0.5, sum('never') / 0.5]; }); }"""
@@ -90,7 +94,8 @@ def test_sliders_run_both_servers_in_the_browser_as_python_outside_does(browser,
     page.get_by_label("Arrivals").press("ArrowRight")
     page.get_by_label("Spread of lengths").press("ArrowLeft")
     page.wait_for_function(
-        "() => { const f = document.querySelector('side-by-side'); return f.film.settings.policy === 'pow2' && !f.hasAttribute('aria-busy'); }",
+        """() => { const figure = document.querySelector('side-by-side');
+            return figure.film.settings.policy === 'pow2' && !figure.hasAttribute('aria-busy'); }""",
         timeout=SECONDS,
     )
     page.evaluate("document.querySelector('side-by-side').pause()")
@@ -156,7 +161,9 @@ def test_growing_cache(figure):
         assert int(place.get_attribute("data-fit")) == fits
         assert ("It fits" in said(place)) == (requests <= fits)
     place.get_by_role("button", name="Write").click()
-    place.page.wait_for_function("document.querySelector('[data-figure=growingCache]').dataset.bytes > 64 * 310 * 819200")
+    place.page.wait_for_function(
+        "document.querySelector('[data-figure=growingCache]').dataset.bytes > 64 * 310 * 819200"
+    )
     place.get_by_role("button", name="Stop").click()
 
 
@@ -194,14 +201,22 @@ def test_page_tables(figure):
 
 
 OWNED = """place => ({ owners: [...place.querySelectorAll('[data-block]')].map(b => b.dataset.owner),
-    rows: Object.fromEntries([...place.querySelectorAll('[data-row]')].map(r => [r.dataset.row, Number(r.dataset.target)])) })"""
+    rows: Object.fromEntries([...place.querySelectorAll('[data-row]')]
+        .map(row => [row.dataset.row, Number(row.dataset.target)])) })"""
 
 
 def test_block_table(figure):
     """Whatever is pressed, a block has one owner, and a table names exactly the blocks of its request."""
     place = figure("blockTable")
     lengths = {"A": 7, "B": 0}
-    presses = ["B arrives", *["A writes a token"] * 4, *["B writes a token"] * 4, "A ends", *["B writes a token"] * 3, "A arrives"]
+    presses = [
+        "B arrives",
+        *["A writes a token"] * 4,
+        *["B writes a token"] * 4,
+        "A ends",
+        *["B writes a token"] * 3,
+        "A arrives",
+    ]
     for press in presses:
         place.get_by_role("button", name=press).click()
         name = press[0]
@@ -213,7 +228,7 @@ def test_block_table(figure):
         assert len([owner for owner in now["owners"] if owner]) == len(expected)
     slide(place.get_by_label("Find a token of A"), 5)
     block = place.evaluate(OWNED)["rows"]["A:1"]
-    assert f"slot {block} × 4 + 1 = {4 * block + 1}" in said(place)
+    assert f"+ 1 = {4 * block + 1}." in said(place)
 
 
 def test_a_pool_that_is_full_is_said(figure):
@@ -232,7 +247,8 @@ def test_lines_end_at_the_block_that_the_table_names(figure):
         return [...place.querySelectorAll('.fig-links path')].map(path => {
             const end = path.getPointAtLength(path.getTotalLength()), y = end.y + frame.top, x = end.x + frame.left;
             const at = [...place.querySelectorAll('.fig-pool [data-block]')].find(b => {
-                const box = b.getBoundingClientRect(); return box.top <= y && y <= box.bottom && Math.abs(box.left - x) < 2; });
+                const box = b.getBoundingClientRect();
+                return box.top <= y && y <= box.bottom && Math.abs(box.left - x) < 2; });
             return at && Number(at.dataset.block); }); }"""
     )
     assert ends == list(place.evaluate(OWNED)["rows"].values())
@@ -271,7 +287,9 @@ def test_kernel_program(figure):
         read = []
         for _ in range(2 + 5 * len(table)):
             place.get_by_role("button", name="Next").click()
-            lit = place.locator(".fig-pool .fig-block.fig-now").evaluate_all("all => all.map(b => Number(b.dataset.block))")
+            lit = place.locator(".fig-pool .fig-block.fig-now").evaluate_all(
+                "all => all.map(b => Number(b.dataset.block))"
+            )
             read += [block for block in lit if block not in read]
         assert read == table, program
         assert math.isfinite(float(place.get_attribute("data-answer")))
