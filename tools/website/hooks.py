@@ -16,6 +16,7 @@ from pathlib import Path
 
 import assets
 import chapters
+import home
 import measured
 import museum
 import notebooks
@@ -79,6 +80,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, title in (("paper.md", "The paper and ours"), ("exercises.md", "Exercises")):
         if files.get_file_from_path(path) is None:  # written by a command, or by a hand that has not come to it
             _add(files, config, path, f"# {title}\n\nThis page is not written yet.\n")
+    _add(files, config, home.RECORDED, home.recorded())
     made, problem = assets.playground()
     if problem:
         print(f"the Playground cannot run: {problem}", flush=True)
@@ -119,7 +121,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         "museum size": lambda _: str(len(museum.bugs())),
         "player": lambda name: player(name, here, frame="75%" if page.is_homepage else "50%"),
         "playground": lambda _: _kept["problem"],
+        "side by side": lambda _: home.side_by_side(here, _kept["problem"]),
+        "ours": home.ours,
     }
+    markdown = home.placed(markdown, page.file.src_uri)
 
     def filled(match: re.Match[str]) -> str:
         return fills[match[1]](match[2] or "")
@@ -127,6 +132,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = re.sub(rf"<!-- ({'|'.join(fills)})(?:: ([\w-]+))? -->", filled, markdown)
     if "<trace-player" in markdown:  # loaded by the pages that have one
         markdown += f'\n\n<script type="module" src="{here("player/player.js")}"></script>\n'
+    if "<side-by-side" in markdown:
+        markdown += f'\n\n<script type="module" src="{here("figures/side_by_side.js")}"></script>\n'
     return markdown
 
 
