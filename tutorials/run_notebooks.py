@@ -100,11 +100,13 @@ def _stderr(notebook: Any) -> list[str]:
 
 
 def stripped(path: Path) -> None:
-    """Rewrite a notebook as it is kept: no outputs, no counts, no ids, no metadata of the editor that saved it."""
+    """Rewrite a notebook as it is kept: no outputs, no counts, no ids, no metadata of the editor that saved it but a
+    cell's tags, which the site reads (tools/website/notebooks.py)."""
     cells = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"]).splitlines(keepends=True)
-        kept: dict[str, Any] = {"cell_type": cell["cell_type"], "metadata": {}, "source": source}
+        tags = {"tags": cell["metadata"]["tags"]} if cell["metadata"].get("tags") else {}
+        kept: dict[str, Any] = {"cell_type": cell["cell_type"], "metadata": tags, "source": source}
         if cell["cell_type"] == "code":
             kept |= {"execution_count": None, "outputs": []}
         cells.append(kept)

@@ -102,6 +102,7 @@ class Log:
         tokens: dict[str, int] = {}
         pools: dict[str, tuple[str, int]] = {}
         sizes: set[int] = set()
+        allocators: dict[int, Any] = {}
         self.depth += 1  # looking is not part of the script
         try:
             for name, all_of_name in self.tables.items():
@@ -112,18 +113,31 @@ class Log:
                     tokens[name] = int(table.num_tokens)
                     sizes.add(int(table.block_size))
                     pools[name] = (self.name(pool), int(pool.num_blocks))
+                    allocators[id(pool)] = pool
                 except Exception:  # a learner's object may be in any state
                     tables.pop(name, None)
+            lost = _lost(list(allocators.values()), tables) if len(tables) == len(self.tables) else []
         finally:
             self.depth -= 1
         if len(tables) > 4:  # of many, those that hold something
             tables = {name: blocks for name, blocks in tables.items() if blocks}
         if not tables or len(sizes) != 1:
             return None
-        return {"tables": tables, "num_tokens": tokens, "block_size": sizes.pop(), "pools": pools}
+        return {"tables": tables, "num_tokens": tokens, "block_size": sizes.pop(), "pools": pools, "lost": lost}
 
     def script(self) -> list[dict[str, Any]]:
         return [*self.calls, *([self.last_look] if self.last_look else [])]
+
+
+def _lost(pools: list[Any], tables: dict[str, list[int]]) -> list[int]:
+    """Blocks of the one pool that are taken, and in no table: they come back never. A prefix cache keeps such blocks."""
+    if len(pools) != 1 or type(pools[0]).__name__ != "BlockAllocator":
+        return []
+    named = {block for blocks in tables.values() for block in blocks}
+    try:
+        return [block for block in range(pools[0].num_blocks) if block not in named and pools[0].ref_count(block)]
+    except Exception:  # a learner's object may be in any state
+        return []
 
 
 log = Log()

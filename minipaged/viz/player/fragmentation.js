@@ -8,7 +8,7 @@
 import { element } from "./dom.js";
 import { plural } from "./film.js";
 
-const NAMES = { max: "max: as long as the model allows", pow2: "pow2: the output rounded up", oracle: "oracle: exactly, if one knew" };
+const NAMES = { max: "max: as long as the model allows", pow2: "pow2: the output rounded up", oracle: "oracle: exactly, as if the length were known" };
 const STATE_NAMES = ["held", "reserved", "over-reserved", "rounding", "external", "free"];
 
 export class FragmentationFilm {
@@ -22,6 +22,10 @@ export class FragmentationFilm {
 
   get length() {
     return this.frames.length;
+  }
+
+  get marks() {
+    return this.document.marks ?? [];
   }
 
   words(i) {
@@ -62,7 +66,7 @@ export function drawFragmentation(film, i, stage) {
       bar.append(run);
     }
     const share = Math.round((100 * pool.account[0]) / num_slots);
-    const waiting = pool.waiting.length ? `waiting: ${pool.waiting.join(" ")}` : "nobody waits";
+    const waiting = pool.waiting.length ? `waiting: ${pool.waiting.join(" ")}` : "none waits";
     return element(
       "div",
       { class: "tp-policy" },
