@@ -17,7 +17,7 @@ RECORDED = "*Recorded while our engine ran SmolLM2. Play it, or go to one of the
 
 def page(chapter: ChapterOfCourse, notebook: dict[str, Any], repository: Repository) -> str:
     first, *cells = notebook["cells"]
-    head = front_matter(title_of(chapter, notebook), chapter.covers)
+    head = front_matter(title_of(chapter, notebook), chapter.covers, boost=4)
     parts = [to_markdown(first), ways_in(chapter, repository), picture(chapter)]
     for cell in cells:
         parts.append(to_markdown(cell))

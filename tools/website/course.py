@@ -43,6 +43,10 @@ class Repository:
     def edit(self, path: Path) -> str | None:
         return f"{self.url}/edit/main/{path.relative_to(ROOT).as_posix()}" if self.url else None
 
+    def clone(self) -> str:
+        lines = [f"git clone {self.url}", f"cd {self.url.rpartition('/')[2]}"] if self.url else ["cd minipaged  # your clone"]
+        return fenced("\n".join([*lines, "make demo"]))
+
     def colab(self, path: Path) -> str | None:
         """Where Google Colab opens a notebook of a repository on GitHub."""
         _, on_github, name = self.url.partition("https://github.com/")
@@ -68,6 +72,7 @@ def folded(title: str, markdown: str, kind: str = "quote") -> str:
     return f'??? {kind} "{title}"\n\n{inner}\n'
 
 
-def front_matter(title: str, description: str) -> str:
+def front_matter(title: str, description: str, boost: float = 1.0) -> str:
+    """boost: of the page among what a search finds; chapters come first."""
     plain = re.sub(r"[`*$\[\]\\\"]", "", description)
-    return f'---\ntitle: "{title}"\ndescription: "{plain}"\n---\n\n'
+    return f'---\ntitle: "{title}"\ndescription: "{plain}"\nsearch:\n  boost: {boost}\n---\n\n'

@@ -7,11 +7,13 @@
     <!-- workloads -->                  what minipaged bench runs
     <!-- in the wild: 9 -->             what a notebook says of other systems
     <!-- museum size -->                how many bugs there are
+    <!-- clone -->, <!-- colab -->      how to get a copy, and to run a notebook elsewhere: from the repository's address
 
 A page's Markdown is made here and rendered by MkDocs like any other. The modules beside this file say how.
 """
 
 import re
+from html import unescape
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import measured
 import museum
 import notebooks
 from course import CHAPTERS, ROOT, Repository, front_matter, notebook_of, page_of
+from figures import in_page
 from mathml import to_mathml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -29,6 +32,10 @@ from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
 
+COLAB = (
+    "Without an installation, *Open in Colab* at the top of each chapter runs its notebook on a machine of Google's: the "
+    "first cell installs what is needed there."
+)
 _ran: dict = {}  # notebook -> what the build ran
 _kept: dict[str, str] = {}  # why the playground cannot run
 
@@ -55,7 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         made[f"course/{chapter.notebook}"] = notebook_of(chapter)
     made |= museum.pages(repository)
     made |= {f"player/{path.name}": path for path in (ROOT / "minipaged" / "viz" / "player").iterdir()}
-    made |= reference()
+    made |= reference() | assets.examples()
     playground, _kept["problem"] = assets.playground()
     if _kept["problem"]:
         print(f"the Playground cannot run: {_kept['problem']}", flush=True)
@@ -77,6 +84,7 @@ def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in the marks."""
     page.edit_url = edit_url(page, config)
+    repository = Repository(config.repo_url or "")
 
     def here(path: str) -> str:
         return get_relative_url(path, page.url)
@@ -89,6 +97,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         "museum size": lambda _: str(len(museum.numbered())),
         "player": lambda name: player(here(f"traces/{name}.json"), files.get_file_from_path(f"traces/{name}.json")),
         "film": lambda name: player(here(f"museum/{name}.json"), files.get_file_from_path(f"museum/{name}.json")),
+        "clone": lambda _: repository.clone(),
+        "colab": lambda _: COLAB if repository.colab(ROOT / "README.md") else "",
         "playground": lambda _: _kept["problem"],
     }
 
@@ -112,9 +122,15 @@ def player(address: str, film: File | None) -> str:
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Formulas as MathML; and listings are not searched, or the index would be larger than all pages that are read."""
     html = to_mathml(html)
+    html = re.sub(r'<img alt="([^"]*)" src="[./]*(paper/\w+\.svg)"\s*/?>', chart, html)
     html = re.sub(r'<div class="(highlight|nb-out)">', r'<div class="\1" data-search-exclude>', html)
     html = re.sub(r"<(t[dh])>([^<]*[\u4e00-\u9fff][^<]*)</\1>", r'<\1 lang="zh-Hans">\2</\1>', html)
     return re.sub(r'<(div class="nb-html"|pre class="nb-text")', r'<\1 tabindex="0"', html)  # it may scroll
+
+
+def chart(match: re.Match[str]) -> str:
+    """A chart of docs/paper/ as a part of the page, so that it follows the page's colours."""
+    return in_page((ROOT / "docs" / match[2]).read_text(encoding="utf-8"), unescape(match[1]))
 
 
 def edit_url(page: Page, config: MkDocsConfig) -> str | None:
@@ -152,7 +168,7 @@ def reference() -> dict[str, str]:
         index.append(f"- [minipaged.{name}]({name}.md): " + ", ".join(f"`{each.rpartition('.')[2]}`" for each in modules))
         note = "Installed as `minipaged.kernels`; in the repository it stands at the top level.\n" * (name == "kernels")
         parts = [f"# minipaged.{name}\n", note, *(f"::: {module}" for module in modules)]
-        head = front_matter(f"minipaged.{name}", f"The API of minipaged.{name}, from its docstrings.")
+        head = front_matter(f"minipaged.{name}", f"The API of minipaged.{name}, from its docstrings.", boost=0.3)
         made[f"reference/{name}.md"] = head + "\n\n".join(parts) + "\n"
-    head = front_matter("Reference", "The API of minipaged, from its docstrings.")
+    head = front_matter("Reference", "The API of minipaged, from its docstrings.", boost=0.3)
     return made | {"reference/index.md": f"{head}# Reference\n\n" + "\n".join(index) + "\n"}

@@ -75,7 +75,7 @@ def page(number: str, bug: Bug, row: dict, has_film: bool, repository: Repositor
     where = ", ".join(f"`{name}`" for name in bug.functions()) or "the module itself"
     about = " ".join(bug.about.split())
     parts = [
-        front_matter(f"Bug {number}", f"A planted bug of chapter {bug.chapter}, seen by the property: {row['property']}"),
+        front_matter(f"Bug {number}", f"A planted bug of chapter {bug.chapter}, seen by the property: {row['property']}", boost=0.5),
         f"# Bug {number}\n",
         f"One module of [chapter {bug.chapter}](../course/ch{bug.chapter:02d}.md) has a wrong line. This property fails:\n",
         f"> {row['property']}\n",
