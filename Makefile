@@ -109,11 +109,11 @@ reproduce: $(VENV)/.tutorials ## the paper's figures again, into docs/paper (two
 
 pictures: $(READY) ## draw the pictures of the README and the site again
 	@$(BIN)/minipaged trace tutorials/traces/two_requests.json --step 8 --svg docs/two_requests.svg > /dev/null
-	@$(BIN)/python tools/website/moving.py tutorials/traces/two_requests.json docs/two_requests_moving.svg
+	@$(BIN)/python tools/moving.py tutorials/traces/two_requests.json docs/two_requests_moving.svg
 
 traces: $(READY) ## record the runs that the site plays: real ones of SmolLM2, into docs/traces
 	@$(BIN)/minipaged fetch
-	@$(BIN)/python tools/website/traces.py
+	@$(BIN)/python tools/traces.py
 
 measured: $(READY) ## run the benchmarks that this machine can run, and keep their figures for the site
 	@mkdir -p docs/measured

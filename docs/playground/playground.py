@@ -226,7 +226,7 @@ def _states_of_tables(script):
 
 
 def _states_of_an_allocator(script):
-    """The same where there is an allocator alone: each `allocate` and each `share` is drawn as an owner of its block."""
+    """The same where there is an allocator alone: each `allocate` and each `share` is drawn as an owner of a block."""
     owners, states, num_blocks = {}, [], 1
     letters = iter(LETTERS)
     for call in script:

@@ -130,7 +130,7 @@ class Log:
 
 
 def _lost(pools: list[Any], tables: dict[str, list[int]]) -> list[int]:
-    """Blocks of the one pool that are taken, and in no table: they come back never. A prefix cache keeps such blocks."""
+    """Blocks of the one pool that are taken and in no table, so never come back. A prefix cache keeps such blocks."""
     if len(pools) != 1 or type(pools[0]).__name__ != "BlockAllocator":
         return []
     named = {block for blocks in tables.values() for block in blocks}

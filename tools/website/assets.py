@@ -73,7 +73,8 @@ def from_npm() -> Path | str:
         command = [npm, "install", "--no-save", "--ignore-scripts", "--no-audit", "--silent", *wanted]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
-            return f"npm could not bring {', '.join(wanted)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return f"npm could not bring {', '.join(wanted)}: {said}"
         mark.write_text("\n".join(wanted))
     return folder / "node_modules"
 

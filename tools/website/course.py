@@ -1,4 +1,4 @@
-"""The course as the site shows it: the files of each chapter of its map, and pieces of Markdown that pages are made of."""
+"""The course as the site shows it: the files of each chapter of its map, and pieces of Markdown for pages."""
 
 import re
 from pathlib import Path

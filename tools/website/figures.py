@@ -1,4 +1,5 @@
-"""Charts as SVG inside of the page: black is written as currentColor, so that one picture serves both palettes. The table beside a chart holds the same numbers; matplotlib draws, and only where there are numbers to draw.
+"""Charts as SVG inside of the page: black is written as currentColor, so that one picture serves both palettes. The
+table beside a chart holds the same numbers; matplotlib draws, and only where there are numbers to draw.
 """
 
 import html
@@ -98,7 +99,7 @@ def _svg(drawn: Any, said: str) -> str:
 
 
 def in_page(svg: str, said: str) -> str:
-    """matplotlib's picture as a part of a page, in the colours of its scheme: what is black there has the page's ink."""
+    """matplotlib's picture as a part of a page, in its colours: what is black there takes the page's ink."""
     svg = svg[svg.index("<svg") :].replace("style=\"fill: #ffffff\"", 'fill="none"')
     for colour, shown in {INK: "currentColor", "#000000": "currentColor", **FOR_BOTH}.items():
         svg = svg.replace(colour, shown)

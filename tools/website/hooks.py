@@ -7,7 +7,7 @@
     <!-- workloads -->                  what minipaged bench runs
     <!-- in the wild: 9 -->             what a notebook says of other systems
     <!-- museum size -->                how many bugs there are
-    <!-- clone -->, <!-- colab -->      how to get a copy, and to run a notebook elsewhere: from the repository's address
+    <!-- clone -->, <!-- colab -->      how to get a copy, and to run a notebook elsewhere
 
 A page's Markdown is made here and rendered by MkDocs like any other. The modules beside this file say how.
 """
@@ -33,8 +33,8 @@ from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
 
 COLAB = (
-    "Without an installation, *Open in Colab* at the top of each chapter runs its notebook on a machine of Google's: the "
-    "first cell installs what is needed there."
+    "Without an installation, *Open in Colab* at the top of each chapter runs its notebook on a machine of Google's: "
+    "the first cell installs what is needed there."
 )
 _ran: dict = {}  # notebook -> what the build ran
 _kept: dict[str, str] = {}  # why the playground cannot run
@@ -44,7 +44,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The places of chapters and of the reference in the navigation: their titles are those of the pages."""
     made = {"Course": ["course/index.md", *map(page_of, CHAPTERS.values())]}
     made["Reference"] = ["reference/index.md", *(f"reference/{package}.md" for package in packages())]
-    for entry in config.nav:
+    for entry in (each for each in config.nav or () if isinstance(each, dict)):
         entry.update((name, made[name]) for name in made.keys() & entry.keys())
     return config
 
@@ -165,7 +165,8 @@ def reference() -> dict[str, str]:
     index = ["Taken from the docstrings while this site was built.\n"]
     made = {}
     for name, modules in packages().items():
-        index.append(f"- [minipaged.{name}]({name}.md): " + ", ".join(f"`{each.rpartition('.')[2]}`" for each in modules))
+        inside = ", ".join(f"`{each.rpartition('.')[2]}`" for each in modules)
+        index.append(f"- [minipaged.{name}]({name}.md): {inside}")
         note = "Installed as `minipaged.kernels`; in the repository it stands at the top level.\n" * (name == "kernels")
         parts = [f"# minipaged.{name}\n", note, *(f"::: {module}" for module in modules)]
         head = front_matter(f"minipaged.{name}", f"The API of minipaged.{name}, from its docstrings.", boost=0.3)

@@ -1,7 +1,7 @@
-"""The bug museum as pages, one a bug, from tests/bugs/ and docs/museum.json: the smallest script that shows a bug, drawn.
+"""The bug museum as pages, one a bug, from tests/bugs/ and docs/museum.json: the smallest script of each, drawn.
 
 A page asks before it tells. What is seen stands first, and which lines are to blame is folded away. docs/museum.json is
-what `make bugs` found: for each bug the property that it breaks, and the smallest script with the tables after each call.
+what `make bugs` found: of each bug the property that it breaks, and the smallest script, with tables after each call.
 """
 
 import difflib
@@ -55,10 +55,10 @@ def index(bugs: dict[str, Bug], seen: dict[str, dict]) -> str:
     about = "Bugs of a paged KV cache, each planted in our code: what is seen, and the smallest script that shows it."
     real = sum(not is_classic(bug) for bug in bugs.values())
     text = (
-        f"{len(bugs)} bugs, planted one at a time in a copy of one module. Here is what a user would see of each. Which "
+        f"{len(bugs)} bugs, planted one at a time in a copy of one module. Here is what would be seen of each. Which "
         "line is it? Each page has the smallest script that shows the bug, and the answer is folded. "
-        f"{real} were seen in a real system, which is named; the others are mistakes that many have made. `minipaged hunt` "
-        "hands you one without saying which, and `make bugs` proves that the suites find every one.\n"
+        f"{real} were seen in a real system, which is named; the others are mistakes that many have made. "
+        "`minipaged hunt` hands you one without saying which, and `make bugs` proves that the suites find every one.\n"
     )
     for chapter, group in groupby(bugs.items(), key=lambda item: item[1].chapter):
         text += f"\n## Chapter {chapter}\n\n| | what is seen | seen in |\n| --- | --- | --- |\n"
@@ -75,21 +75,23 @@ def page(number: str, bug: Bug, row: dict, has_film: bool, repository: Repositor
     where = ", ".join(f"`{name}`" for name in bug.functions()) or "the module itself"
     about = " ".join(bug.about.split())
     parts = [
-        front_matter(f"Bug {number}", f"A planted bug of chapter {bug.chapter}, seen by the property: {row['property']}", boost=0.5),
+        front_matter(f"Bug {number}", f"A planted bug of chapter {bug.chapter}. What fails: {row['property']}", boost=0.5),
         f"# Bug {number}\n",
-        f"One module of [chapter {bug.chapter}](../course/ch{bug.chapter:02d}.md) has a wrong line. This property fails:\n",
-        f"> {row['property']}\n",
+        f"A module of [chapter {bug.chapter}](../course/ch{bug.chapter:02d}.md) has a wrong line. This property fails:\n",
+        f"> {plain(row['property'])}\n",
         f"**What is seen.** {symptom(row)}\n",
     ]
     if row["script"]:
-        parts.append(f"The smallest script that shows it:\n\n{fenced(chr(10).join(call['call'] for call in row['script']), 'python')}")
+        script = "\n".join(call["call"] for call in row["script"])
+        parts.append(f"The smallest script that shows it:\n\n{fenced(script, 'python')}")
     if has_film:
         parts.append(f"<!-- film: {bug.name} -->\n")
+    answer = f"**{title(bug)}.** {about}\n\n**Seen in:** {linked(bug.source)}.\n\n{fenced(difference, 'diff')}"
     parts += [
-        "**Before you go on.** In which call does it go wrong, and what should have happened? Which line would you look "
-        "at first?\n",
+        "**Before you go on.** In which call does it go wrong, and what should have happened? Which line would you "
+        "look at first?\n",
         folded("Where it is", f"In {where} of {repository.link(module)}.", "question"),
-        folded("The bug", f"**{title(bug)}.** {about}\n\n**Seen in:** {linked(bug.source)}.\n\n{fenced(difference, 'diff')}", "bug"),
+        folded("The bug", answer, "bug"),
         f"`minipaged check {bug.chapter}` runs the suite that finds it. All of them: [the museum](index.md).\n",
     ]
     return "\n".join(parts)
@@ -101,9 +103,14 @@ def title(bug: Bug) -> str:
 
 
 def symptom(row: dict) -> str:
-    """What the failing property said, on one line, as text."""
-    text = row["message"].removeprefix("assert ").replace("\n", " ")
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text if len(text) <= 160 else text[:159] + "…")
+    """What the failing property said, on one line."""
+    text = row["message"].removeprefix("assert ")
+    return plain(text if len(text) <= 160 else text[:159] + "…")
+
+
+def plain(text: str) -> str:
+    """Text of which Markdown makes nothing."""
+    return re.sub(r"[\\`*_\[\]<>|&]", lambda sign: f"&#{ord(sign[0])};", text)
 
 
 def is_classic(bug: Bug) -> bool:

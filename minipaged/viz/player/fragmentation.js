@@ -3,7 +3,7 @@
 //   max     [AAA......................][BB.......................]     2 run, 3 wait
 //   pow2    [AAA..--][BB.--][CCC..]                                    the letters are tokens, the rest is waste
 //
-// tools/website/traces.py wrote the document and says what it holds.
+// tools/traces.py wrote the document and says what it holds.
 
 import { element } from "./dom.js";
 import { plural } from "./film.js";

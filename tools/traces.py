@@ -25,7 +25,7 @@ from minipaged.memory.trace import Trace
 from minipaged.model.load import Model, load_model
 from minipaged.viz.export import MAPS, apply_changes, to_json
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "traces"
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "traces"
 BYTES_UP_TO = 150_000  # of one file: it is loaded with a page
 TWO_PROMPTS = ["Four score and seven years ago our", "It was the best of"]
 
