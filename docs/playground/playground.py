@@ -182,7 +182,7 @@ def film_of(finding):
     names = list(dict.fromkeys(name for state in states for kind in TABLES for name in state[kind]))
     if not names:
         return None
-    before, events = dict.fromkeys(MAPS, {}), []
+    before, events = {name: {} for name in MAPS}, []
     for call, after in zip(script, states, strict=True):
         changes = {name: _changed(before[name], after[name]) for name in MAPS if before[name] != after[name]}
         events.append({"event": {"event": "call", "step": len(events) + 1}, "words": call["call"], "changes": changes})
@@ -208,7 +208,7 @@ def _states_of_tables(script):
     sizes = {"num_blocks": 1, "block_size": 1, "num_host_blocks": 0}
     pools = dict(pool for call in script if call.get("state") for pool in call["state"]["pools"].values())
     device = "cache" if "cache" in pools else "pool" if "pool" in pools else next(iter(pools))
-    states, last = [], dict.fromkeys(MAPS, {})
+    states, last = [], {name: {} for name in MAPS}
     for call in script:
         if state := call.get("state"):
             here, there = {}, {}

@@ -19,7 +19,7 @@ from pathlib import Path
 from course import ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "playground"))
-from playground import run  # noqa: E402
+from playground import run
 
 KEPT = ROOT / "build" / "site"
 NPM = {

@@ -18,7 +18,8 @@ RECORDED = "*Recorded while our engine ran SmolLM2. Play it, or go to one of the
 def page(chapter: ChapterOfCourse, notebook: dict[str, Any], repository: Repository) -> str:
     first, *cells = notebook["cells"]
     head = front_matter(title_of(chapter, notebook), chapter.covers, boost=4)
-    parts = [to_markdown(first), ways_in(chapter, repository), picture(chapter)]
+    title, _, opening = to_markdown(first).partition("\n")
+    parts = [title, picture(chapter), opening, ways_in(chapter, repository)]
     for cell in cells:
         parts.append(to_markdown(cell))
         for name in tagged(cell, "player"):
@@ -69,7 +70,9 @@ def exercise(chapter: ChapterOfCourse) -> str:
 
 
 def modules(chapter: ChapterOfCourse, repository: Repository) -> str:
-    parts = ["## The code\n\nThe modules of this chapter as they are now: the answer to the exercise, so write yours first.\n"]
+    parts = [
+        "## The code\n\nThe modules of this chapter as they are now. They answer the exercise, so write yours first.\n"
+    ]
     for path in sources(chapter):
         link = f"{repository.link(path)}\n\n" if repository.url else ""
         parts.append(folded(path.relative_to(ROOT).as_posix(), link + listing(path), "example"))
@@ -82,10 +85,13 @@ def modules(chapter: ChapterOfCourse, repository: Repository) -> str:
 def properties(chapter: ChapterOfCourse, repository: Repository) -> str:
     """The names of the tests as sentences, with their docstrings: a suite reads as a list of promises."""
     suites = f"`pytest -m ch{chapter.number:02d}`"
-    parts = [f"## Its properties\n\nCode that keeps these promises is right, however it is written. {suites} tries them.\n"]
+    parts = [
+        f"## Its properties\n\nCode that keeps these promises is right, however it is written. {suites} tries them.\n"
+    ]
     for path in found(chapter.suites, ROOT / "tests"):
         lines = [
-            f"- {repository.link(path, line, words)}{f'. {about}' if about else ''}" for words, about, line in promises(path)
+            f"- {repository.link(path, line, words)}{f'. {about}' if about else ''}"
+            for words, about, line in promises(path)
         ]
         if lines:
             parts.append(f"**{repository.link(path)}**\n\n" + "\n".join(lines) + "\n")

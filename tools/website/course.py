@@ -44,7 +44,11 @@ class Repository:
         return f"{self.url}/edit/main/{path.relative_to(ROOT).as_posix()}" if self.url else None
 
     def clone(self) -> str:
-        lines = [f"git clone {self.url}", f"cd {self.url.rpartition('/')[2]}"] if self.url else ["cd minipaged  # your clone"]
+        lines = (
+            [f"git clone {self.url}", f"cd {self.url.rpartition('/')[2]}"]
+            if self.url
+            else ["cd minipaged  # your clone"]
+        )
         return fenced("\n".join([*lines, "make demo"]))
 
     def colab(self, path: Path) -> str | None:

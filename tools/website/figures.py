@@ -100,7 +100,7 @@ def _svg(drawn: Any, said: str) -> str:
 
 def in_page(svg: str, said: str) -> str:
     """matplotlib's picture as a part of a page, in its colours: what is black there takes the page's ink."""
-    svg = svg[svg.index("<svg") :].replace("style=\"fill: #ffffff\"", 'fill="none"')
+    svg = svg[svg.index("<svg") :].replace('style="fill: #ffffff"', 'fill="none"')
     for colour, shown in {INK: "currentColor", "#000000": "currentColor", **FOR_BOTH}.items():
         svg = svg.replace(colour, shown)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -17,7 +17,7 @@ from minipaged.course.generate import source_of
 from minipaged.course.museum import Bug, load_bugs
 
 sys.path.insert(0, str(ROOT / "docs" / "playground"))
-from playground import film_of  # noqa: E402
+from playground import film_of
 
 REPOSITORIES = {
     "vLLM": "vllm-project/vllm",
@@ -75,9 +75,11 @@ def page(number: str, bug: Bug, row: dict, has_film: bool, repository: Repositor
     where = ", ".join(f"`{name}`" for name in bug.functions()) or "the module itself"
     about = " ".join(bug.about.split())
     parts = [
-        front_matter(f"Bug {number}", f"A planted bug of chapter {bug.chapter}. What fails: {row['property']}", boost=0.5),
+        front_matter(
+            f"Bug {number}", f"A planted bug of chapter {bug.chapter}. What fails: {row['property']}", boost=0.5
+        ),
         f"# Bug {number}\n",
-        f"A module of [chapter {bug.chapter}](../course/ch{bug.chapter:02d}.md) has a wrong line. This property fails:\n",
+        f"A module of [chapter {bug.chapter}](../course/ch{bug.chapter:02d}.md) has a wrong line. What fails:\n",
         f"> {plain(row['property'])}\n",
         f"**What is seen.** {symptom(row)}\n",
     ]

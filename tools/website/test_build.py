@@ -265,7 +265,9 @@ def test_a_chapter_opens_in_colab_where_the_repository_is_on_github():
     assert course.Repository("https://github.com/someone/minipaged/").colab(notebook) == there
     assert course.Repository("https://example.org/minipaged").colab(notebook) is None
     chapter = course.CHAPTERS[6]
-    assert f"[Open in Colab]({there})" in chapters.ways_in(chapter, course.Repository("https://github.com/someone/minipaged"))
+    assert f"[Open in Colab]({there})" in chapters.ways_in(
+        chapter, course.Repository("https://github.com/someone/minipaged")
+    )
     assert "[Download the notebook](06_block_table.ipynb)" in chapters.ways_in(chapter, course.Repository(""))
 
 
@@ -273,7 +275,9 @@ def test_the_museum_asks_before_it_tells():
     """The name of a bug, its text and its lines are folded; what is seen and the smallest script are not."""
     for number, bug in museum.numbered().items():
         html = (SITE / "museum" / bug.name / "index.html").read_text(encoding="utf-8")
-        asked = re.sub(r"<details.*?</details>", "", html.partition("<article")[2].partition("</article")[0], flags=re.DOTALL)
+        asked = re.sub(
+            r"<details.*?</details>", "", html.partition("<article")[2].partition("</article")[0], flags=re.DOTALL
+        )
         assert f"Bug {number}" in asked and "What is seen." in asked and "<details" in html
         assert " ".join(bug.about.split())[:40] not in asked and "@@" not in asked
     index = (SITE / "museum" / "index.html").read_text(encoding="utf-8")

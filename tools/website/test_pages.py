@@ -179,7 +179,8 @@ def test_no_display_formula_is_cut(opened, path, ratio):
 def test_a_chapter_opens_with_its_picture_and_the_exercise_comes_before_the_answer(opened, number):
     page = opened(f"course/ch{number:02d}/")
     order = """() => { const top = (selector) => [...document.querySelectorAll(selector)].map(e => e.offsetTop)[0];
-        const heading = (words) => [...document.querySelectorAll('h2')].find(h => h.textContent.includes(words)).offsetTop;
+        const heading = (words) =>
+            [...document.querySelectorAll('h2')].find(h => h.textContent.includes(words)).offsetTop;
         return [top('.ways-in'), top('.opening'), heading('1. '), heading('Exercise'), heading('The code'),
                 heading('Its properties')]; }"""
     places = page.evaluate(order)

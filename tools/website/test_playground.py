@@ -145,7 +145,9 @@ def test_a_link_carries_the_code(opened):
     other.wait_for_function("document.querySelector('#pg-check textarea').value.startsWith('# mine')")
     assert other.locator("#pg-check textarea").input_value() == source
     assert other.locator("#pg-check select[name=file]").input_value() == "block_table.py"
-    assert other.locator(".cm-lineNumbers").count() == 1 and other.locator(".tok-keyword").first.text_content() == "class"
+    assert (
+        other.locator(".cm-lineNumbers").count() == 1 and other.locator(".tok-keyword").first.text_content() == "class"
+    )
 
 
 def test_recorded_runs_are_chosen_from_a_list(opened):
