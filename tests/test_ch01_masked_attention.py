@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipaged.reference import attention_weights, causal_mask, masked_attention, multi_head_attention
 from messages import says
+from minipaged.reference import attention_weights, causal_mask, masked_attention, multi_head_attention
 from strategies import generators, head_shapes
 
 pytestmark = pytest.mark.ch01

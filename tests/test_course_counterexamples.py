@@ -161,7 +161,9 @@ def test_the_script_of_a_planted_bug_can_be_typed(name, tmp_path):
 
 # ---- values ----------------------------------------------------------------------------------------------------------
 
-numbers = st.floats(-100, 100).map(lambda number: float(f"{number:.2g}")) | st.sampled_from((float("nan"), float("inf")))
+numbers = st.floats(-100, 100).map(lambda number: float(f"{number:.2g}")) | st.sampled_from(
+    (float("nan"), float("inf"))
+)
 
 
 @given(shape=st.lists(st.integers(1, 3), min_size=1, max_size=3), data=st.data())

@@ -164,7 +164,11 @@ class Log:
             for name, all_of_name in self.tables.items():
                 try:
                     table = next((each for each in reversed(all_of_name) if each.blocks), all_of_name[-1])
-                    blocks, count, size = [int(block) for block in table.blocks], int(table.num_tokens), table.block_size
+                    blocks, count, size = (
+                        [int(block) for block in table.blocks],
+                        int(table.num_tokens),
+                        table.block_size,
+                    )
                 except Exception:  # a learner's object may be in any state
                     continue
                 tables[name], tokens[name], lie[name] = blocks, count, table.allocator

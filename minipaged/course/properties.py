@@ -70,7 +70,7 @@ RIGHT = {  # what a property must hold for
 }
 
 # Behind the reference's allocator: the same pool, whose blocks have other numbers and come in another order.
-REORDERED = '''
+REORDERED = """
 
 class _Reordered(BlockAllocator):
     def _other(self, block):
@@ -95,7 +95,7 @@ class _Reordered(BlockAllocator):
 
 _Reordered.__name__ = _Reordered.__qualname__ = "BlockAllocator"
 BlockAllocator = _Reordered
-'''
+"""
 
 
 @dataclass

@@ -187,7 +187,9 @@ def disagreements(state: dict[str, Any]) -> list[str]:
         for block, (count, named, cached, held) in pool["blocks"].items():
             in_use += named > 0 or held > 0 or (count > 0 and not cached)
             if named and count != named + cached + held:
-                by = f"{named} table{'s' * (named != 1)}" + " and the prefix cache" * cached + " and a call" * bool(held)
+                by = (
+                    f"{named} table{'s' * (named != 1)}" + " and the prefix cache" * cached + " and a call" * bool(held)
+                )
                 lines.append(f"Block {block}{of} is named by {by}, and its count is {count}.")
         unused = pool["num_blocks"] - in_use
         if pool["num_free"] not in (None, unused):

@@ -186,7 +186,9 @@ def _batch(batch: Any) -> str:
     places = [(table, start + i) for table, start, of in zip(tables, starts, each, strict=True) for i in range(len(of))]
     slots = batch.slot_mapping.tolist()
     for size in range(1, max(lens) + 1):
-        if all(p // size < len(t) and t[p // size] * size + p % size == s for (t, p), s in zip(places, slots, strict=True)):
+        if all(
+            p // size < len(t) and t[p // size] * size + p % size == s for (t, p), s in zip(places, slots, strict=True)
+        ):
             return f"make_batch({each}, {starts}, {tables}, {size})"
     return f"make_batch({each}, {starts}, {tables}, ...)  with slot_mapping {slots}"
 

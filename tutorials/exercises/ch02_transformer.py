@@ -41,7 +41,7 @@ positions); Su et al., "RoFormer" (2021), section 3.4 (rotary positions); Ainsli
 # Given: KVCache, in minipaged/model/batch.py.
 #
 #   attend(layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int |
-#       None=None) -> Tensor
+#       None) -> Tensor
 #       Store the batch's key and value; return causal attention of its queries over each sequence's whole
 #       context. query [num_tokens, num_heads, head_dim]; key, value [num_tokens, num_kv_heads, head_dim].
 #       Returns query's shape. sliding_window: of the layer, the newest tokens that a query sees, itself among

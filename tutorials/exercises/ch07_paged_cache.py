@@ -44,11 +44,10 @@ of a step have the same tables, so the numbers in them are checked at the first 
 # Given, in minipaged/attention/compiled.py:
 #
 #   paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, seq_lens:
-#       Tensor, query_start_loc: Tensor, *, scale: float, sliding_window: int | None=None, max_query_len: int
-#       | None=None, check: bool=True) -> Tensor
-#       Arguments, answer and errors of `paged_attention_gathered`, and further: max_query_len at least the
-#       most queries of one sequence, for a caller that knows it (as the kernels of chapter 8) check False:
-#       the caller has checked the arguments
+#       Tensor, query_start_loc: Tensor, *, scale: float, sliding_window: int | None=None, check: bool=True)
+#       -> Tensor
+#       Arguments, answer and errors of `paged_attention_gathered`. check=False: the caller has checked the
+#       arguments.
 #
 # Made from minipaged/kvcache/paged.py by minipaged/course/generate.py.
 
