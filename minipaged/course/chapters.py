@@ -360,7 +360,6 @@ CHAPTERS = {
                         "minipaged.memory.block_manager.BlockManager: num_slots, blocks_for, can_ever_fit, "
                         "get_computed_blocks, prefix_of, block_keys, fork, allocate_slots, free, is_swapped, swap_out, "
                         "swap_in, reset",
-                        "minipaged.memory.block_manager.Prefix",
                         "minipaged.engine.sequence.Sequence: request_id, index, prompt_token_ids, params, cache_salt, "
                         "outputs, num_computed, seq_id, num_uncomputed_tokens, tokens",
                         "minipaged.engine.scheduler_output.SchedulerOutput",

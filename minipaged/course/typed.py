@@ -24,7 +24,6 @@ _modules: dict[str, str] = {
     "Sequence": "minipaged.engine.sequence",
     "SamplingParams": "minipaged.engine.sequence",
     "Token": "minipaged.engine.sequence",
-    "Prefix": "minipaged.memory.block_manager",
     "Trace": "minipaged.memory.trace",
     "make_batch": "minipaged.model.batch",
     "ModelConfig": "minipaged.model.transformer",

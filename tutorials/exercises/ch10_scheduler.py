@@ -45,37 +45,32 @@ Plain Python, and no tensor: the simulator of chapter 11 runs this very class.
 # Given: BlockManager, in minipaged/memory/block_manager.py.
 #
 #   reset() -> None
-#       Empty pools and no tables: what the blocks hold is not known any more.
+#       Empty pools and no tables: after an exception in a step, the contents of the blocks are undefined.
 #   num_slots -> int
 #       Tokens that the whole pool can hold.
 #   blocks_for(num_tokens: int) -> int
 #       How many blocks hold this many tokens of one sequence.
 #   can_ever_fit(num_tokens: int) -> bool
 #       Whether the empty pool could hold a sequence of this length.
-#   get_computed_blocks(tokens: Sequence[int], cache_salt: str | None=None) -> Prefix
-#       The longest cached prefix of these tokens, never all of them: one is left to compute. Changes nothing.
-#   prefix_of(seq_id: str, num_tokens: int) -> Prefix
-#       The full blocks among those that hold the first `num_tokens` tokens of a sequence.
+#   get_computed_blocks(tokens: Sequence[int], cache_salt: str | None=None) -> list[int]
+#       The blocks of the longest cached prefix of these tokens (`PrefixCache.match`). Changes nothing.
+#   prefix_of(seq_id: str, num_tokens: int) -> list[int]
+#       The full blocks that hold the first `num_tokens` tokens of a sequence; none where some were freed.
 #   block_keys(tokens: Sequence[int], cache_salt: str | None=None) -> list[bytes]
 #       The keys of the full blocks of these tokens; none where nothing is cached.
 #   fork(parent: str, child: str) -> None
 #       A second sequence with the same tokens, in the same blocks.
-#   allocate_slots(seq_id: str, num_tokens: int, prefix: Prefix=NO_PREFIX, reserve: int=0) -> Copies | None
+#   allocate_slots(seq_id: str, num_tokens: int, prefix: Sequence[int]=(), reserve: int=0) -> Copies | None
 #       Slots for the first `num_tokens` tokens of a sequence. One without a table gets one, which begins with
-#       the blocks of `prefix`. None if fewer than `reserve` blocks would stay free.
+#       the full blocks of `prefix`. None if fewer than `reserve` blocks would stay free.
 #   free(seq_id: str) -> None
 #       Release the blocks of a sequence, on the device or on the host. Does nothing if it has none.
 #   is_swapped(seq_id: str) -> bool
 #   swap_out(seq_id: str) -> Copies | None
 #       Move a sequence to the host; None also if there is no host pool. The copies are (device, host).
-#   swap_in(seq_id: str, num_tokens: int, reserve: int=0, prefix: Prefix=NO_PREFIX) -> Copies | None
+#   swap_in(seq_id: str, num_tokens: int, prefix: Sequence[int]=(), reserve: int=0) -> Copies | None
 #       Bring a sequence back, if there is room for `num_tokens` tokens. The copies are (host, device).
 #       prefix: blocks in use on the device that hold its first tokens. They are named, and not copied.
-#
-# Given: Prefix, in minipaged/memory/block_manager.py.
-#
-#   blocks: list[int]
-#   num_tokens: int
 #
 # Given: Sequence, in minipaged/engine/sequence.py.
 #
