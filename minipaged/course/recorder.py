@@ -58,7 +58,7 @@ def is_on() -> bool:
     return REPORT in os.environ
 
 
-# ---- watching ------------------------------------------------------------------------------------------------------------
+# ---- watching ------------------------------------------------------------
 
 
 def watch(module: ModuleType, chapters: Collection[int] | None = None) -> None:
@@ -178,8 +178,8 @@ def _run(
     if log.calls is not current:
         return result
     if new is not None:
-        log.made(new, by_the_test=True)
         log.event(f"{log.name(new)} = {call}", made=True)
+        log.made(new, by_the_test=True)
     elif look:
         said = typed.given(result, log) if of_function else None  # a test may change an array in place
         log.look(lambda: call + (typed.given(result, log) if said is None else said), of_function, state)

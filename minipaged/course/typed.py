@@ -12,6 +12,7 @@ import math
 import re
 import sys
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def _rounded(numbers: Any) -> Any:
 def _batch(batch: Any) -> str:
     """The call of make_batch that gives this batch, as far as its numbers say."""
     edges, lens, tokens = batch.query_start_loc.tolist(), batch.seq_lens.tolist(), batch.token_ids.tolist()
-    each = [tokens[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    each = [tokens[a:b] for a, b in pairwise(edges)]
     starts = [length - len(of) for length, of in zip(lens, each, strict=True)]
     tables = [[block for block in row if block >= 0] for row in batch.block_tables.tolist()]
     if not any(tables):
