@@ -50,13 +50,14 @@ def imports(calls: list[str]) -> list[str]:
 
 
 @functools.cache
-def _kind(kind: type, names: tuple[str, ...]) -> str:
+def _kind(kind: Any, names: tuple[str, ...]) -> str:
     return next((base.__name__ for base in kind.__mro__ if base.__name__ in names), kind.__name__)
 
 
 def kind_of(thing: Any, names: Any) -> str:
     """The name of the watched class that an object is of, or else of its own."""
-    return _kind(type(thing), ("BlockTable", "Sequence", "SchedulerOutput", *names))
+    kind: Any = type(thing)
+    return _kind(kind, ("BlockTable", "Sequence", "SchedulerOutput", *names))
 
 
 def renamed(call: str, old: str, new: str) -> str:
