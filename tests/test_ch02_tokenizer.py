@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from minipaged.engine.prompt import chat_prompt
 from minipaged.model import fetch
 from minipaged.model.gguf_file import ModelFileError, open_gguf
 from minipaged.model.load import load_model
@@ -414,7 +413,7 @@ BEGINS = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
 def test_a_conversation_begins_as_its_template_says(text, writes, bos):
     """Never twice with what begins a text, and not with it at all where the template writes none."""
     template = BEGINS if writes else BEGINS.replace("{{ bos_token }}", "")
-    prompt = chat_prompt([{"role": "user", "content": text}], folder_tokenizer(bos=bos, template=template))
+    prompt = folder_tokenizer(bos=bos, template=template).chat_prompt([{"role": "user", "content": text}])
     assert prompt["prompt"] == "hi" * writes + text
     assert prompt["prompt_token_ids"] == [TOKENS.index("hi")] * writes + folder_tokenizer().encode(text)
 
