@@ -389,8 +389,8 @@ def folder_tokenizer(bos=False, eos=False, shape=False, template=None):
                 single=around, special_tokens=[("hi", TOKENS.index("hi")), (TOKENS[EOS], EOS)]
             )
         if shape:
-            saved.enable_truncation(max_length=3)
-            saved.enable_padding(length=8, pad_id=0, pad_token="a")
+            saved.enable_truncation(max_length=1)
+            saved.enable_padding(length=8, direction="left", pad_id=0, pad_token="a")
         saved.save(f"{folder}/tokenizer.json")
         settings = {"bos_token": "hi", "eos_token": TOKENS[EOS], "chat_template": template}
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
