@@ -73,7 +73,7 @@ def test_there_and_back(tokens, block_size):
     num_blocks = len(table.blocks)
     assert len(memory.out(table)) == num_blocks
     assert (memory.device.num_free, memory.host.num_free) == (20, 20 - num_blocks)
-    memory.sequence("x" * 20 * block_size).release()  # somebody else uses the device meanwhile
+    memory.sequence("x" * 20 * block_size).release()  # another request uses the device meanwhile
     assert memory.host_pool.read(table) == tokens
     assert len(memory.back(table)) == num_blocks
     assert (memory.device.num_free, memory.host.num_free) == (20 - num_blocks, 20)

@@ -4,9 +4,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -15,17 +14,6 @@ from rich.table import Table
 if TYPE_CHECKING:
     from minipaged.engine.llm import LLM
     from minipaged.engine.sequence import RequestOutput, StreamOutput
-
-
-class Backend(StrEnum):
-    auto = "auto"
-    torch = "torch"
-    triton = "triton"
-
-
-class Preemption(StrEnum):
-    recompute = "recompute"
-    swap = "swap"
 
 
 def _cache(name: str) -> str:
@@ -37,10 +25,15 @@ def _cache(name: str) -> str:
 
 ModelOption = Annotated[str, typer.Option(help="smollm2-135m, tiny, a GGUF file, or a folder with safetensors")]
 BlockSizeOption = Annotated[int, typer.Option(help="tokens in a block of the paged cache")]
-BackendOption = Annotated[Backend, typer.Option(help="of the paged cache; Triton on a CPU is interpreted, and slow")]
+BackendOption = Annotated[
+    Literal["auto", "torch", "triton"],
+    typer.Option(help="of the paged cache; Triton on a CPU is interpreted, and slow"),
+]
 NumBlocksOption = Annotated[int | None, typer.Option(help="blocks in the pool (default: at most 1 GiB of them)")]
 MaxModelLenOption = Annotated[int | None, typer.Option(help="longest request, in tokens (default: the model's)")]
-PreemptionOption = Annotated[Preemption, typer.Option(help="what the latest sequence does when blocks run out")]
+PreemptionOption = Annotated[
+    Literal["recompute", "swap"], typer.Option(help="what the latest sequence does when blocks run out")
+]
 RanksOption = Annotated[
     int | None, typer.Option(help="processes to divide the model's heads over (default: as many as torchrun started)")
 ]
@@ -77,8 +70,8 @@ def generate(
     block_size: BlockSizeOption = 16,
     num_blocks: NumBlocksOption = None,
     max_model_len: MaxModelLenOption = None,
-    preemption: PreemptionOption = Preemption.recompute,
-    backend: BackendOption = Backend.auto,
+    preemption: PreemptionOption = "recompute",
+    backend: BackendOption = "auto",
     dtype: DtypeOption = "float32",
     tensor_parallel_size: RanksOption = None,
     trace: Annotated[Path | None, typer.Option(help="write who held which block to this file: see minipaged trace")] = (
@@ -87,7 +80,10 @@ def generate(
     metrics: Annotated[bool, typer.Option("--metrics", help="print what the engine did, to standard error")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end, not the text")] = False,
 ) -> None:
-    """Continue a text, token by token; with --n or --beams, in several ways."""
+    """Continue a text, token by token; with --n or --beams, in several ways.
+
+    Example: minipaged generate "The moon is" --max-tokens 40
+    """
     from minipaged import LLM, BeamSearchParams, SamplingParams
     from minipaged.engine.prompt import Prompt
 
@@ -116,8 +112,8 @@ def generate(
         block_size=block_size,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
-        preemption=preemption.value,
-        backend=backend.value,
+        preemption=preemption,
+        backend=backend,
         dtype=dtype,
         trace=trace is not None,
         tensor_parallel_size=_ranks() if tensor_parallel_size is None else tensor_parallel_size,
@@ -161,7 +157,10 @@ def chat(
     dtype: DtypeOption = "float32",
     metrics: Annotated[bool, typer.Option("--metrics", help="after each answer, what the prefix cache saved")] = False,
 ) -> None:
-    """Talk with the model. Each turn finds the blocks of all turns before it. Ctrl-C stops an answer, Ctrl-D ends."""
+    """Talk with the model. Each turn finds the blocks of all turns before it. Ctrl-C stops an answer, Ctrl-D ends.
+
+    Example: minipaged chat --system "You answer briefly." --metrics
+    """
     from minipaged import LLM, SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -197,11 +196,6 @@ def chat(
 def _ranks() -> int:
     """As many processes as torchrun started."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(generate)
-    app.command()(chat)
 
 
 def _question() -> str | None:
@@ -243,17 +237,9 @@ def _print_metrics(llm: "LLM") -> None:
 
 def _fields(output: "RequestOutput", model: str, cache: str) -> dict[str, Any]:
     """One answer as one flat object; several as a list beside the prompt."""
-    answers = [
-        {
-            "text": answer.text,
-            "token_ids": answer.token_ids,
-            "finish_reason": answer.finish_reason,
-            **({"logprobs": answer.logprobs} if answer.logprobs is not None else {}),
-            **({"score": answer.score} if answer.score is not None else {}),
-            **({"error": answer.error} if answer.error is not None else {}),
-        }
-        for answer in output.outputs
-    ]
+    names = ("text", "token_ids", "finish_reason", "logprobs", "score", "error")
+    found = [[(name, getattr(answer, name)) for name in names] for answer in output.outputs]
+    answers = [{name: value for name, value in fields if value is not None} for fields in found]
     prompt = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids}
     said = answers[0] if len(answers) == 1 else {"outputs": answers}
     return {**prompt, **said, "model": model, "cache": cache}

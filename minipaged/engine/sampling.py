@@ -2,11 +2,10 @@
 
     logits -> repetition penalty -> / temperature -> softmax -> min_p -> the top_k likeliest -> top_p -> draw
 
-All sequences of a step at once; the rows of the tensors are theirs. A draw needs one random number, and that is a
-function of the request's seed, the sample's number and the token's position: no generator is carried along. So what is
-drawn depends neither on who shares the batch nor on whether the sequence was preempted, and a step that failed is
-repeated with the same outcome. (Counter-based random numbers: Salmon et al., "Parallel Random Numbers: As Easy as
-1, 2, 3", SC 2011.)
+The rows of the tensors are the sequences of a step. The one random number of a draw is a function of the request's
+seed, the sample's number and the token's position. So a draw depends neither on the rest of the batch nor on a
+preemption, and a step that failed is repeated with the same outcome. (Counter-based random numbers: Salmon et al.,
+"Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.)
 
 Sources: top-k, Fan et al., "Hierarchical Neural Story Generation" (2018), section 5.4; top-p, Holtzman et al., "The
 Curious Case of Neural Text Degeneration" (2020), section 3.1; min-p, Nguyen et al., "Turning Up the Heat" (2024);
@@ -26,10 +25,8 @@ CANDIDATES = 1024  # tokens sorted at first: more are hardly ever needed, and so
 
 
 def sample(logits: Tensor, seqs: Items[Sequence]) -> list[Token | Exception]:
-    """The next token of each sequence, or why it has none. logits [num_seqs, vocab_size], row i for seqs[i].
-
-    A sequence that fails fails alone: the others are then sampled one by one, which gives the same tokens.
-    """
+    """The next token of each sequence, or why it has none. logits [num_seqs, vocab_size], row i for seqs[i]. A sequence
+    that fails fails alone: the others are then sampled one by one, which gives the same tokens."""
     try:
         return [*_sample(logits, seqs)]
     except Exception as error:
