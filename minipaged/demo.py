@@ -18,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from minipaged.cdiv import cdiv
+from minipaged.engine.cache_config import CACHES
 from minipaged.engine.detokenizer import IncrementalDetokenizer
-from minipaged.engine.llm import CACHES, LLM
+from minipaged.engine.llm import LLM
 from minipaged.engine.sequence import SamplingParams
 from minipaged.model.load import Model, default_device, load_model
 from minipaged.model.recompute import next_logits

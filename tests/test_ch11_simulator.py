@@ -90,7 +90,7 @@ def test_the_account_sums_to_the_pool_at_every_step_and_no_more_is_held_than_the
         assert account.held <= server.num_slots
         running = server.running
         written = [seq.num_computed + count for seq, count in output.num_scheduled_tokens.items()]
-        assert account.held >= max(written, default=0), "a step computes tokens that nobody holds"
+        assert account.held >= max(written, default=0), "a step computes tokens that no block holds"
         assert account.held <= sum(len(seq) for seq in running), "more is held than anybody has"
         assert not (server.scheduler.running and server.beams.running), "requests and searches run at once"
         assert seconds > 0
@@ -133,7 +133,7 @@ def test_every_request_ends_with_exactly_its_output(server, script, seed):
     assert result.tokens == sum(chosen_tokens.values())
     assert not any((each.running, each.waiting) != ([], deque()) for each in (server.scheduler, server.beams))
     account = server.account()
-    assert account.held == account.reserved == account.over_reserved == 0, f"{account}: somebody left something behind"
+    assert account.held == account.reserved == account.over_reserved == 0, f"{account}: slots were left behind"
 
 
 @given(script=scripts(kinds=("one",)))
@@ -163,7 +163,7 @@ def test_time_goes_on_and_a_token_takes_a_pass(server, script, seed):
 
     result = simulate(script, server, on_step=look, seed=seed)
     assert result.clock >= busy[0] - 1e-9, "steps took longer than the whole run"
-    assert result.clock <= script[-1].arrival + busy[0] + 1e-9, "the clock stood still, and somebody waited"
+    assert result.clock <= script[-1].arrival + busy[0] + 1e-9, "the clock stood still while a request waited"
     one = CostModel().one_pass(1, 0, 0)
     assert min(result.latencies) >= one * (1 - 1e-9), "a token was made in less time than its pass takes"
     assert result.latency * len(script) == pytest.approx(sum(result.latencies))
@@ -703,7 +703,7 @@ def test_a_job_that_fails_is_no_silence_and_leaves_no_worker(monkeypatch, tmp_pa
     before = multiprocessing.active_children()
     with pytest.raises(ValueError, match="math domain error"):
         reproduce(["one"], [0], lambda report: None, lambda *seen: None, num_processes=2)
-    assert not (tmp_path / "lines").exists(), "it waited for a job whose result nobody wants"
+    assert not (tmp_path / "lines").exists(), "it waited for a job whose result is not needed"
     assert multiprocessing.active_children() == before
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -56,25 +57,26 @@ class Worker:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if system in PEERS:  # what `import minipaged` asks of idle threads is ours: a peer runs as its users run it
             env.pop("GOMP_SPINCOUNT", None)
-        self.system = system
+        self.system, self.words = system, tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed below)
         self.process = subprocess.Popen(
             [python, str(WORKER), system, model, dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.words,  # a file takes whatever a peer says; a pipe would be full at some point
             text=True,
             env=env,
         )
 
     def ask(self, line: str | None = None) -> dict[str, Any]:
         """Send a workload; without one, wait until it is ready. Raises ValueError, with its last words, if it died."""
-        assert self.process.stdin and self.process.stdout and self.process.stderr
+        assert self.process.stdin and self.process.stdout
         if line is not None:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            said = self.process.stderr.read().strip().splitlines()
+            self.words.seek(0)
+            said = self.words.read().strip().splitlines()
             raise ValueError(f"{self.system} ended: {said[-1] if said else 'without a word'}")
         found: dict[str, Any] = json.loads(answer)
         return found
@@ -82,6 +84,7 @@ class Worker:
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
+        self.words.close()
 
 
 @contextmanager

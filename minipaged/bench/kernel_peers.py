@@ -105,7 +105,7 @@ def minipaged(problem: Problem, seed: int) -> Call:
     query, (seq_lens, starts) = problem.query(seed), problem.lengths()
     key_cache, value_cache, tables = problem.paged(seed, 16, "HND")
     arguments = query, key_cache, value_cache, tables, seq_lens, starts
-    known = {"scale": problem.scale, "max_query_len": problem.num_queries, "max_seq_len": problem.context}
+    known = {"scale": problem.scale, "max_query_len": problem.num_queries}
     out = torch.empty_like(query)
     return lambda: paged_attention(*arguments, out=out, **known)
 

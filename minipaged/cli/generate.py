@@ -85,6 +85,7 @@ def generate(
     Example: minipaged generate "The moon is" --max-tokens 40
     """
     from minipaged import LLM, BeamSearchParams, SamplingParams
+    from minipaged.engine.prompt import Prompt, chat_prompt
 
     if beams is not None and (n > 1 or temperature > 0):
         raise ValueError("--beams searches for the likeliest texts: it goes with neither --n nor --temperature")
@@ -114,26 +115,29 @@ def generate(
         preemption=preemption,
         backend=backend,
         dtype=dtype,
-        trace=trace or False,
+        trace=trace is not None,
         tensor_parallel_size=_ranks() if tensor_parallel_size is None else tensor_parallel_size,
     )
     # Of the processes that torchrun started, rank 0 alone comes as far as this: it reads and writes.
     text = _standard_input() if prompt == "-" else prompt
-    if chat:
-        text = llm.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-    if as_json or n > 1 or search:
-        output = llm.beam_search(text, search)[0] if search else llm.generate(text, params)[0]
-        if as_json:
-            print(json.dumps(_fields(output, model, cache), ensure_ascii=False))
+    asked: Prompt = chat_prompt([{"role": "user", "content": text}], llm.tokenizer) if chat else text
+    try:
+        if as_json or n > 1 or search:
+            output = llm.beam_search(asked, search)[0] if search else llm.generate(asked, params)[0]
+            if as_json:
+                print(json.dumps(_fields(output, model, cache), ensure_ascii=False))
+            else:
+                _print_all(output, None if chat else text)
+            failed = any(answer.finish_reason == "error" for answer in output.outputs)
         else:
-            _print_all(output, None if chat else text)
-        failed = any(answer.finish_reason == "error" for answer in output.outputs)
-    else:
-        tokens = llm.stream(text, params)  # refuses a wrong prompt here, before anything is printed
-        if not chat:
-            print(text, end="", flush=True)
-        failed = _print_pieces(tokens)
-        print()
+            tokens = llm.stream(asked, params)  # refuses a wrong prompt here, before anything is printed
+            if not chat:
+                print(text, end="", flush=True)
+            failed = _print_pieces(tokens)
+            print()
+    finally:  # and not by the engine: where the disk is full, the answer has been printed
+        if trace is not None and llm.trace is not None and llm.trace.events:
+            llm.trace.save(trace)
     if metrics:
         _print_metrics(llm)
     llm.close()
@@ -158,6 +162,7 @@ def chat(
     Example: minipaged chat --system "You answer briefly." --metrics
     """
     from minipaged import LLM, SamplingParams
+    from minipaged.engine.prompt import chat_prompt
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     llm = LLM(model, num_blocks=num_blocks, dtype=dtype)
@@ -169,7 +174,7 @@ def chat(
         messages.append({"role": "user", "content": question})
         before, pieces, failed = llm.metrics(), list[str](), False
         try:
-            tokens = llm.stream(llm.tokenizer.apply_chat_template(messages), params)
+            tokens = llm.stream(chat_prompt(messages, llm.tokenizer), params)
         except ValueError as error:  # the conversation has become too long: the last turn is taken back
             messages.pop()
             print(f"error: {error}", file=sys.stderr)

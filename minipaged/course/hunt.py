@@ -23,7 +23,8 @@ from minipaged.course.report import print_counterexample, say
 def hunt(number: int | None, folder: Path, answer: str | None, console: Console) -> int:
     """Returns 0 for a right answer, 1 for a wrong one, 3 where there was none yet."""
     puzzles = in_order(load_bugs())
-    number = number or next((n for n in range(1, len(puzzles) + 1) if not _found(folder, n)), 1)
+    if number is None:
+        number = next((n for n in range(1, len(puzzles) + 1) if not _found(folder, n)), 1)
     if not 1 <= number <= len(puzzles):
         raise ValueError(f"there is no puzzle {number}: there are 1 to {len(puzzles)}")
     bug = puzzles[number - 1]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from minipaged.engine.prompt import chat_prompt
 from minipaged.engine.sequence import SamplingParams
 from minipaged.model.tokenizer import Message, TextTokenizer
 from minipaged.server.engine_loop import Piece
@@ -166,7 +167,7 @@ class ChatRequest(_Body):
 
     def prompts(self, tokenizer: TextTokenizer) -> list[list[int]]:
         """The conversation in the model's format, as tokens. Raises ValueError where the model has none."""
-        return [tokenizer.encode(tokenizer.apply_chat_template([message.message() for message in self.messages]))]
+        return [chat_prompt([message.message() for message in self.messages], tokenizer)["prompt_token_ids"]]
 
 
 def parsed(body: bytes, kind: type[Kind]) -> Kind:

@@ -99,7 +99,8 @@ def _map(snapshot: Snapshot, width: int) -> list[Text]:
         for logical in range(snapshot.num_logical(seq)):
             line.append(f" {snapshot.place(seq, logical)}", style="not bold")
         lines += line.wrap(Console(width=width), width)
-    title = f"PHYSICAL: {len(blocks)} of {snapshot.num_blocks} in use, {snapshot.num_free} free"
+    in_use = len(blocks) + len(snapshot.taken)
+    title = f"PHYSICAL: {in_use} of {snapshot.num_blocks} in use, {snapshot.num_free} free"
     lines += [Text(), Text(title, style="bold")]
     number_width = len(str(snapshot.num_blocks - 1))
     per_row = max(1, min(64, width - number_width - 1))
