@@ -402,6 +402,22 @@ def test_a_tensor_lies_where_it_lies_and_nowhere_else(name, data):
             assert gguf_name(name) in message or "overlap" in message
 
 
+@given(shift=st.integers(0, 64))
+def test_a_tensor_begins_on_a_multiple_of_the_alignment(shift):
+    """Here the last one has room behind it."""
+    whole, header_end, _ = gguf_bytes()
+    with file_of(whole) as path:
+        last = max(gguf.GGUFReader(path).tensors, key=lambda tensor: tensor.data_offset)
+        at = last.field.offset + 8 + len(last.name) + 8 + 8 * len(last.shape)
+    damaged = bytearray(whole + bytes(64))
+    struct.pack_into("<Q", damaged, at, last.data_offset - header_end + shift)
+    with file_of(damaged) as path:
+        if shift % 32:
+            assert "no multiple of 32" in refused(path)
+        else:
+            load_model(path)
+
+
 @given(
     factor=st.sampled_from((0.0, 1.0, 2.0, 4.0)),
     kind=st.sampled_from((None, "linear", "none")),

@@ -318,6 +318,8 @@ def test_a_large_group_moves_as_a_small_one():
 def test_keys_come_back_as_keys_and_values_as_values(num_blocks, data, rng):
     """Of every layer, whatever the device's blocks hold meanwhile, and wherever they come back to."""
     cache = PagedCache(TINY, num_blocks, 3, torch.float64)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        SwapSpace(cache, 0)
     space = SwapSpace(cache, num_blocks)
     for tensor in (cache.key_cache, cache.value_cache):
         tensor.copy_(torch.from_numpy(rng.standard_normal(tensor.shape)))

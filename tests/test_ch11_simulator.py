@@ -23,10 +23,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minipaged.simulator
+from minipaged.memory.kv_cache_size import KVShape
 from minipaged.simulator import figures, paper
 from minipaged.simulator.beams import choose
 from minipaged.simulator.contiguous import ReservedMemory
-from minipaged.simulator.cost import A100_40GB, H100, CostModel, StepCost
+from minipaged.simulator.cost import A100_40GB, COPY_CALL, H100, CostModel, Device, StepCost
 from minipaged.simulator.latency import HIGHEST, curve
 from minipaged.simulator.lengths import ALPACA, SHAREGPT, SPREAD, Lengths, fit_spread
 from minipaged.simulator.memory_use import FULL_RATE, measure
@@ -480,6 +481,43 @@ def test_a_faster_device_is_never_slower(load, faster):
     assert CostModel(device=H100).step(load) < CostModel().step(load)
 
 
+@given(
+    load=loads,
+    peaks=st.tuples(*[st.sampled_from((1e9, 1e12, 1e16))] * 3),
+    utilisation=st.sampled_from((0.5, 1.0)),
+    shape=st.builds(KVShape, st.just("drawn"), *[st.integers(1, 99)] * 4, st.sampled_from((1, 2, 4))),
+    parameters=st.floats(1e6, 1e11),
+    block_size=st.integers(1, 64),
+    attention=st.floats(1.0, 2.0),
+    apart=st.booleans(),
+)
+def test_a_step_takes_what_its_bytes_and_operations_take(
+    load, peaks, utilisation, shape, parameters, block_size, attention, apart
+):
+    """A second writing, pass by pass: weights or their products, then K and V or theirs, after the copies."""
+    device = Device("drawn", *peaks, utilisation)
+    cost = CostModel(device, shape, parameters, block_size, attention, apart)
+    bandwidth, flops, link = peaks[0] * utilisation, peaks[1] * utilisation, peaks[2]
+    token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.element_bytes  # of K and V
+    block = token * block_size
+
+    def one(tokens, context, pairs):
+        matrices = max(parameters * shape.element_bytes / bandwidth, 2 * parameters * tokens / flops)
+        products = 2 * pairs * (token / shape.element_bytes) / flops  # with K and with V, 2 operations an element
+        return matrices + attention * max(context * token / bandwidth, products)
+
+    decodes = load.decodes, load.decode_context, load.decode_context
+    prompts = load.prompt_tokens, load.prompt_context, load.prompt_pairs
+    passes = [each for each in (decodes, prompts) if each[0]]
+    if len(passes) == 2 and not apart:
+        passes = [tuple(map(sum, zip(*passes, strict=True)))]
+    moved = load.swapped * max(2 * shape.num_layers * COPY_CALL, block / link) + 2 * load.copied * block / bandwidth
+    assert cost.step(load) == pytest.approx(moved + sum(one(*each) for each in passes), rel=1e-9)
+    n = load.prompt_tokens
+    assert cost.recompute(n) == pytest.approx(one(n, n, sum(range(n + 1))), rel=1e-9)
+    assert cost.step(StepCost()) == 0.0
+
+
 def test_one_token_reads_all_weights_and_its_context():
     """26 GB, and 800 KiB for each token of the context, at 55 % of 1,555 GB/s."""
     idle, busy = CostModel().one_pass(1, 0, 0), CostModel().one_pass(1, 1000, 1000)
@@ -496,7 +534,7 @@ def test_swapping_small_blocks_is_calls_and_large_ones_bytes():
     assert times == sorted(times, reverse=True)
 
 
-@pytest.mark.parametrize("wrong", [{"bandwidth": 0.0}, {"flops": -1.0}, {"utilisation": 1.1}])
+@pytest.mark.parametrize("wrong", [{"bandwidth": 0.0}, {"flops": -1.0}, {"utilisation": 1.1}, {"utilisation": 0.0}])
 def test_a_device_that_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(A100_40GB, **wrong)

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minipaged import LLM, SamplingParams
-from minipaged.engine.prompt import chat_prompt
 from minipaged.model.batch import make_batch
 from minipaged.model.families import config_from_json
 from minipaged.model.load import load_model
@@ -511,7 +510,7 @@ def test_conversations_are_what_transformers_makes_of_them(name, kind, tmp_path)
         contents = CONTENTS[shift:] + CONTENTS[:shift]
         messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
         text = rendered(lambda messages=messages: theirs.apply_chat_template(messages, tokenize=False, **told))
-        prompt = rendered(lambda messages=messages: chat_prompt(messages, ours))
+        prompt = rendered(lambda messages=messages: ours.chat_prompt(messages))
         refused += text == "refused"
         if text == "refused":
             assert prompt == "refused"

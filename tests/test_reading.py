@@ -51,6 +51,7 @@ def test_the_scheduler_fits_in_two_hundred_lines():
 # what models differ in (windows, biases, norms, frequencies: 250) and the kernels' table for each GPU (120).
 FOLDERS = ("memory", "attention", "kvcache", "model", "engine", "kernels")
 FILES = {"weights", "gguf_file", "load", "tokenizer", "tokenizer_files", "families", "fetch", "weight_cache"}
+FILES |= {"folder", "rope_scaling"}  # which were parts of weights and families
 WAY = {
     "engine": "__init__ arguments prompt sequence scheduler scheduler_output sampling runner llm_engine llm "
     "detokenizer cache_config metrics",

@@ -22,7 +22,7 @@ from rich.console import Console
 from minipaged.cdiv import cdiv
 from minipaged.memory.trace import EVENTS, Trace
 from minipaged.viz.colours import colours
-from minipaged.viz.export import MAPS, maps_of, to_json
+from minipaged.viz.export import MAPS, apply_changes, maps_of, to_json
 from minipaged.viz.replay import at, at_step, replay, steps
 from minipaged.viz.script import load_script, run_script
 from minipaged.viz.snapshot import Snapshot
@@ -473,16 +473,6 @@ def test_a_reader_of_the_screen_is_told_of_a_shared_block():
 
 
 # The JSON.
-
-
-def apply_changes(state, changes):
-    """What a page does at one event."""
-    for name, entries in changes.items():
-        for key, value in entries.items():
-            if value is None:
-                del state[name][key]
-            else:
-                state[name][key] = value
 
 
 @given(traces)

@@ -94,9 +94,11 @@ def save(path: Path | None, found: Any) -> None:
 
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error, drawn between two turns alone: a thread that draws would take a core."""
+    """A progress bar on a terminal, drawn between two turns alone: a thread that draws would take a core."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
+    console = Console(stderr=True)
+    how: dict[str, Any] = {"transient": True, "auto_refresh": False, "disable": not console.is_terminal}
+    with Progress(*columns, console=console, **how) as progress:
         task = progress.add_task(what, total=total)
 
         def advance() -> None:

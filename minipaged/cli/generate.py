@@ -85,7 +85,7 @@ def generate(
     Example: minipaged generate "The moon is" --max-tokens 40
     """
     from minipaged import LLM, BeamSearchParams, SamplingParams
-    from minipaged.engine.prompt import Prompt, chat_prompt
+    from minipaged.engine.prompt import Prompt
 
     if beams is not None and (n > 1 or temperature > 0):
         raise ValueError("--beams searches for the likeliest texts: it goes with neither --n nor --temperature")
@@ -120,7 +120,7 @@ def generate(
     )
     # Of the processes that torchrun started, rank 0 alone comes as far as this: it reads and writes.
     text = _standard_input() if prompt == "-" else prompt
-    asked: Prompt = chat_prompt([{"role": "user", "content": text}], llm.tokenizer) if chat else text
+    asked: Prompt = llm.tokenizer.chat_prompt([{"role": "user", "content": text}]) if chat else text
     try:
         if as_json or n > 1 or search:
             output = llm.beam_search(asked, search)[0] if search else llm.generate(asked, params)[0]
@@ -162,7 +162,6 @@ def chat(
     Example: minipaged chat --system "You answer briefly." --metrics
     """
     from minipaged import LLM, SamplingParams
-    from minipaged.engine.prompt import chat_prompt
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     llm = LLM(model, num_blocks=num_blocks, dtype=dtype)
@@ -174,7 +173,7 @@ def chat(
         messages.append({"role": "user", "content": question})
         before, pieces, failed = llm.metrics(), list[str](), False
         try:
-            tokens = llm.stream(chat_prompt(messages, llm.tokenizer), params)
+            tokens = llm.stream(llm.tokenizer.chat_prompt(messages), params)
         except ValueError as error:  # the conversation has become too long: the last turn is taken back
             messages.pop()
             print(f"error: {error}", file=sys.stderr)

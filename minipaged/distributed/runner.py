@@ -33,7 +33,7 @@ from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.model.batch import ForwardBatch
 from minipaged.model.load import Model, default_device, named_dtype
 
-GRACE_SECONDS = 2.0  # after a collective failed: for a process to have ended, or for all to have hung up
+GRACE_SECONDS = 4.0  # after a collective failed: for a process to have ended, or for all to have hung up
 
 
 class ShardedModel:

@@ -1,20 +1,7 @@
-"""Chapter 10. A prompt as users write it: text, tokens, or a conversation."""
-
-from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+"""Chapter 10. A prompt as users write it: text, or tokens."""
 
 from minipaged.engine.arguments import items, text, whole
-from minipaged.model.tokenizer import Message, TextTokenizer
-
-
-class TokenPrompt(TypedDict):
-    """A prompt as tokens. prompt: their text, for the answer to repeat. cache_salt: prompts of unequal salts share no
-    block (one for each tenant, say)."""
-
-    prompt_token_ids: list[int]
-    prompt: NotRequired[str]
-    cache_salt: NotRequired[str]
-
+from minipaged.model.tokenizer import TextTokenizer, TokenPrompt
 
 Prompt = str | TokenPrompt
 Prompts = Prompt | list[Prompt] | list[str]
@@ -33,10 +20,3 @@ def read_prompt(prompt: object, tokenizer: TextTokenizer, vocab_size: int) -> tu
     text("prompt", prompt.get("prompt", ""))
     salt = prompt.get("cache_salt")
     return token_ids, None if salt is None else text("cache_salt", salt)
-
-
-def chat_prompt(messages: Sequence[Message], tokenizer: TextTokenizer) -> TokenPrompt:
-    """A conversation, in the model's own format, which writes itself what begins a text. Raises ValueError where the
-    model has none, or it does not take these messages."""
-    written = tokenizer.apply_chat_template(messages)
-    return TokenPrompt(prompt_token_ids=tokenizer.encode(written, add_bos=False), prompt=written)

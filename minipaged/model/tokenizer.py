@@ -10,7 +10,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jinja2
 from jinja2 import nodes
@@ -20,6 +20,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders
 
 Message = dict[str, str]
+
+
+class TokenPrompt(TypedDict):
+    """A prompt as tokens. prompt: their text, for the answer to repeat. cache_salt: prompts of unequal salts share no
+    block (one for each tenant, say)."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
+
 
 # Byte-level BPE writes each byte as one printable character: the printable ones of Latin-1 as they are, the others from
 # U+0100 on, in order (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2).
@@ -128,6 +138,11 @@ class TextTokenizer:
             )
         except Exception as error:  # the template is a program: any exception may be its own
             raise ValueError(f"the model's chat template does not take these messages: {error}") from error
+
+    def chat_prompt(self, messages: Sequence[Message]) -> TokenPrompt:
+        """A conversation as tokens. The template writes itself what begins a text. Raises as `apply_chat_template`."""
+        written = self.apply_chat_template(messages)
+        return TokenPrompt(prompt_token_ids=self.encode(written, add_bos=False), prompt=written)
 
 
 class TextStream:

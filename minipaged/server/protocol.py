@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from minipaged.engine.prompt import chat_prompt
 from minipaged.engine.sequence import SamplingParams
 from minipaged.model.tokenizer import Message, TextTokenizer
 from minipaged.server.engine_loop import Piece
@@ -167,7 +166,7 @@ class ChatRequest(_Body):
 
     def prompts(self, tokenizer: TextTokenizer) -> list[list[int]]:
         """The conversation in the model's format, as tokens. Raises ValueError where the model has none."""
-        return [chat_prompt([message.message() for message in self.messages], tokenizer)["prompt_token_ids"]]
+        return [tokenizer.chat_prompt([message.message() for message in self.messages])["prompt_token_ids"]]
 
 
 def parsed(body: bytes, kind: type[Kind]) -> Kind:

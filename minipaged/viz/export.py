@@ -68,6 +68,16 @@ def maps_of(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
     }
 
 
+def apply_changes(state: dict[str, dict[str, Any]], changes: dict[str, dict[str, Any]]) -> None:
+    """What a page does at one event, in Python: brings the five maps up to date, in place."""
+    for name, entries in changes.items():
+        for key, value in entries.items():
+            if value is None:
+                del state[name][key]
+            else:
+                state[name][key] = value
+
+
 def _changes(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     changes = {}
     for name in MAPS:
