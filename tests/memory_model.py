@@ -166,8 +166,9 @@ class TablesMachine(RuleBasedStateMachine):
         table, before = sequence.table, sequence.table.blocks
         copied = self.must_copy(sequence, count)
         needed = self.blocks_for(table.num_tokens + count) - len(before) + copied
-        assert table.blocks_needed(count) == needed, (
-            f"{count} tokens behind {table.num_tokens} need {needed} blocks, a copy too"
+        said = table.blocks_needed(count)
+        assert said == needed, f"{count} more tokens behind {table.num_tokens} need {needed} blocks, not {said}" + (
+            ": one of them is the copy of a shared last block" * copied
         )
         taken = self.named() | {block for block in range(self.num_blocks) if self.allocator.ref_count(block)}
         taken -= self.evictable()
@@ -183,7 +184,9 @@ class TablesMachine(RuleBasedStateMachine):
         assert table.blocks[: len(kept)] == kept, "an append moved tokens that were there"
         assert not taken & set(table.blocks[len(kept) :]), "a block was handed out while a table names it"
         due = [(before[-1], table.blocks[len(kept)])] if copied else []
-        assert copies == due, f"the copies to make are {due}, as a last block that another table names is never written"
+        assert copies == due, f"append_tokens returns {copies}, and the copies to make are {due}" + (
+            ": a last block that another table names is never written" * copied
+        )
         self.pool.copy(copies)
         start = len(sequence.tokens)
         sequence.tokens += tokens

@@ -232,7 +232,7 @@ def test_a_lost_block_is_drawn_as_lost():
     """Block 1 has a count, and no table names it: text and picture say the same numbers."""
     noted = state({"0": [1, 1, 0, 0], "1": [1, 0, 0, 0]}, 2, {"A": [0]})
     text = drawn(noted)
-    assert "2 of 4 in use, 2 free" in text and "1     │ lost: in no table, its count is 1" in text
+    assert "2 of 4 in use, 2 free" in text and "1     │ lost: no table, count 1" in text
     assert disagreements(noted) == []
     held = state({"0": [1, 1, 0, 0], "1": [1, 0, 0, 1]}, 2, {"A": [0]})
     assert "taken by a call" in drawn(held) and disagreements(held) == []
@@ -257,7 +257,7 @@ def test_the_host_is_drawn_as_the_host_also_where_all_is_on_it():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("ch06_truncate_leaks", r"lost: in no table, its count is 1"),
+        ("ch06_truncate_leaks", r"lost: no table, count 1"),
         ("ch09_fork_without_a_reference", r"named by 2 tables, and its count is 1"),
     ],
 )

@@ -183,7 +183,8 @@ def _run(
         log.made(new, by_the_test=True)
     elif look:
         at_once = typed.given(result, log) if of_function else None  # a test may change an array in place
-        log.look(lambda: call + (typed.given(result, log) if at_once is None else at_once), of_function, state)
+        kept = list(result) if type(result) is list else result
+        log.look(lambda: call + (typed.given(kept, log) if at_once is None else at_once), of_function, state)
     else:
         _hold(function.__name__, arguments, result)
         log.event(typed.assigned(call, result, log), made=function.__name__ in NO_EVENTS)

@@ -141,7 +141,7 @@ def _draw_states(states: list[dict[str, Any] | None], console: Console) -> None:
     known = [state for state in states if state]
     if not known:
         return
-    pair = [("Before the last call", known[-2]), ("After it", known[-1])] if len(known) > 1 else []
+    pair = [("Before the last change", known[-2]), ("After it", known[-1])] if len(known) > 1 else []
     for words, state in pair or [("The block tables", known[-1])]:
         try:
             snapshot = to_snapshot(state)
@@ -175,7 +175,7 @@ def to_snapshot(state: dict[str, Any]) -> Snapshot:
 
 def _why_taken(counts: list[int]) -> str:
     """Of a block that no table names: [its count, references of tables, of the cache, of the test]."""
-    return "taken by a call, in no table" if counts[3] else f"lost: in no table, its count is {counts[0]}"
+    return "taken by a call" if counts[3] else f"lost: no table, count {counts[0]}"
 
 
 def disagreements(state: dict[str, Any]) -> list[str]:
