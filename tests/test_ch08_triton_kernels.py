@@ -214,7 +214,7 @@ def test_a_query_without_context_gives_zero(drawn, data):
 
 
 def fixed_batch(heads, kv_heads, head_dim, block_size, seq_lens, num_queries, dtype=torch.float32):
-    """A batch of given shape over permuted blocks; one block belongs to nobody."""
+    """A batch of given shape over permuted blocks; one block is in no table."""
     rng = np.random.default_rng(0)
     counts = [cdiv(n, block_size) for n in seq_lens]
     blocks = torch.from_numpy(rng.permutation(sum(counts) + 1)).to(torch.int32)

@@ -179,7 +179,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule()
     def free_one_that_is_not_there(self):
         before = everything(self.blocks)
-        self.blocks.free("nobody")
+        self.blocks.free("unknown")
         assert everything(self.blocks) == before
 
     @precondition(lambda self: self.any_on(False))
@@ -246,8 +246,8 @@ class ManagerMachine(RuleBasedStateMachine):
             assert self.blocks.num_tokens(name) == len(entry.tokens)
             assert len(self.blocks.blocks(name)) == self.blocks_for(len(entry.tokens))
             assert self.blocks.is_swapped(name) == entry.on_host
-        assert (self.blocks.blocks("nobody"), self.blocks.num_tokens("nobody")) == ([], 0)
-        assert not self.blocks.is_swapped("nobody")
+        assert (self.blocks.blocks("unknown"), self.blocks.num_tokens("unknown")) == ([], 0)
+        assert not self.blocks.is_swapped("unknown")
 
     def what_is_read_is_what_was_written(self):
         self.pool.poison({*range(self.num_blocks)} - {*self.named()} - self.cached())
@@ -404,7 +404,7 @@ def test_a_refusal_keeps_the_order_of_eviction():
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4), (4, -1)])
 def test_a_manager_has_blocks_and_they_have_slots(sizes):
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError):
         BlockManager(*sizes)
 
 
@@ -420,7 +420,7 @@ def test_what_cannot_be_asked_for():
         blocks.swap_out("B")
     with pytest.raises(ValueError):
         blocks.swap_in("A", 5)
-    for act in (lambda: blocks.fork("nobody", "C"), lambda: blocks.swap_out("nobody")):
+    for act in (lambda: blocks.fork("unknown", "C"), lambda: blocks.swap_out("unknown")):
         with pytest.raises(KeyError):
             act()
     assert everything(blocks) == before

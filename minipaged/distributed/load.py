@@ -39,7 +39,10 @@ def load_slice(name: str | Path, rank: int, size: int, dtype: str, seed: int, de
     if name == "tiny":
         source = source_from_transformer(tiny_transformer(torch.float64, seed), byte_tokenizer)
     else:
-        source = open_source(fetch.fetch() if name == "smollm2-135m" else name)
+        if name == "smollm2-135m":
+            name = fetch.fetch()
+            fetch.verify(name)
+        source = open_source(name)
     share = shares(source.config, size)[rank]
     try:
         transformer = slice_of(source, share, DTYPES[dtype], device, keep=False)

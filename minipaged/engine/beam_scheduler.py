@@ -74,6 +74,7 @@ class Search:
     room: int = 0  # tokens that the context has for the answer
     cumulative: list[float] = field(default_factory=lambda: [0.0])
     hypotheses: list[tuple[float, CompletionOutput]] = field(default_factory=list)  # texts that have ended, best first
+    error: str | None = None  # why this search failed
     num_forks: int = 0
 
     def __post_init__(self) -> None:
@@ -83,6 +84,8 @@ class Search:
     def outputs(self, tokenizer: "TextTokenizer") -> list[CompletionOutput]:
         """The hypotheses as an answer, best first. The text of a stop token is no part of it."""
         stops = self.params.stop_token_ids or ()
+        if self.error is not None:
+            return [CompletionOutput(0, finish_reason="error", error=self.error)]
         for rank, (_, output) in enumerate(self.hypotheses):
             kept = [token for token in output.token_ids if token not in stops]
             output.index, output.text = rank, tokenizer.decode_behind(self.prompt_token_ids, kept)

@@ -65,6 +65,9 @@ def _run(engine: LLMEngine, beams: BeamScheduler, searches: list[Search], on_tok
 
 def choose(search: Search, logits: Tensor) -> list[Choice]:
     """One step. logits [num_beams, vocab_size]. Returns the next beams, best first; none where the search is over."""
+    if not logits.isfinite().all():
+        search.error = "logits are not finite: the weights are damaged, or a value overflowed"
+        return []
     width, num_new = search.params.beam_width, len(search.beams[0].outputs) + 1
     logprobs = logits.double().cpu().log_softmax(-1)  # [num_beams, vocab_size]
     total = logprobs + torch.tensor(search.cumulative, dtype=torch.float64)[:, None]

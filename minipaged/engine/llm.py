@@ -14,7 +14,7 @@ from minipaged.engine.beam_scheduler import BeamSearchParams
 from minipaged.engine.beam_search import beam_search
 from minipaged.engine.cache_config import make_cache_config
 from minipaged.engine.llm_engine import LLMEngine
-from minipaged.engine.prompt import Prompt, Prompts, read_prompt
+from minipaged.engine.prompt import Prompt, Prompts, chat_prompt, read_prompt
 from minipaged.engine.runner import Runner
 from minipaged.engine.scheduler import Scheduler
 from minipaged.engine.sequence import Request, RequestOutput, SamplingParams, Sequence, StreamOutput
@@ -163,7 +163,7 @@ class LLM(LLMEngine):
         if not given:
             raise ValueError("messages is empty: a conversation has at least one message")
         conversations = [given] if isinstance(given[0], dict) else given
-        prompts = [self.tokenizer.apply_chat_template(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        prompts: list[Prompt] = [chat_prompt(each, self.tokenizer) for each in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, progress=progress)
 
     def beam_search(
@@ -217,7 +217,8 @@ class LLM(LLMEngine):
                 self.scheduler.check(len(token_ids), params.max_tokens)
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from error
-            checked.append((prompt if isinstance(prompt, str) else None, token_ids, cache_salt))
+            text = prompt.get("prompt") if isinstance(prompt, dict) else str(prompt)
+            checked.append((text, token_ids, cache_salt))
         requests = []
         for prompt_text, token_ids, cache_salt in checked:
             request_id = next(self._request_ids)

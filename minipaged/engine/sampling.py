@@ -102,7 +102,9 @@ def _likeliest(weights: Tensor, params: Items[SamplingParams]) -> Tensor:
         total = torch.where(top_k < vocab_size, kept.sum(-1, keepdim=True), weights.sum(-1, keepdim=True))
         before = kept.cumsum(-1) - kept
         # Keep a token while those before it do not make up top_p yet: so the one that crosses it stays.
-        enough = (top_k <= num_sorted) | ((top_p < 1.0) & (kept.sum(-1, keepdim=True) >= top_p * total))
+        # Where top_k reaches past the sorted tokens, `total` is not known yet.
+        reached = (top_p < 1.0) & (top_k == vocab_size) & (kept.sum(-1, keepdim=True) >= top_p * total)
+        enough = (top_k <= num_sorted) | reached
         if num_sorted == vocab_size or bool(enough.all()):
             # The likeliest always stays, also where its share of so small a top_p is rounded to 0.
             kept[:, 1:] = torch.where((top_p == 1.0) | (before < top_p * total), kept, 0.0)[:, 1:]

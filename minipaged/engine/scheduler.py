@@ -79,7 +79,7 @@ class Scheduler:
         self.waiting.extend(seqs)
 
     def finish(self, seq: Sequence) -> None:
-        """Remove a sequence, wherever it stands, and free its blocks."""
+        """Remove a sequence from its queue, and free its blocks, wherever they lie."""
         self.blocks.free(seq.seq_id)
         (self.running if seq in self.running else self.waiting).remove(seq)
 

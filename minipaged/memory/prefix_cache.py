@@ -82,10 +82,12 @@ class PrefixCache(BlockAllocator):
         return len(self._evictable)
 
     def is_evictable(self, block: int) -> bool:
+        """Whether the block is one of these."""
         return block in self._evictable
 
     def match(self, tokens: Sequence[int], cache_salt: str | None = None) -> list[int]:
-        """The longest run of cached blocks that holds the first tokens of a prompt. O(1) a block; changes nothing.
+        """The longest run of cached blocks that holds the first tokens of a prompt. O(1) a block. Changes nothing, and
+        takes no reference.
 
         Name them with `BlockTable.append_shared` before anything is allocated, which could evict them.
         Never the whole prompt: at least one token is left to compute, since its logits give the first new token.
@@ -94,7 +96,8 @@ class PrefixCache(BlockAllocator):
         return [self._block_of[key] for key in takewhile(self._block_of.__contains__, keys)]
 
     def cache_blocks(self, table: BlockTable, tokens: Sequence[int], cache_salt: str | None = None) -> None:
-        """Cache the full blocks of a table whose tokens are written: `tokens`, from position 0 on.
+        """Cache the full blocks of a table whose tokens are written: `tokens`, from position 0 on. The cache takes one
+        reference to each block that was not cached.
 
         Blocks that are cached already cost nothing, so a decode step passes all its tokens. At a key that another
         block has, caching ends. Raises ValueError, changing nothing, for a table of another pool or shorter than its
@@ -132,12 +135,14 @@ class PrefixCache(BlockAllocator):
         return super().allocate()
 
     def share(self, block: int) -> None:
-        """One more table names a block in use, or an evictable one, which is in use from now on."""
+        """One more table names a block in use, or an evictable one, which is in use from now on. Raises ValueError for
+        any other."""
         super().share(block)
         self._evictable.pop(block, None)
 
     def free(self, block: int) -> None:
-        """One table fewer names the block; after the last one it is evictable if it is cached, and else free."""
+        """One table fewer names the block; after the last one it is evictable if it is cached, and else free. Raises
+        ValueError for a block that no table names."""
         if block in self._evictable:
             raise ValueError(f"no table names block {block}, only the cache does: freed twice?")
         super().free(block)

@@ -43,7 +43,8 @@ class Swap:
     def swap_in(self, tables: Sequence[BlockTable], known: Mapping[int, int] | None = None) -> list[tuple[int, int]]:
         """Move a group back. Returns the copies to make, (host_block, device_block). Raises as swap_out does.
 
-        known: host block -> a block in use on the device with the same tokens. It is named, and nothing is copied.
+        known: host block -> a block in use on the device with the same tokens. It is named, with a reference for each
+        table, and nothing is copied.
         """
         return self._move(tables, self.host, self.device, known or {})
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minipaged.model.fetch import home
+from minipaged.home import home
 from minipaged.model.linear import Packed, Way, pack, product, ways
 from minipaged.processor import processor
 

@@ -21,6 +21,9 @@ Source: Kwon et al., "Efficient Memory Management for Large Language Model Servi
 #   7. BlockAllocator.free
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Made from minipaged/memory/block_allocator.py by minipaged/course/generate.py.
 
 from collections import deque

@@ -18,6 +18,9 @@ The order of heads and slots inside a block does not matter to a copy: both bloc
 #   1. copy_blocks_kernel
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Made from minipaged/kernels/block_copy.py by minipaged/course/generate.py.
 
 from collections.abc import Sequence

@@ -17,6 +17,9 @@ The caches are written through their strides, so a pool in FlashAttention's orde
 #   1. write_kv_kernel
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Made from minipaged/kernels/kv_write.py by minipaged/course/generate.py.
 
 import triton

@@ -16,6 +16,9 @@ one read, and the tensor cores, which take 16 rows at least, work on padding tha
 #   1. paged_decode_kernel
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Made from minipaged/kernels/paged_decode.py by minipaged/course/generate.py.
 
 import torch

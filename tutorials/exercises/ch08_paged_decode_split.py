@@ -22,6 +22,9 @@ Source: Dao et al., "Flash-Decoding for long-context inference" (2023).
 #   3. merge_splits_kernel
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Made from minipaged/kernels/paged_decode_split.py by minipaged/course/generate.py.
 
 import functools

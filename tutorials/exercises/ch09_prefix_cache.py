@@ -36,6 +36,27 @@ Sources: vLLM's design page "Automatic Prefix Caching"; the PagedAttention paper
 #   9. PrefixCache.free
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
+# A table has allocator, block_size, num_tokens and blocks (a copy). Where self.trace is not None, record
+# "cache" (block) and "evict" (block) behind the change, as in self.trace.record("cache", block=3).
+#
+# Given: BlockAllocator, in minipaged/memory/block_allocator.py.
+#
+#   num_blocks -> int
+#   num_free -> int
+#   ref_count(block: int) -> int
+#       How many tables name the block; 0 means that it is free. Raises ValueError for a block outside the
+#       pool.
+#   allocate() -> int
+#       Take a block from the free list, with a reference count of 1. Raises OutOfBlocks, changing nothing.
+#   share(block: int) -> None
+#       Add one reference to a block in use. A free block is refused: the next allocate() may return it.
+#       Raises ValueError for a block that is free or not in the pool, changing nothing.
+#   free(block: int) -> None
+#       Drop one reference. The last one puts the block back on the free list. Raises ValueError like share.
+#
 # Made from minipaged/memory/prefix_cache.py by minipaged/course/generate.py.
 
 import struct
@@ -91,10 +112,12 @@ class PrefixCache(BlockAllocator):
         raise NotImplementedError("ch09: PrefixCache.num_evictable")
 
     def is_evictable(self, block: int) -> bool:
+        """Whether the block is one of these."""
         raise NotImplementedError("ch09: PrefixCache.is_evictable")
 
     def match(self, tokens: Sequence[int], cache_salt: str | None = None) -> list[int]:
-        """The longest run of cached blocks that holds the first tokens of a prompt. O(1) a block; changes nothing.
+        """The longest run of cached blocks that holds the first tokens of a prompt. O(1) a block. Changes nothing, and
+        takes no reference.
 
         Name them with `BlockTable.append_shared` before anything is allocated, which could evict them.
         Never the whole prompt: at least one token is left to compute, since its logits give the first new token.
@@ -102,7 +125,8 @@ class PrefixCache(BlockAllocator):
         raise NotImplementedError("ch09: PrefixCache.match")
 
     def cache_blocks(self, table: BlockTable, tokens: Sequence[int], cache_salt: str | None = None) -> None:
-        """Cache the full blocks of a table whose tokens are written: `tokens`, from position 0 on.
+        """Cache the full blocks of a table whose tokens are written: `tokens`, from position 0 on. The cache takes one
+        reference to each block that was not cached.
 
         Blocks that are cached already cost nothing, so a decode step passes all its tokens. At a key that another
         block has, caching ends. Raises ValueError, changing nothing, for a table of another pool or shorter than its
@@ -119,9 +143,11 @@ class PrefixCache(BlockAllocator):
         raise NotImplementedError("ch09: PrefixCache.allocate")
 
     def share(self, block: int) -> None:
-        """One more table names a block in use, or an evictable one, which is in use from now on."""
+        """One more table names a block in use, or an evictable one, which is in use from now on. Raises ValueError for
+        any other."""
         raise NotImplementedError("ch09: PrefixCache.share")
 
     def free(self, block: int) -> None:
-        """One table fewer names the block; after the last one it is evictable if it is cached, and else free."""
+        """One table fewer names the block; after the last one it is evictable if it is cached, and else free. Raises
+        ValueError for a block that no table names."""
         raise NotImplementedError("ch09: PrefixCache.free")
