@@ -17,7 +17,6 @@ TRACES = sorted(path.stem for path in (ROOT / "docs" / "traces").glob("*.json") 
 PAGES = sorted(path.relative_to(SITE).as_posix().removesuffix("index.html") for path in SITE.rglob("*.html"))
 KINDS = [  # one of each kind of page, and those with a shape of their own
     "",
-    "ten_minutes/",
     "course/",
     "course/ch04/",
     "course/ch06/",
@@ -36,6 +35,7 @@ KINDS = [  # one of each kind of page, and those with a shape of their own
     "design/",
     "wild/",
     "glossary/",
+    "ten_minutes/",
     "teachers/",
     "404.html",
 ]

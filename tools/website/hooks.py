@@ -59,6 +59,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages and files that are made now."""
+    files.append(File.generated(config, home.RECORDED, content=home.recorded()))
     repository = Repository(config.repo_url or "")
     paths = [chapter.notebook for chapter in CHAPTERS if chapter.notebook]
     try:
@@ -80,7 +81,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, title in (("paper.md", "The paper and ours"), ("exercises.md", "Exercises")):
         if files.get_file_from_path(path) is None:  # written by a command, or by a hand that has not come to it
             _add(files, config, path, f"# {title}\n\nThis page is not written yet.\n")
-    _add(files, config, home.RECORDED, home.recorded())
     made, problem = assets.playground()
     if problem:
         print(f"the Playground cannot run: {problem}", flush=True)
