@@ -45,12 +45,16 @@ class Ranks:
         """Say what to load, and wait until all have. Raises WorkerError where one cannot."""
         self.store.set("order", json.dumps(order))
         deadline = time.monotonic() + START_SECONDS
-        while missing := [rank for rank in range(1, self.size) if not self.store.check([f"rank {rank} has loaded"])]:
+        while missing := self.missing("has loaded"):
             if error := self.ended(0.0):
                 raise error
             if time.monotonic() > deadline:
                 raise WorkerError(f"rank {missing[0]} has not loaded its slice within {START_SECONDS:g} s")
             time.sleep(0.02)
+
+    def missing(self, what: str) -> list[int]:
+        """The ranks that have not said so at the store."""
+        return [rank for rank in range(1, self.size) if not self.store.check([f"rank {rank} {what}"])]
 
     def ended(self, seconds: float) -> WorkerError | None:
         """What ended the first rank that failed, if one does within so many seconds; all others are ended then."""

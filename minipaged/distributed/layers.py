@@ -88,11 +88,7 @@ def parallelise(transformer: Transformer, share: Share, vocab_size: int, group: 
     Attention, norms, rotary positions and SwiGLU are untouched: the file of chapter 2 runs on every rank as it is.
     """
     transformer.lm_head = VocabParallelHead(transformer.lm_head, vocab_size, group)  # type: ignore[assignment]
-    transformer.embed_tokens = VocabParallelEmbedding(
-        transformer.embed_tokens.weight,
-        share.vocab.start,
-        group,
-    )
+    transformer.embed_tokens = VocabParallelEmbedding(transformer.embed_tokens.weight, share.vocab.start, group)
     for layer in transformer.layers:
         layer.o_proj = RowParallelLinear(layer.o_proj, group)  # type: ignore[arg-type]
         layer.down_proj = RowParallelLinear(layer.down_proj, group)  # type: ignore[arg-type]

@@ -1,15 +1,18 @@
-"""Chapter 10. A prompt as users write it: text, or tokens."""
+"""Chapter 10. A prompt as users write it: text, tokens, or a conversation."""
 
+from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
 from minipaged.engine.arguments import items, text, whole
-from minipaged.model.tokenizer import TextTokenizer
+from minipaged.model.tokenizer import Message, TextTokenizer
 
 
 class TokenPrompt(TypedDict):
-    """A prompt as tokens. cache_salt: prompts of unequal salts never share a block (one for each tenant, say)."""
+    """A prompt as tokens. prompt: their text, for the answer to repeat. cache_salt: prompts of unequal salts share no
+    block (one for each tenant, say)."""
 
     prompt_token_ids: list[int]
+    prompt: NotRequired[str]
     cache_salt: NotRequired[str]
 
 
@@ -27,5 +30,13 @@ def read_prompt(prompt: object, tokenizer: TextTokenizer, vocab_size: int) -> tu
     for token in token_ids:
         if not 0 <= token < vocab_size:
             raise ValueError(f"token {token} does not exist: the vocabulary has 0 to {vocab_size - 1}")
+    text("prompt", prompt.get("prompt", ""))
     salt = prompt.get("cache_salt")
     return token_ids, None if salt is None else text("cache_salt", salt)
+
+
+def chat_prompt(messages: Sequence[Message], tokenizer: TextTokenizer) -> TokenPrompt:
+    """A conversation, in the model's own format, which writes itself what begins a text. Raises ValueError where the
+    model has none, or it does not take these messages."""
+    written = tokenizer.apply_chat_template(messages)
+    return TokenPrompt(prompt_token_ids=tokenizer.encode(written, add_bos=False), prompt=written)

@@ -50,13 +50,7 @@ def to_json(trace: Trace) -> str:
         if not sequences:
             shades = colours(snapshot)
             sequences = [{"name": seq, "label": snapshot.labels[seq], "colour": shades[seq]} for seq in shades]
-    document = {
-        "schema": SCHEMA,
-        "version": VERSION,
-        "trace": trace.header(),
-        "sequences": sequences,
-        "events": events,
-    }
+    document = {"schema": SCHEMA, "version": VERSION, "trace": trace.header(), "sequences": sequences, "events": events}
     return json.dumps(document, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
 
 
@@ -72,16 +66,6 @@ def maps_of(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
             for block in sorted(snapshot.cached)
         },
     }
-
-
-def apply_changes(state: dict[str, dict[str, Any]], changes: dict[str, dict[str, Any]]) -> None:
-    """What a page does at one event, in Python: brings the five maps up to date, in place."""
-    for name, entries in changes.items():
-        for key, value in entries.items():
-            if value is None:
-                del state[name][key]
-            else:
-                state[name][key] = value
 
 
 def _changes(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
