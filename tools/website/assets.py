@@ -48,6 +48,7 @@ OURS = (
     "minipaged/cdiv.py",
     "minipaged/memory/*.py",
     "minipaged/engine/__init__.py",
+    "minipaged/engine/arguments.py",
     "minipaged/engine/scheduler.py",
     "minipaged/engine/scheduler_output.py",
     "minipaged/engine/sequence.py",
