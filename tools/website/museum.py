@@ -81,7 +81,7 @@ def page(number: str, bug: Bug, row: dict, has_film: bool, repository: Repositor
         f"# Bug {number}\n",
         f"A module of [chapter {bug.chapter}](../course/ch{bug.chapter:02d}.md) has a wrong line. What fails:\n",
         f"> {plain(row['property'])}\n",
-        f"**What is seen.** {symptom(row)}\n",
+        f"**What is seen.** {plain(row['message'])}\n",
     ]
     if row["script"]:
         script = "\n".join(call["call"] for call in row["script"])
@@ -105,8 +105,8 @@ def title(bug: Bug) -> str:
 
 
 def symptom(row: dict) -> str:
-    """What the failing property said, on one line."""
-    text = row["message"].removeprefix("assert ")
+    """What fails: of a script of calls what was found, of any other property its name."""
+    text = row["message"] if row["property"].startswith("any script of calls") else row["property"]
     return plain(text if len(text) <= 160 else text[:159] + "…")
 
 
