@@ -109,6 +109,7 @@ read("./examples.json").then((found) => {
   const show = () => {
     fill(found[examples.selectedIndex]);
     film.open(new URL(`./example${examples.selectedIndex}.json`, import.meta.url)).then(() => {
+      if (!film.film) return; // it could not be loaded, and says so
       film.go(film.film.length >> 1);
       film.isPoster = true;
     });
