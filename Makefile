@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh machine: set-up, download of the model, and the work itself.
-# The second time nothing is installed again. After a set-up that broke, the environment is made anew.
+# The second time nothing is installed again. After a set-up that broke, the environment is made again.
 
 PYTHON ?= python3
 VENV := .venv
@@ -142,7 +142,7 @@ test-site: site $(VENV)/.site-test ## the built site in a headless Chromium (CHR
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis minipaged/__pycache__/loops-*
 
-# The mark is written last. An environment without it was never finished, and is not mended but made anew.
+# The mark is written last. An environment without it was never finished, and is not mended but made again.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "minipaged needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) --version`: make PYTHON=python3.12 ..."; exit 2; }

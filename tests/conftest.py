@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from functools import partial
 from glob import glob
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -67,7 +68,7 @@ def pytest_configure(config):
     chapters = {int(number) for number in re.findall(r"\bch(\d\d)\b", config.option.markexpr or "")} or None
     try:
         modules = impl.choose(Path(folder), chapters)
-        impl.install(modules, recorder.watch if recorder.is_on() else None)
+        impl.install(modules, partial(recorder.watch, chapters=chapters) if recorder.is_on() else None)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
 

@@ -203,25 +203,23 @@ MAPS = (*TABLES, "num_tokens", "lost")
 
 
 def _states_of_tables(script):
-    """The maps of a film after each call, as the course's recorder read them from the learner's own tables. The pool of
-    most blocks that has a table is drawn as the device's, another one as the host's."""
+    """The maps of a film after each call, as the course's recorder read them from the learner's own tables."""
     sizes = {"num_blocks": 1, "block_size": 1, "num_host_blocks": 0}
-    pools = dict(pool for call in script if call.get("state") for pool in call["state"]["pools"].values())
-    device = "cache" if "cache" in pools else "pool" if "pool" in pools else next(iter(pools))
     states, last = [], {name: {} for name in MAPS}
     for call in script:
         if state := call.get("state"):
-            here, there = {}, {}
+            of = {"device": {}, "host": {}}
             for name, blocks in state["tables"].items():
                 if blocks:
-                    (here if state["pools"][name][0] == device else there)[name] = blocks
+                    of[state["on"][name]][name] = blocks
+            here, there, pools = of["device"], of["host"], state["pools"]
             tokens = {name: state["num_tokens"][name] for name in (*here, *there)}
-            lost = {str(block): True for block in state.get("lost", ())}
+            # [its count, references of tables, of the cache, of the test]
+            lost = {str(block): True for block, counts in pools["device"]["blocks"].items() if not any(counts[1:])}
             last = {"tables": here, "host_tables": there, "num_tokens": tokens, "lost": lost}
-            sizes["block_size"] = state["block_size"]
+            sizes["block_size"], sizes["num_blocks"] = state["block_size"], pools["device"]["num_blocks"]
+            sizes["num_host_blocks"] = pools["host"]["num_blocks"] if "host" in pools else 0
         states.append(last)
-    sizes["num_blocks"] = pools.pop(device)
-    sizes["num_host_blocks"] = max(pools.values(), default=0)
     return states, sizes
 
 

@@ -550,8 +550,8 @@ HINTS: dict[int, tuple[Topic, ...]] = {
                 "From which position on must this sequence compute?",
                 "Behind what was found, or behind what its parent computed. Of two equal prompts that come together "
                 "the second waits until it finds the first's.",
-                "num_computed = prefix.num_tokens; a fork has the num_computed of its parent; a sequence whose next "
-                "key is being computed does not enter.",
+                "num_computed = len(prefix) * block_size; a fork has the num_computed of its parent; a sequence whose "
+                "next key is being computed does not enter.",
             ),
         ),
         Topic(

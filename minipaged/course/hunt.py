@@ -23,7 +23,8 @@ from minipaged.course.report import print_counterexample, say
 def hunt(number: int | None, folder: Path, answer: str | None, console: Console) -> int:
     """Returns 0 for a right answer, 1 for a wrong one, 3 where there was none yet."""
     puzzles = in_order(load_bugs())
-    number = number or next((n for n in range(1, len(puzzles) + 1) if not _found(folder, n)), 1)
+    if number is None:
+        number = next((n for n in range(1, len(puzzles) + 1) if not _found(folder, n)), 1)
     if not 1 <= number <= len(puzzles):
         raise ValueError(f"there is no puzzle {number}: there are 1 to {len(puzzles)}")
     bug = puzzles[number - 1]
@@ -49,7 +50,7 @@ def show(number: int, total: int, bug: Bug, file: Path, console: Console) -> Non
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(bug.planted(), encoding="utf-8")
     say(console, f"One thing in {file} is wrong. It is {bug.module}, with a few lines changed.")
-    with tempfile.TemporaryDirectory() as planted:
+    with tempfile.TemporaryDirectory() as planted, console.status("running its chapter's properties"):
         bug.plant(Path(planted))
         found = grade(which, Path(planted))
     if found.first_wrong is None:

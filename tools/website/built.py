@@ -18,6 +18,7 @@ TRACES = [name for name in FILMS if name not in ("fragmentation", "paged_attenti
 PAGES = sorted(path.relative_to(SITE).as_posix().removesuffix("index.html") for path in SITE.rglob("*.html"))
 KINDS = [  # one of each kind of page, and those with a shape of their own
     "",
+    "ten_minutes/",
     "setup/",
     "course/",
     "course/ch04/",

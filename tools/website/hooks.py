@@ -19,6 +19,7 @@ from pathlib import Path
 
 import assets
 import chapters
+import home
 import measured
 import museum
 import notebooks
@@ -62,6 +63,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         made[f"course/{chapter.notebook}"] = notebook_of(chapter)
     made |= museum.pages(repository)
     made |= {f"player/{path.name}": path for path in (ROOT / "minipaged" / "viz" / "player").iterdir()}
+    made[home.RECORDED] = home.recorded()
     made |= reference() | assets.examples()
     playground, _kept["problem"] = assets.playground()
     if _kept["problem"]:
@@ -100,7 +102,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         "clone": lambda _: repository.clone(),
         "colab": lambda _: COLAB if repository.colab(ROOT / "README.md") else "",
         "playground": lambda _: _kept["problem"],
+        "side by side": lambda _: home.side_by_side(here, _kept["problem"]),
+        "ours": home.ours,
     }
+    markdown = home.placed(markdown, page.file.src_uri)
 
     def filled(match: re.Match[str]) -> str:
         return fills[match[1]](match[2] or "")
@@ -108,6 +113,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = re.sub(rf"<!-- ({'|'.join(fills)})(?:: ([\w-]+))? -->", filled, markdown)
     if "<trace-player" in markdown:  # loaded by the pages that have one
         markdown += f'\n\n<script type="module" src="{here("player/player.js")}"></script>\n'
+    if "<side-by-side" in markdown:
+        markdown += f'\n\n<script type="module" src="{here("figures/side_by_side.js")}"></script>\n'
     return markdown
 
 

@@ -24,7 +24,7 @@ import museum
 import pytest
 from built import KINDS, PAGES, ROOT, SITE
 
-FORMS = {  # what the benchmarks write, in small: the fields of minipaged/bench and kernels/bench.py
+FORMS = {  # what the benchmarks write, in small: the fields of minipaged/bench
     "bench": {
         "machine": {"platform": "Linux", "python": "3.11.7", "cores": 2},
         "threads": 2,
