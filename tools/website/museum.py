@@ -41,8 +41,9 @@ def numbered() -> dict[str, Bug]:
 def pages(repository: Repository) -> Iterator[tuple[str, str]]:
     """(path, content): the list, then of each bug its page, and its film where there is something to draw."""
     rows = json.loads((ROOT / "docs" / "museum.json").read_text(encoding="utf-8"))
-    seen = {row["bug"]: row for row in rows}
     bugs = numbered()
+    blank = {"property": "not recorded yet: make bugs", "message": "not recorded yet", "script": []}
+    seen = {bug.name: blank for bug in bugs.values()} | {row["bug"]: row for row in rows}
     yield "museum/index.md", index(bugs, seen)
     for number, bug in bugs.items():
         film = film_of(seen[bug.name])
