@@ -12,7 +12,9 @@ So an exercise cannot drift from the reference: a test makes the files again and
 
 import ast
 import importlib.util
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from minipaged.course.chapters import Exercise, all_exercises, repository
@@ -32,6 +34,7 @@ def source_of(module: str) -> Path:
     raise ValueError(f"{module} is not in {', '.join(spec.submodule_search_locations)}")
 
 
+@cache
 def exercise_text(exercise: Exercise) -> str:
     """The exercise's file. Raises ValueError where the map names a function that the module does not have."""
     source = source_of(exercise.module).read_text(encoding="utf-8")
@@ -54,6 +57,9 @@ def exercise_text(exercise: Exercise) -> str:
             replaced.append(_emptied(node, f"ch{exercise.chapter:02d}: {name}"))
     for start, end, new in sorted(replaced, reverse=True):
         lines[start:end] = new
+    lines[0] = re.sub(
+        r"Chapter \d+", f"Chapter {exercise.chapter}", lines[0]
+    )  # chapter 9 takes up a module of chapter 6
     header = tree.body[0].end_lineno or 1  # the module's docstring
     lines[header:header] = ["", *_steps(exercise, blanked)]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -129,6 +135,12 @@ def write_all(folder: Path) -> list[Path]:
         paths.append(folder / exercise.file)
         paths[-1].write_text(exercise_text(exercise), encoding="utf-8")
     return paths
+
+
+def write_solutions(folder: Path) -> None:
+    """The reference as a learner's folder, with everything done."""
+    for exercise in all_exercises():
+        (folder / exercise.file).write_text(source_of(exercise.module).read_text(encoding="utf-8"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -238,6 +238,13 @@ def _arguments(arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
 
 def short(value: Any) -> str:
     """A value on one line: an array by its shape, or by its numbers if they are few."""
+    try:
+        return _short(value)
+    except Exception:  # a tensor without memory, or whatever a learner's object does: what is noted changes nothing
+        return f"{type(value).__name__}(...)"
+
+
+def _short(value: Any) -> str:
     shape = getattr(value, "shape", None)
     if shape is not None and hasattr(value, "dtype"):
         if math.prod(shape) > 12 or len(shape) > 2:
