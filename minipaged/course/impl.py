@@ -37,7 +37,7 @@ class CannotImport(ImportError):
 
 
 def unwritten(path: Path) -> list[str]:
-    """What is still to be written in a file: its body is the stub's, or it is not there. All, if the file is no Python."""
+    """What is still to be written: its body is the stub's, or it is not there. All, if the file is no Python."""
     exercise = next((each for each in all_exercises() if each.file == path.name), None)
     asked = _stubs(ast.parse(exercise_text(exercise))) if exercise else []
     try:
@@ -118,8 +118,8 @@ def parts_of(exercise: Exercise) -> list[str]:
 def install(modules: Mapping[str, Path], on_load: Callable[[ModuleType], None] | None = None, only: str = "") -> None:
     """From now on each module is run from its path. Raises ValueError if one of them was imported before.
 
-    `on_load` is called with each module that was so loaded (the recorder looks over its shoulder). With `only`, the name
-    of a class or a function, what else the file defines is ours.
+    `on_load` is called with each module that was so loaded (the recorder looks over its shoulder). With `only`, a name
+    of a class or function, what else the file defines is ours.
     """
     for name in modules:
         if name in sys.modules:

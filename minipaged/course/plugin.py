@@ -167,6 +167,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
     """Ctrl-C, and pytest.exit in an exercise."""
+    if isinstance(excinfo.value, pytest.Session.Interrupted):  # pytest's own word for an end that was asked for
+        return
     stopped = "stopped" if isinstance(excinfo.value, KeyboardInterrupt) else "wrong"
     if _running:
         _findings.append(_finding(_running[0], excinfo, "failed") | {"outcome": stopped})
