@@ -12,7 +12,6 @@ So an exercise cannot drift from the reference: a test makes the files again and
 
 import ast
 import importlib.util
-import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -57,9 +56,6 @@ def exercise_text(exercise: Exercise) -> str:
             replaced.append(_emptied(node, f"ch{exercise.chapter:02d}: {name}"))
     for start, end, new in sorted(replaced, reverse=True):
         lines[start:end] = new
-    lines[0] = re.sub(
-        r"Chapter \d+", f"Chapter {exercise.chapter}", lines[0]
-    )  # chapter 9 takes up a module of chapter 6
     header = tree.body[0].end_lineno or 1  # the module's docstring
     lines[header:header] = ["", *_steps(exercise, blanked)]
     return "\n".join(lines).rstrip("\n") + "\n"

@@ -196,7 +196,7 @@ def _finding(item: pytest.Item, excinfo: pytest.ExceptionInfo[BaseException] | N
     if (name := not_written(error)) is not None:
         return finding | {"outcome": "not written", "unwritten": name}
     script = recorder.log.script()
-    ours = [entry for entry in excinfo.traceback if entry.path.parent.name == "tests"] if excinfo else []
+    ours = [entry for entry in excinfo.traceback if Path(str(entry.path)).parent.name == "tests"] if excinfo else []
     return finding | {
         "outcome": "wrong",
         "error": type(error).__name__,

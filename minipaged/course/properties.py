@@ -2,7 +2,6 @@
 
 test_reference_counts_are_entries_of_tables
     holds for the reference                         a property that refuses what is right refuses too much
-    holds where other blocks are handed out         no block number is promised
     refuses ch09_fork_without_a_reference           one that lets a bug pass says too little
 """
 
@@ -20,20 +19,8 @@ from rich.text import Text
 from minipaged.course.chapters import Chapter, repository
 from minipaged.course.grade import EVERY, HOLDS, NOT_WRITTEN, WRONG, environment, read
 from minipaged.course.impl import unwritten
-from minipaged.course.museum import Bug, load_bugs
+from minipaged.course.museum import load_bugs
 from minipaged.course.report import say
-
-# Right too: the blocks are handed out in another order.
-OTHER_ORDER = Bug(
-    "other_order",
-    6,
-    "minipaged.memory.block_allocator",
-    "",
-    "",
-    "deque(range(num_blocks))",
-    "deque(range(num_blocks)[::-1])",
-)
-RIGHT = {"reference": "the reference itself", OTHER_ORDER.name: "the reference where blocks come in another order"}
 
 # Property -> the planted bugs that it must refuse.
 PROPERTIES: dict[int, dict[str, tuple[str, ...]]] = {
@@ -108,26 +95,24 @@ def grade_properties(chapter: Chapter, folder: Path) -> list[Verdict]:
     if not written:
         return list(verdicts.values())
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "reference").mkdir()
-        OTHER_ORDER.plant(Path(scratch) / OTHER_ORDER.name)
+        plain = Path(scratch) / "reference"
+        plain.mkdir()
         wanted = dict.fromkeys(bug for name in written for bug in asked[name])
         for bug in wanted:
             bugs[bug].plant(Path(scratch) / bug)
         with ThreadPoolExecutor(2) as pool:
             runs = dict(
                 zip(
-                    [*RIGHT, *wanted],
-                    pool.map(lambda name: _outcomes(chapter, file, Path(scratch) / name), [*RIGHT, *wanted]),
+                    ["reference", *wanted],
+                    pool.map(lambda name: _outcomes(chapter, file, Path(scratch) / name), ["reference", *wanted]),
                     strict=True,
                 )
             )
     for name in written:
         verdict = verdicts[name]
-        for right, words in RIGHT.items():
-            outcome, message = runs[right].get(name, ("wrong", "it was not found, or could not be imported"))
-            if outcome != "holds" and not verdict.problem:
-                verdict.problem = f"{words}: {message or outcome}"
-        if verdict.problem:
+        outcome, message = runs["reference"].get(name, ("wrong", "it was not found, or could not be imported"))
+        if outcome != "holds":
+            verdict.problem = message or outcome
             continue
         for bug in asked[name]:
             if runs[bug].get(name, ("wrong", ""))[0] == "wrong":
@@ -174,7 +159,7 @@ def print_verdicts(chapter: Chapter, verdicts: list[Verdict], console: Console) 
             say(console, f"not written  {words}")
         elif verdict.problem:
             say(console, f"TOO STRICT   {words}")
-            say(console, f"             it refuses {verdict.problem}")
+            say(console, f"             it refuses the reference itself: {verdict.problem}")
         elif verdict.missed:
             say(console, f"TOO WEAK     {words}")
             say(console, f"             it refuses {verdict.refused} planted bugs, and lets this one pass:")

@@ -1,4 +1,4 @@
-"""Chapter 9. The block table: where the tokens of one sequence lie, logical block by logical block.
+"""Chapter 6. The block table: where the tokens of one sequence lie, logical block by logical block.
 
     position 9, block_size 4  ->  logical block 9 // 4 = 2, offset 9 % 4 = 1
     blocks [7, 1, 3]          ->  physical block 3
