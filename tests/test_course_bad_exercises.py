@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -175,6 +176,15 @@ def test_ctrl_c_says_which_call_it_was(solved, tmp_path):
     said = process.communicate()[0]
     assert process.returncode == STOPPED
     assert "Where it was stopped" in said and "truncate(" in said
+
+
+def test_the_line_for_more_examples_is_right_as_the_page_has_it(solved):
+    page = (repository() / "docs" / "exercises.md").read_text(encoding="utf-8")
+    [line] = re.findall(r"`HYPOTHESIS_PROFILE=thorough \.venv/bin/pytest (.*)`", page)
+    arguments = line.replace("exercises", str(solved)).split()
+    command = [sys.executable, "-m", "pytest", *arguments, "-k", "truncate"]
+    done = subprocess.run(command, cwd=repository(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
