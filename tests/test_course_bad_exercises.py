@@ -120,6 +120,14 @@ def test_two_empty_files_are_not_written(tmp_path):
     assert found.stubs == {file: unwritten(SHIPPED / file) for file in FILES}
 
 
+@pytest.mark.parametrize("ends", ["skips as unittest does", "expects to fail", "refuses every example"])
+def test_a_skip_of_the_exercises_own_is_wrong(ends, solved):
+    file = "ch06_block_allocator.py"
+    (solved / file).write_text(changed((solved / file).read_text(), "BlockAllocator.free", ENDS[ends]))
+    found = graded(solved, examples=5)
+    assert found.exit_code == WRONG and not found.having("skipped")
+
+
 def test_a_loop_is_told_with_its_property_its_call_and_its_line(solved):
     file = "ch06_block_table.py"
     text = changed((solved / file).read_text(), "BlockTable.truncate", "while True: pass")

@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from traceback import walk_tb
 from types import FrameType
 from typing import Any
 
@@ -68,10 +69,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
     stateful.RuleBasedStateMachine.__init__ = restarted  # type: ignore[method-assign]
     errors.UnsatisfiedAssumption.__init__ = only_for_a_suite  # type: ignore[method-assign]
-    if recorder.is_on() and hasattr(signal, "setitimer"):
+    if _is_timed():
         for number in (signal.SIGPROF, signal.SIGALRM):
             signal.signal(number, _too_long)
     _write("the imports")
+
+
+def _is_timed() -> bool:
+    """Only where an exercise is graded, and not in a browser, which has no such clock."""
+    return recorder.is_on() and hasattr(signal, "setitimer") and sys.platform != "emscripten"
 
 
 def _begin_example() -> None:
@@ -81,7 +87,7 @@ def _begin_example() -> None:
 
 def _arm() -> None:
     """The time of an example begins. A call in which Python itself does not come to its turn ends the process."""
-    if recorder.is_on() and hasattr(signal, "setitimer"):
+    if _is_timed():
         signal.setitimer(signal.ITIMER_PROF, COMPUTING, 1)  # and each second again, if it is caught
         signal.setitimer(signal.ITIMER_REAL, WAITING, 1)
         faulthandler.dump_traceback_later(2 * WAITING, exit=True, file=_stack())
@@ -152,11 +158,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    raised = call.excinfo  # pytest exchanges the SkipTest of unittest for a skip of its own
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
     if report.when != "call" and report.outcome == "passed":
         return
-    finding = _finding(item, call.excinfo, report.outcome) | {"seconds": round(call.duration, 3)}
+    finding = _finding(item, raised, report.outcome) | {"seconds": round(call.duration, 3)}
     _findings.append(finding)
     wrong = [each for each in _findings if each["outcome"] == "wrong"]
     if finding not in wrong or (EVERY in os.environ and finding["error"] != "TimeLimit"):
@@ -188,7 +195,9 @@ def _finding(item: pytest.Item, excinfo: pytest.ExceptionInfo[BaseException] | N
         "examples": _examples(statistics),
     }
     said = str(error or "")
-    theirs = [entry for entry in excinfo.traceback if _is_theirs(str(entry.path))] if excinfo else []
+    theirs = any(
+        _is_theirs(frame.f_code.co_filename) for each in chain(error) for frame, _ in walk_tb(each.__traceback__)
+    )
     if said.startswith("not written: "):
         return finding | {"outcome": "not written", "unwritten": said.partition(": ")[2]}
     if error is None or (outcome == "skipped" and not theirs):  # a skip of the suite's: it needs another machine
@@ -256,7 +265,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     tried = {finding["test"] for finding in _findings}
     left = [item for item in _items if item.nodeid.rpartition("/")[2] not in tried]
     _findings.extend(_finding(item, None, "passed") | {"outcome": "not tried"} for item in left)
-    if recorder.is_on() and hasattr(signal, "setitimer"):
+    if _is_timed():
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     _write("")
