@@ -158,12 +158,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    raised = call.excinfo  # pytest exchanges the SkipTest of unittest for a skip of its own
+    raised = call.excinfo  # pytest exchanges a SkipTest for a skip of its own, and brings what a TestCase raised
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
     if report.when != "call" and report.outcome == "passed":
         return
-    finding = _finding(item, raised, report.outcome) | {"seconds": round(call.duration, 3)}
+    finding = _finding(item, raised or call.excinfo, report.outcome) | {"seconds": round(call.duration, 3)}
     _findings.append(finding)
     wrong = [each for each in _findings if each["outcome"] == "wrong"]
     if finding not in wrong or (EVERY in os.environ and finding["error"] != "TimeLimit"):
