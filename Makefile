@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh machine: set-up, download of the model, and the work itself.
-# The second time nothing is installed again. After a set-up that broke, the environment is made anew.
+# The second time nothing is installed again. After a set-up that broke, the environment is made again.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo conformance test test-all test-slow test-machines test-durations test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels colab-check notebooks notebooks-strip reproduce pictures traces measured site serve serve-site serve-demo test-site clean bugs mutation exercises
+.PHONY: help demo conformance test test-all test-slow test-machines test-durations test-oracle lint format fetch bench-memory bench-attention bench-engine kernels-compile bench-kernels colab-check notebooks lab notebooks-strip reproduce pictures traces measured site serve serve-site serve-demo test-site clean bugs mutation exercises
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -89,11 +89,14 @@ colab-check: $(READY) ## on a GPU: the suite of chapter 8, the benchmark, and a 
 notebooks: $(VENV)/.tutorials ## run all notebooks from fresh kernels, two at a time
 	@$(BIN)/python tutorials/run_notebooks.py
 
+lab: $(VENV)/.lab ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab tutorials
+
 notebooks-strip: $(READY) ## take outputs, counts and ids out of the notebooks, as they are kept
 	@$(BIN)/python tutorials/run_notebooks.py --strip
 
-bugs: $(READY) ## kill every planted bug with its chapter's suite, and print the table (a few minutes)
-	@$(BIN)/python -m minipaged.course.prove
+bugs: $(READY) ## find every planted bug with its chapter's suite, and write docs/museum.json (a few minutes)
+	@$(BIN)/python -m minipaged.course.prove --json docs/museum.json
 
 mutation: $(VENV)/.mutation ## change our code one operator at a time: does a suite notice? (hours; MODULES="block_table swap")
 	@$(BIN)/python tools/mutation.py $(MODULES)
@@ -106,11 +109,11 @@ reproduce: $(VENV)/.tutorials ## the paper's figures again, into docs/paper (two
 
 pictures: $(READY) ## draw the pictures of the README and the site again
 	@$(BIN)/minipaged trace tutorials/traces/two_requests.json --step 8 --svg docs/two_requests.svg > /dev/null
-	@$(BIN)/python tools/website/moving.py tutorials/traces/two_requests.json docs/two_requests_moving.svg
+	@$(BIN)/python tools/moving.py tutorials/traces/two_requests.json docs/two_requests_moving.svg
 
 traces: $(READY) ## record the runs that the site plays: real ones of SmolLM2, into docs/traces
 	@$(BIN)/minipaged fetch
-	@$(BIN)/python tools/website/traces.py
+	@$(BIN)/python tools/traces.py
 
 measured: $(READY) ## run the benchmarks that this machine can run, and keep their figures for the site
 	@mkdir -p docs/measured
@@ -139,7 +142,7 @@ test-site: site $(VENV)/.site-test ## the built site in a headless Chromium (CHR
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis minipaged/__pycache__/loops-*
 
-# The mark is written last. An environment without it was never finished, and is not mended but made anew.
+# The mark is written last. An environment without it was never finished, and is not mended but made again.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "minipaged needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) --version`: make PYTHON=python3.12 ..."; exit 2; }
@@ -162,6 +165,11 @@ $(VENV)/.site-test: $(READY)
 $(VENV)/.tutorials: $(READY)
 	@echo "installing what the notebooks need"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tutorials]'
+	@touch $@
+
+$(VENV)/.lab: $(VENV)/.tutorials
+	@echo "installing JupyterLab"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab]'
 	@touch $@
 
 $(VENV)/.mutation: $(READY)

@@ -7,23 +7,17 @@
     paged_decode_split.py  paged_decode_split   the same with the context cut over programs, and a merge
     paged_prefill.py       paged_prefill        any number of queries a sequence, behind a cached prefix
     attention.py           paged_attention      the one signature, which picks among the three
-    launch.py                                   what launchers share: strides, tiles, warps and stages
+    launch.py                                   what launchers share: checks, strides, tiles, warps and stages
 
-Shapes and names are those of docs/design.md, section 3, and of `minipaged.attention`, whose checks.py refuses what does
-not fit before a launch. On a machine with no GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1 before
-they are imported, and pass tensors on the CPU.
+Shapes and names are those of docs/design.md, section 3, and of `minipaged.attention`. On a machine with no GPU the
+kernels run in Triton's interpreter: set TRITON_INTERPRET=1 before they are imported, and pass tensors on the CPU.
 
 Importing this package needs no Triton. The first use of a name below does, and says so where there is none. The single
 launchers are imported from their own modules: `from minipaged.kernels.paged_decode import paged_decode`.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from minipaged.kernels.attention import paged_attention
-    from minipaged.kernels.block_copy import copy_blocks
-    from minipaged.kernels.kv_write import write_kv
+from typing import Any
 
 __all__ = ["copy_blocks", "paged_attention", "write_kv"]
 

@@ -6,14 +6,14 @@
                  yes  paged_decode
                  no   paged_decode_split
 
-Neither question has to wait for the device, if the caller says what a scheduler knows: `max_query_len`.
+With `max_query_len`, which a scheduler knows, neither question waits for the device.
 """
 
 from typing import Any
 
 from torch import Tensor
 
-from minipaged.attention.checks import check_attention_kernel
+from minipaged.kernels.launch import check_attention
 from minipaged.kernels.paged_decode import paged_decode
 from minipaged.kernels.paged_decode_split import choose_num_splits, count_multiprocessors, paged_decode_split
 from minipaged.kernels.paged_prefill import paged_prefill
@@ -30,22 +30,20 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     max_query_len: int | None = None,
-    max_seq_len: int | None = None,
     out: Tensor | None = None,
     check: bool = False,
 ) -> Tensor:
     """The arguments and the answer of `minipaged.attention.paged_attention`, and further:
 
-    max_query_len     the most queries of one sequence; None: looked up on the device where it matters
-    max_seq_len       an upper bound of seq_lens, from which the number of splits is chosen; None: the table's width
-    out               where to write the answer; None: a new tensor
-    check             also look at the numbers *in* the tensors (block numbers, lengths), which waits for the device
+    max_query_len   the most queries of one sequence; None: looked up on the device where it matters
+    out             where to write the answer; None: a new tensor
+    check           also look at the numbers *in* the tensors (block numbers, lengths), which waits for the device
 
     A query that sees no token (seq_lens 0: the padding of a batch) gives 0. Raises ValueError for arguments that do not
     fit, before anything is launched.
     """
     tensors = query, key_cache, value_cache, block_tables, seq_lens
-    check_attention_kernel(*tensors, query_start_loc, sliding_window, out=out, numbers=check)
+    check_attention(*tensors, query_start_loc, sliding_window, out=out, numbers=check)
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "out": out}
     num_seqs, max_blocks = block_tables.shape
     if max_query_len is None and len(query) == num_seqs:
@@ -54,7 +52,7 @@ def paged_attention(
     if len(query) != num_seqs or max_query_len != 1:
         return paged_prefill(*tensors, query_start_loc, max_query_len=max_query_len, **options)
     _, num_kv_heads, block_size, _ = key_cache.shape
-    longest = min(max_seq_len or max_blocks * block_size, sliding_window or max_blocks * block_size)
+    longest = min(max_blocks * block_size, sliding_window or max_blocks * block_size)  # no sequence is longer
     num_splits = choose_num_splits(num_seqs, num_kv_heads, longest, count_multiprocessors(query.device))
     if num_splits == 1:
         return paged_decode(*tensors, **options)

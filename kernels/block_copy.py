@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.attention.checks import check_copy_blocks
+from minipaged.attention.checks import INTEGERS, check, check_tensor
+from minipaged.kernels.launch import check_memory
 
 PIECE = 1024  # elements: 2 KiB of float16, 16 bytes a thread at 4 warps
 
@@ -35,7 +36,7 @@ def copy_blocks(
     Raises ValueError for what does not fit before anything is copied; a tensor's numbers are looked at only with
     `check`, which has to wait for the device, a list's always.
     """
-    check_copy_blocks(key_cache, value_cache, copies, numbers=check)
+    check_copies(key_cache, value_cache, copies, numbers=check)
     if len(copies) == 0:
         return
     if key_cache.dim() == 4:
@@ -44,6 +45,33 @@ def copy_blocks(
     numel = key_cache[0, 0].numel()
     grid = len(pairs), len(key_cache), triton.cdiv(numel, PIECE)
     copy_blocks_kernel[grid](key_cache, value_cache, pairs, numel, *key_cache.stride()[:2], PIECE)
+
+
+def check_copies(
+    key_cache: Tensor, value_cache: Tensor, copies: Sequence[tuple[int, int]] | Tensor, *, numbers: bool
+) -> None:
+    """Raises ValueError for the first argument of copy_blocks that does not fit."""
+    layers = "[num_layers, num_blocks, num_kv_heads, block_size, head_dim]"
+    check(key_cache.dim() in (4, 5), f"key_cache must be {layers} or one layer of it, got {list(key_cache.shape)}")
+    check_tensor("value_cache", value_cache, key_cache.shape, key_cache)
+    check_memory(key_cache, value_cache)
+    block = key_cache.flatten(0, -4)[0]
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(block.shape, block.stride(), strict=True))
+    in_one_piece = extent == block.numel() and min(block.stride()) >= 1
+    check(in_one_piece, f"key_cache must hold a block in one piece, got strides {list(key_cache.stride())}")
+    if isinstance(copies, Tensor):
+        check_tensor("copies", copies, (len(copies), 2), key_cache, INTEGERS)
+        check_memory(key_cache, value_cache, copies=copies)
+        if not numbers:
+            return
+    pairs = [(int(source), int(target)) for source, target in copies]
+    sources, targets = {source for source, _ in pairs}, [target for _, target in pairs]
+    num_blocks = key_cache.shape[-4]
+    for block_id in (*sources, *targets):
+        check(0 <= block_id < num_blocks, f"copies must lie in 0 to {num_blocks - 1}, got {block_id}")
+    for target in targets:
+        check(targets.count(target) == 1, f"copies must name a target once, got {target} twice")
+        check(target not in sources, f"copies must not read a block that they write, got source {target} in {pairs}")
 
 
 @triton.jit

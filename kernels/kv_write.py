@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.attention.checks import check_write_kernel
-from minipaged.kernels.launch import strides
+from minipaged.attention.checks import check_write_kv
+from minipaged.kernels.launch import check_memory, strides
 
 
 def write_kv(
@@ -26,7 +26,8 @@ def write_kv(
 
     Slots outside the pool are refused only with `check`, which has to wait for the device.
     """
-    check_write_kernel(key, value, key_cache, value_cache, slot_mapping, numbers=check)
+    check_write_kv(key, value, key_cache, value_cache, slot_mapping, numbers=check)
+    check_memory(key_cache, value_cache, key=key, value=value, slot_mapping=slot_mapping)
     num_tokens, num_kv_heads, head_dim = key.shape
     if num_tokens > 0:
         write_kv_kernel[(num_tokens,)](

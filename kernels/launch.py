@@ -1,8 +1,8 @@
-"""Chapter 8. What the launchers share: tensors as a kernel takes them, and how an attention kernel cuts its work.
+"""Chapter 8. What the launchers share: what they refuse, tensors as a kernel takes them, and how it cuts its work.
 
-A kernel gets a tensor as a pointer, and its strides as a tuple, which leaves out the last stride: it is 1 (checks.py of
-`minipaged.attention` refuses another). Triton compiles a kernel anew for other constants: head size, block size, the
-query heads of a group, and rows, tile, warps and stages, which the table below gives for a GPU and a head size.
+A kernel gets a tensor as a pointer, and its strides as a tuple, which leaves out the last stride: it is 1, and another
+is refused. Triton compiles a kernel for each combination of constants: head size, block size, the query heads of a
+group, and rows, tile, warps and stages, which the table below gives for a GPU and a head size.
 """
 
 import math
@@ -14,6 +14,11 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
+from minipaged.attention.checks import check, check_paged_attention, check_tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 256
+MAX_GROUP = 128  # query heads that share a KV head
 LOG2_E = math.log2(math.e)
 
 
@@ -59,6 +64,49 @@ TARGETS = {
     "sm_120": Target(99 << 10, _DECODE, _PREFILL),  # RTX 50
     "gfx942": Target(64 << 10, _DECODE, _PREFILL),  # MI300X
 }
+
+
+def check_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor | None,
+    sliding_window: int | None,
+    *,
+    out: Tensor | None,
+    tile: int | None = None,
+    rows: int | None = None,
+    numbers: bool = False,
+) -> None:
+    """Raises ValueError for what `check_paged_attention` refuses, and for what the kernels cannot do."""
+    tables = {"block_tables": block_tables, "seq_lens": seq_lens, "query_start_loc": query_start_loc}
+    check_paged_attention(query, key_cache, value_cache, *tables.values(), sliding_window, numbers=numbers)
+    if out is not None:
+        check_tensor("out", out, query.shape, key_cache)
+    check_memory(key_cache, value_cache, query=query, out=out, **tables)
+    num_heads, num_kv_heads = query.shape[1], key_cache.shape[1]
+    group, heads = num_heads // num_kv_heads, f"query has {num_heads} heads for {num_kv_heads} KV heads"
+    check(group <= MAX_GROUP, f"{heads}; at most {MAX_GROUP} may share one")
+    for name, number in (("tile", tile), ("rows", rows)):
+        # The tensor cores take 16 at least. The interpreter would take less, and no GPU would.
+        fits = number is None or (number >= 16 and number & (number - 1) == 0)
+        check(fits, f"{name} must be a power of two from 16, got {number}")
+    check(rows is None or rows >= group, f"rows must hold a group of {group} query heads, got {rows}")
+
+
+def check_memory(key_cache: Tensor, value_cache: Tensor, **tensors: Tensor | None) -> None:
+    """Raises ValueError where a kernel cannot read the caches, or a tensor as it lies in memory."""
+    head_dim = key_cache.shape[-1]
+    check(key_cache.dtype in DTYPES, f"key_cache must hold one of {DTYPES}, got {key_cache.dtype}")
+    check(head_dim <= MAX_HEAD_DIM, f"key_cache has head_dim {head_dim}; the kernels take 1 to {MAX_HEAD_DIM}")
+    for name, tensor in {"key_cache": key_cache, **tensors}.items():
+        if tensor is not None and tensor.numel() > 0 and tensor.shape[-1] > 1:
+            check(tensor.stride(-1) == 1, f"{name} must have stride 1 in its last dimension, got {tensor.stride(-1)}")
+    # One address is computed for both: half the arithmetic and half the registers.
+    lies = f"value_cache must lie as key_cache (strides {list(key_cache.stride())}), got {list(value_cache.stride())}"
+    check(value_cache.stride() == key_cache.stride(), lies)
 
 
 def strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:

@@ -10,7 +10,7 @@
     merge            m = max(m0, m1, m2),  out = sum exp2(mi - m) acc_i / sum exp2(mi - m) l_i     grid (sequence, head)
 
 One sequence of 32 K tokens with 8 KV heads is 8 programs for 132 multiprocessors: without splits most of the GPU, and
-of its memory bandwidth, waits. The merge is the online softmax of chapter 7 with a split in the place of a block.
+of its memory bandwidth, is idle. The merge is the online softmax of chapter 7 with a split in the place of a block.
 Source: Dao et al., "Flash-Decoding for long-context inference" (2023).
 """
 
@@ -21,9 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.attention.checks import check_attention_kernel
 from minipaged.cdiv import cdiv
-from minipaged.kernels.launch import LOG2_E, decode_constants, strides
+from minipaged.kernels.launch import LOG2_E, check_attention, decode_constants, strides
 from minipaged.kernels.online_softmax import attend_context, locate_context, locate_rows, start_softmax
 
 MAX_SPLITS = 64  # the merge holds all splits of a head in registers
@@ -59,11 +58,10 @@ def paged_decode_split(
     sliding_window: int | None = None,
     out: Tensor | None = None,
     tile: int | None = None,
-    check: bool = False,
 ) -> Tensor:
     """The arguments and the answer of `paged_decode`; each context is cut into `num_splits` parts, 1 to MAX_SPLITS."""
     tensors = query, key_cache, value_cache, block_tables, seq_lens
-    check_attention_kernel(*tensors, None, sliding_window, out=out, tile=tile, numbers=check)
+    check_attention(*tensors, None, sliding_window, out=out, tile=tile)
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits must lie in 1 to {MAX_SPLITS}, got {num_splits}")
     num_seqs, num_heads, head_dim = query.shape

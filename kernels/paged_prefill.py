@@ -23,8 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.attention.checks import check_attention_kernel
-from minipaged.kernels.launch import LOG2_E, prefill_constants, strides
+from minipaged.kernels.launch import LOG2_E, check_attention, prefill_constants, strides
 from minipaged.kernels.online_softmax import attend_context, finish_softmax, locate_context, locate_rows, start_softmax
 
 
@@ -42,7 +41,6 @@ def paged_prefill(
     out: Tensor | None = None,
     tile: int | None = None,
     rows: int | None = None,
-    check: bool = False,
 ) -> Tensor:
     """`paged_attention` of any number of queries a sequence.
 
@@ -51,7 +49,7 @@ def paged_prefill(
     None: what fits the head size.
     """
     tensors = query, key_cache, value_cache, block_tables, seq_lens, query_start_loc
-    check_attention_kernel(*tensors, sliding_window, out=out, tile=tile, rows=rows, numbers=check)
+    check_attention(*tensors, sliding_window, out=out, tile=tile, rows=rows)
     num_tokens, num_seqs = len(query), len(seq_lens)
     out = torch.empty_like(query) if out is None else out
     if num_tokens > 0:

@@ -8,6 +8,7 @@ for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
 """
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # After each product, the threads of torch's OpenMP wait for the next one in a loop, by default for milliseconds. In
@@ -18,7 +19,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some tenths of a millisecond
 
 if TYPE_CHECKING:
-    from minipaged.engine import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams
+    from minipaged.engine.beam_scheduler import BeamSearchParams
+    from minipaged.engine.llm import LLM
+    from minipaged.engine.sequence import CompletionOutput, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
@@ -26,8 +29,7 @@ __all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "Samp
 
 def __getattr__(name: str) -> Any:
     """Import the engine when it is first asked for: `import minipaged` itself costs milliseconds, and no torch."""
-    if name in __all__:
-        from minipaged import engine
-
-        return getattr(engine, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = {"LLM": "llm", "BeamSearchParams": "beam_scheduler"}.get(name, "sequence")
+    return getattr(import_module(f"minipaged.engine.{module}"), name)

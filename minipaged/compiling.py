@@ -23,6 +23,7 @@ from numba import config, njit
 from numba.core import event
 
 from minipaged.cdiv import cdiv
+from minipaged.home import home
 
 # Sums may be reordered, and a * b + c rounded once. Infinities and NaN are kept: a score of -inf is used, and a NaN in
 # what was read must show. Without the GIL, other threads of Python run meanwhile.
@@ -125,7 +126,7 @@ def _cache_folder() -> str:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError:  # installed where it cannot be written
-        folder = Path(os.environ.get("MINIPAGED_HOME") or Path.home() / ".cache" / "minipaged").expanduser()
+        folder = home()
     return str(folder / f"loops-{crc32(helpers):08x}")
 
 

@@ -6,8 +6,11 @@ requests, A and B: apart in their logical view, sharing one physical pool. Witho
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
+from statistics import fmean
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from minipaged.cdiv import cdiv
+from minipaged.engine.cache_config import CACHES
 from minipaged.engine.detokenizer import IncrementalDetokenizer
-from minipaged.engine.llm import CACHES, LLM
+from minipaged.engine.llm import LLM
 from minipaged.engine.sequence import SamplingParams
 from minipaged.model.load import Model, default_device, load_model
 from minipaged.model.recompute import next_logits
@@ -43,14 +47,22 @@ class Run:
 
     cache: str
     name: str  # the cache, and its backend where it was asked for
-    texts: list[str]
-    token_ids: list[list[int]]
-    first_token_seconds: float = 0.0  # mean over the prompts
+    texts: list[str] = field(default_factory=lambda: [""] * len(PROMPTS))
+    token_ids: list[list[int]] = field(default_factory=lambda: [[] for _ in PROMPTS])
+    first_token_seconds: list[float] = field(default_factory=list)  # of each prompt
     seconds: float = 0.0
     reserved_bytes: int = 0  # at the moment when most was reserved
     used_bytes: int = 0  # at that same moment
     snapshot: Snapshot | None = None  # the last moment at which A and B both held memory
-    first_times: dict[int, float] = field(default_factory=dict)
+
+    def record(self, tokens: NewTokens) -> None:
+        start = time.perf_counter()
+        for prompt, text, token_id in tokens:
+            if not self.token_ids[prompt]:
+                self.first_token_seconds.append(time.perf_counter() - start)
+            self.texts[prompt] += text
+            self.token_ids[prompt].append(token_id)
+        self.seconds = time.perf_counter() - start
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,12 +70,7 @@ class Run:
 
 
 def run(
-    console: Console,
-    model: str = "smollm2-135m",
-    max_tokens: int | None = None,
-    block_size: int = 16,
-    max_model_len: int | None = None,
-    backend: str = "auto",
+    console: Console, model: str, max_tokens: int | None, block_size: int, max_model_len: int | None, backend: str
 ) -> bool:
     """Run the demonstration; `backend` is that of the paged cache.
 
@@ -75,25 +82,14 @@ def run(
     max_model_len = max_model_len or min(2048, context)
     # A contiguous cache has to reserve max_model_len slots a request, written or not: the pool holds as many.
     num_blocks = len(PROMPTS) * cdiv(max_model_len, block_size)
-
-    engines = {
-        cache: LLM(
-            loaded,
-            cache=cache,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            max_model_len=max_model_len,
-            backend=backend if cache == "paged" else "auto",
-        )
-        for cache in CACHES
-    }
+    sizes: dict[str, Any] = {"block_size": block_size, "num_blocks": num_blocks, "max_model_len": max_model_len}
+    backends = {"contiguous": "auto", "paged": backend}
+    engines = {cache: LLM(loaded, cache=cache, backend=backends[cache], **sizes) for cache in CACHES}
     interpreted = backend == "triton" and engines["paged"].runner.device.type == "cpu"
     if max_tokens is None:
         max_tokens = INTERPRETED_TOKENS if interpreted else TOKENS
-    prompt_lens = [len(loaded.tokenizer.encode(prompt)) for prompt in PROMPTS]
-    for llm in engines.values():  # what can never run is refused before anything is drawn
-        for prompt_len in prompt_lens:
-            llm.scheduler.check(prompt_len, max_tokens)
+    for llm, prompt in product(engines.values(), PROMPTS):  # what can never run is refused before anything is drawn
+        llm.scheduler.check(len(loaded.tokenizer.encode(prompt)), max_tokens)
     params = SamplingParams(max_tokens=max_tokens)
     if interpreted:
         console.print("Triton's interpreter runs the kernels on the CPU, program by program: this takes minutes.")
@@ -101,25 +97,20 @@ def run(
         f"[bold]{len(PROMPTS)} prompts, one ragged batch, up to {max_tokens} greedy tokens each, three caches[/bold]\n"
     )
     names = {"paged": "paged, Triton"} if backend == "triton" else {}
-    runs = [
-        Run(cache, names.get(cache, cache), [""] * len(PROMPTS), [[] for _ in PROMPTS])
-        for cache in ("recompute", *CACHES)
-    ]
-    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+    runs = [Run(cache, names.get(cache, cache)) for cache in ("recompute", *CACHES)]
+    how: dict[str, Any] = {"refresh_per_second": REFRESHES_PER_SECOND, "vertical_overflow": "crop"}
+    with Live(console=console, get_renderable=lambda: _side_by_side(runs), **how):
         for this in runs:
             if this.cache in CACHES:
-                tokens = _with_cache(engines[this.cache], this, params)
+                this.record(_with_cache(engines[this.cache], this, params))
             else:
-                tokens = _without_cache(loaded, params, max_model_len)
-            _run_one(tokens, this, lambda: live.update(_side_by_side(runs), refresh=True))
-        live.update(_side_by_side(runs), refresh=True)
+                this.record(_without_cache(loaded, params, max_model_len))
     if not console.is_terminal:
         console.print()  # in a pipe, the table above ends without a line break
 
     with console.status("each prompt once more, alone, through the paged cache"):
-        alone = [
-            engines["paged"].generate(prompt, params, progress=False)[0].outputs[0].token_ids for prompt in PROMPTS
-        ]
+        answers = [engines["paged"].generate(prompt, params, progress=False)[0] for prompt in PROMPTS]
+    alone = [answer.outputs[0].token_ids for answer in answers]
     first = runs[0].token_ids
     equal = all(this.token_ids == first for this in runs) and alone == first
     console.print(_verdict(runs, alone, equal))
@@ -132,20 +123,6 @@ def run(
         )
         console.print(draw(runs[-1].snapshot, width=console.width))
     return equal
-
-
-def _run_one(tokens: NewTokens, this: Run, refresh: Callable[[], None]) -> None:
-    start = last_drawn = time.perf_counter()
-    for prompt, text, token_id in tokens:
-        now = time.perf_counter()
-        this.first_times.setdefault(prompt, now - start)
-        this.texts[prompt] += text
-        this.token_ids[prompt].append(token_id)
-        if now - last_drawn > 1 / REFRESHES_PER_SECOND:
-            refresh()
-            last_drawn = now
-    this.seconds = time.perf_counter() - start
-    this.first_token_seconds = sum(this.first_times.values()) / len(this.first_times)
 
 
 def _without_cache(model: Model, params: SamplingParams, max_model_len: int) -> NewTokens:
@@ -191,13 +168,7 @@ def _snapshot(llm: LLM, first_id: int, this: Run) -> Snapshot | None:
         tables[name] = blocks
         num_tokens[name] = llm.blocks.num_tokens(f"{first_id + i}.0")
         texts[name] = llm.tokenizer.pieces(tokens[: num_tokens[name]])
-    return Snapshot(
-        num_blocks=llm.blocks.num_blocks,
-        block_size=llm.blocks.block_size,
-        tables=tables,
-        num_tokens=num_tokens,
-        texts=texts,
-    )
+    return Snapshot(llm.blocks.num_blocks, llm.blocks.block_size, tables, num_tokens, texts)
 
 
 def _side_by_side(runs: list[Run]) -> Table:
@@ -237,7 +208,7 @@ def _costs(runs: list[Run], loaded: Model, max_model_len: int, block_size: int) 
         share = f"{this.used_bytes / this.reserved_bytes:.1%}" if this.reserved_bytes else "-"
         table.add_row(
             this.name,
-            f"{this.first_token_seconds:.2f} s",
+            f"{fmean(this.first_token_seconds):.2f} s",
             f"{this.tokens_per_second:.1f}",
             f"{this.reserved_bytes / MEBIBYTE:.1f} MiB",
             f"{this.used_bytes / MEBIBYTE:.1f} MiB",

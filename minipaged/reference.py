@@ -25,6 +25,7 @@ def causal_mask(num_queries: int, num_keys: int, sliding_window: int | None = No
     The queries are the *last* num_queries of the num_keys positions, so query i is at position
     num_keys - num_queries + i. With a window it sees the last sliding_window positions, its own included.
     Invariant: every row has at least one 0, since a query always sees itself.
+    Raises ValueError for more queries than keys, and for a window below 1.
     """
     if num_queries > num_keys:
         raise ValueError(f"num_queries ({num_queries}) exceeds num_keys ({num_keys}): a query would have no position")
@@ -45,6 +46,7 @@ def attention_weights(
 
     query [num_queries, num_heads, head_dim]; key [num_keys, num_kv_heads, head_dim]. Query head h reads key/value
     head h // (num_heads // num_kv_heads). The scale is 1 / sqrt(head_dim) unless another is given.
+    Raises ValueError where num_heads is no multiple of num_kv_heads or head_dim differs, and as causal_mask does.
     """
     num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads, key_dim = key.shape
@@ -70,7 +72,8 @@ def masked_attention(
 
     query [num_queries, num_heads, head_dim]; key and value [num_keys, num_kv_heads, head_dim]; the queries are the
     last num_queries positions of the context, so that a prompt in one piece (num_queries == num_keys), a chunk of it
-    and a single decoded token (num_queries == 1) are one formula. Raises ValueError where shapes do not fit.
+    and a single decoded token (num_queries == 1) are one formula. Raises ValueError where key and value differ in
+    tokens or heads, and as attention_weights does.
     """
     if key.shape[:2] != value.shape[:2]:
         raise ValueError(f"key has shape {key.shape}, value {value.shape}: tokens and heads must be the same")
@@ -89,6 +92,7 @@ def multi_head_attention(
     hidden [num_tokens, hidden_size]; w_q [num_heads, hidden_size, head_dim]; w_k, w_v [num_kv_heads, hidden_size,
     head_dim]; w_o [num_heads * head_dim, hidden_size]. The heads are laid side by side along the feature axis: head i
     fills columns i * head_dim to (i + 1) * head_dim - 1, and meets those rows of W^O.
+    Raises ValueError for a w_o of another shape.
     """
     num_tokens, hidden_size = hidden.shape
     num_heads, _, head_dim = w_q.shape

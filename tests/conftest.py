@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from functools import partial
 from glob import glob
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,7 +72,7 @@ def pytest_configure(config):
     try:
         only = config.getoption("--only")
         modules = impl.choose(Path(folder), chapters, only)
-        impl.install(modules, recorder.watch if recorder.is_on() else None, only)
+        impl.install(modules, partial(recorder.watch, chapters=chapters) if recorder.is_on() else None, only)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from minipaged.model.families import rope_scaling
+from minipaged.model.rope_scaling import rope_scaling
 from minipaged.model.transformer import ModelConfig, Transformer
 
 TOKENS = [*"abcdefghijklmnopqrstuvwxyz.Ġ12", "12", "hi", "<|endoftext|>"]  # U+0120 stands for the space
@@ -293,9 +293,13 @@ def write_folder(folder, config, weights, dtype=torch.float32, num_shards=1, fie
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**json_fields(config), "eos_token_id": EOS, **(fields or {})}))
-    names = sorted(weights)
+    names, index = sorted(weights), {}
     for shard in range(num_shards):
         part = {name: torch.from_numpy(np.array(weights[name])).to(dtype) for name in names[shard::num_shards]}
+        file = "model.safetensors" if num_shards == 1 else f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
         if part:
-            save_file(part, folder / f"model-{shard + 1:05}-of-{num_shards:05}.safetensors")
+            save_file(part, folder / file)
+            index |= dict.fromkeys(part, file)
+    if num_shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     tokenizer().save(str(folder / "tokenizer.json"))

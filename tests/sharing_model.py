@@ -231,7 +231,7 @@ class SwapMachine(SharingMachine):
             return False
         sources, targets = [pair[0] for pair in plan], [pair[1] for pair in plan]
         assert sorted(sources) == sorted(set(before)), "each block of the group moves, and moves once"
-        assert len(set(targets)) == len(targets) and not taken & set(targets), "a target that somebody has"
+        assert len(set(targets)) == len(targets) and not taken & set(targets), "a target that is in use"
         after = [block for table in tables for block in table.blocks]
         assert after == [dict(plan)[block] for block in before], "what was one block before is one block after"
         assert [sequence.table.blocks for sequence in outside] == others, "a table outside the group was changed"

@@ -99,7 +99,7 @@ def paged_batches(
     ]
     counts = [cdiv(n, block_size) for n in seq_lens]
     own = [c - s for c, s in zip(counts, shared, strict=True)]
-    num_blocks = sum(own) + draw(st.integers(0, 3), label="blocks nobody owns")
+    num_blocks = sum(own) + draw(st.integers(0, 3), label="blocks without an owner")
     order = draw(st.permutations(range(num_blocks)), label="physical order")
     extra_columns = draw(st.integers(0, 2), label="table columns past the longest sequence")
     rng = draw(generators())

@@ -1,5 +1,6 @@
 """Chapter 2. Text to tokens and back: nothing is lost, numbers are split, and text streams as whole characters."""
 
+import json
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -7,13 +8,13 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from minipaged.model import fetch
-from minipaged.model.gguf_file import open_gguf
+from minipaged.model.gguf_file import ModelFileError, open_gguf
 from minipaged.model.load import load_model
 from minipaged.model.tokenizer import TextTokenizer
-from minipaged.model.tokenizer_files import byte_tokenizer, tokenizer_from_gguf
+from minipaged.model.tokenizer_files import byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from model_files import EOS, SMALL, TOKENS, random_weights, write_folder, write_gguf
 
 pytestmark = pytest.mark.ch02
@@ -371,3 +372,102 @@ def test_the_cost_of_a_token_does_not_grow(kind, token, monkeypatch):
         stream.push(token_id)
     stream.finish()
     assert sum(decoded) <= 5 * 3_000
+
+
+# ---- what a folder says of it ---------------------------------------------------------------------------------------
+
+
+@cache
+def folder_tokenizer(bos=False, eos=False, shape=False, template=None):
+    """A folder's tokenizer whose file puts tokens around a text, or cuts and pads it. "hi" is what begins a text."""
+    with TemporaryDirectory() as folder:
+        write_folder(folder, SMALL, {})
+        saved = Tokenizer.from_file(f"{folder}/tokenizer.json")
+        around = " ".join([*["hi"] * bos, "$A", *[TOKENS[EOS]] * eos])
+        if bos or eos:
+            saved.post_processor = processors.TemplateProcessing(
+                single=around, special_tokens=[("hi", TOKENS.index("hi")), (TOKENS[EOS], EOS)]
+            )
+        if shape:
+            saved.enable_truncation(max_length=1)
+            saved.enable_padding(length=8, direction="left", pad_id=0, pad_token="a")
+        saved.save(f"{folder}/tokenizer.json")
+        settings = {"bos_token": "hi", "eos_token": TOKENS[EOS], "chat_template": template}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
+        return tokenizer_from_folder(Path(folder))
+
+
+@given(text=st.text("abhi. ", max_size=12), bos=st.booleans(), eos=st.booleans(), shape=st.booleans())
+def test_a_file_may_put_a_token_before_every_text_and_nothing_else_changes_it(text, bos, eos, shape):
+    """Nor is a text cut or padded as the file's training wanted it, or ended: it is to be continued."""
+    tokenizer, plain = folder_tokenizer(bos, eos, shape), folder_tokenizer().encode(text)
+    begins = plain[:1] == [TOKENS.index("hi")]
+    assert tokenizer.encode(text) == ([TOKENS.index("hi")] if bos and not begins else []) + plain
+    assert tokenizer.encode(text, add_bos=False) == plain
+
+
+BEGINS = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@given(text=st.text("ab. ", max_size=12), writes=st.booleans(), bos=st.booleans())
+def test_a_conversation_begins_as_its_template_says(text, writes, bos):
+    """Never twice with what begins a text, and not with it at all where the template writes none."""
+    template = BEGINS if writes else BEGINS.replace("{{ bos_token }}", "")
+    prompt = folder_tokenizer(bos=bos, template=template).chat_prompt([{"role": "user", "content": text}])
+    assert prompt["prompt"] == "hi" * writes + text
+    assert prompt["prompt_token_ids"] == [TOKENS.index("hi")] * writes + folder_tokenizer().encode(text)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}", "Hello"),
+        ("{% for m in messages %}{% continue %}{{ m.content }}{% endfor %}!", "!"),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}", "Hello"),
+        ("{{ tools is none }} {{ documents is none }} {{ tools is defined }}", "True True True"),
+        ("{{ bos_token is defined }} {{ eos_token is defined }}", "False False"),
+        ("{{ '%Y' == strftime_now('%%Y') }}", "True"),
+        ("{{ {'b': '<é>', 'a': [1]} | tojson }}", '{"b": "<é>", "a": [1]}'),
+        ("{{ {'b': '<é>', 'a': 1} | tojson(indent=1) }}", '{\n "b": "<é>",\n "a": 1\n}'),
+        ("{{ {'b': 1, 'a': 1} | tojson(separators=(',', ':'), sort_keys=true) }}", '{"a":1,"b":1}'),
+        ("{{ messages[0].nothing is defined }}", "False"),
+    ],
+)
+def test_templates_find_what_transformers_gives_them(template, expected):
+    messages = [{"role": "user", "content": "Hello", "nothing": None}, {"role": "user", "content": "again"}]
+    assert with_template(template).apply_chat_template(messages) == expected
+
+
+@given(names=st.lists(st.sampled_from(("default", "tool_use", "rag")), unique=True, max_size=3))
+def test_of_several_templates_the_default_one_is_for_conversations(names):
+    tokenizer = folder_tokenizer.__wrapped__(template=[{"name": name, "template": f"{name}!"} for name in names])
+    if "default" in names:
+        assert tokenizer.apply_chat_template(ONE) == "default!"
+    else:
+        with pytest.raises(ValueError, match="no chat template"):
+            tokenizer.apply_chat_template(ONE)
+
+
+def exploding():
+    """Each further "a" doubles the ways to cut a text that does not end with "b"."""
+    made = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "!": 2, "a" * 40: 3}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
+    made.decoder = decoders.Replace(Regex("(a+)+b"), "")
+    return made
+
+
+def test_a_pattern_that_explodes_is_an_error_of_its_text_alone():
+    tokenizer = TextTokenizer(exploding())
+    for call in (lambda: tokenizer.encode("a" * 40 + "!"), lambda: tokenizer.decode([3])):
+        with pytest.raises(ValueError, match="does not get through this text"):
+            call()
+    assert tokenizer.encode("aab!") == [0, 0, 1, 2]
+    with TemporaryDirectory() as folder:
+        write_folder(folder, SMALL, {})
+        made = exploding()
+        made.normalizer = normalizers.Sequence(
+            [normalizers.Replace("a", "a" * 40), normalizers.Replace(Regex("(a+)+b"), "")]
+        )
+        made.save(f"{folder}/tokenizer.json")
+        with pytest.raises(ModelFileError, match="is not a usable"):
+            tokenizer_from_folder(Path(folder))

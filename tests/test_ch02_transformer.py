@@ -4,6 +4,8 @@ The second writing has no layers, no modules and no steps: one function, one seq
 model turns halves of a head by sines and cosines, it multiplies complex numbers.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from minipaged.model.batch import make_batch
 from minipaged.model.load import tiny_transformer
 from minipaged.model.recompute import RecomputeCache, generate, next_logits
-from minipaged.model.transformer import MAX_POSITION, ModelConfig, rotary_table, rotate
+from minipaged.model.transformer import MAX_POSITION, ModelConfig, Transformer, rotary_table, rotate
 from minipaged.reference import masked_attention
 from strategies import generators, head_shapes
 
@@ -250,6 +252,21 @@ def test_rotation_keeps_lengths_and_leaves_position_0_alone(half, position, rng)
     out = rotate(x, cos[[position], None], sin[[position], None])
     torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(rotate(x, cos[[0], None], sin[[0], None]), x)
+
+
+@given(config=configs(), dtype=st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16)))
+def test_the_rotary_table_is_rounded_once_whatever_its_dtype(config, dtype):
+    """bfloat16 has no whole numbers between 256 and 258: what is computed in it would turn neighbours alike."""
+    config = replace(config, max_position=700)
+    speeds = config.rope_theta ** (-2.0 * np.arange(config.head_dim // 2) / config.head_dim)
+    turns = np.arange(700)[:, None] * speeds / np.array(config.rope_factors or (1.0,))
+    z = np.exp(1j * turns) * config.rope_attention_factor
+    tables = *rotary_table(config, dtype), *(getattr(Transformer(config, dtype), name) for name in ("cos", "sin"))
+    for found, expected in zip(tables, (z.real, z.imag) * 2, strict=True):
+        step = {torch.float64: 1e-12, torch.float32: 1e-7, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+        assert found.dtype == dtype
+        atol = step * config.rope_attention_factor + 1e-9
+        np.testing.assert_allclose(found.double().numpy(), expected, rtol=0.0, atol=atol)
 
 
 @st.composite

@@ -31,23 +31,23 @@ def measured(tmp_path, monkeypatch):
     trial.trial.cache_clear()
 
 
-def anew(dtype=torch.float32):
+def tried_again(dtype=torch.float32):
     trial.trial.cache_clear()  # as another process would begin
     return trial.fastest_way(dtype)
 
 
 def test_the_fastest_is_taken_and_measured_once(measured):
     _, asked, _, home = measured
-    assert anew() == anew() == ONEDNN
+    assert tried_again() == tried_again() == ONEDNN
     assert asked == [torch.float32]
     assert [path.name.split(".")[:2] for path in home.iterdir()] == [["linear", "float32"]]
 
 
 def test_few_rows_stay_plain_where_that_is_clearly_faster(measured):
     figures, *_ = measured
-    assert anew(torch.bfloat16) == ONEDNN._replace(plain_rows=1)
+    assert tried_again(torch.bfloat16) == ONEDNN._replace(plain_rows=1)
     figures[torch.float32] = {PLAIN: [1.9, 2.0, 2.0, 9.0], ONEDNN: [2.0, 2.0, 2.0, 3.0]}
-    assert anew() == ONEDNN, "not so clearly"
+    assert tried_again() == ONEDNN, "not so clearly"
 
 
 def test_auto_is_bfloat16_where_its_products_are_as_fast(measured):
@@ -64,10 +64,10 @@ def test_auto_is_bfloat16_where_its_products_are_as_fast(measured):
 @pytest.mark.parametrize("change", ["format", "processor", "torch", "threads", "dtype"])
 def test_figures_of_another_machine_are_not_taken(measured, change):
     _, asked, _, home = measured
-    anew()
+    tried_again()
     (path,) = home.iterdir()
     path.write_text(json.dumps({**json.loads(path.read_text()), change: "another"}))
-    anew()
+    tried_again()
     assert len(asked) == 2
     trial.trial.cache_clear()
     trial.trial(torch.float32, 77)
@@ -80,7 +80,7 @@ def test_figures_of_another_machine_are_not_taken(measured, change):
 )
 def test_a_damaged_file_is_measured_anew(measured, text):
     _, asked, _, home = measured
-    anew()
+    tried_again()
     (path,) = home.iterdir()
     kept = json.loads(path.read_text())
     figures = kept["milliseconds"]
@@ -90,9 +90,9 @@ def test_a_damaged_file_is_measured_anew(measured, text):
         if text == name:
             figures["MKL float32"] = damage
     path.write_text(json.dumps(kept) if text.isupper() else text)
-    assert anew() == ONEDNN
+    assert tried_again() == ONEDNN
     assert len(asked) == 2
-    assert anew() == ONEDNN
+    assert tried_again() == ONEDNN
     assert len(asked) == 2, "the good figures did not take the place of the bad ones"
 
 
@@ -102,12 +102,12 @@ def test_a_rule_decides_where_nothing_can_be_kept_or_others_had_the_processor(me
     figures[torch.float32][PLAIN] = [0.1] * 4  # what was measured says otherwise
     monkeypatch.setattr(trial, "processor", lambda: vendor)
     share[0] = 0.5
-    assert anew() == expected
+    assert tried_again() == expected
     assert not list(home.iterdir()), "figures of a queue were kept"
     home.rmdir()
     home.write_text("a file in the place of the folder")
     asked.clear()
-    assert anew() == expected
+    assert tried_again() == expected
     assert not asked, "measured in vain"
 
 

@@ -39,7 +39,7 @@ def folder_with_source(config=SMALL, seed=0):
 
 
 def loaded(source, dtype=torch.float32):
-    """The model through the cache, and whether it was built anew."""
+    """The model through the cache, and whether it was built again."""
     built = []
     found = weight_cache.load_through_cache(
         source,
@@ -75,8 +75,8 @@ def assert_same(found, source, dtype=torch.float32):
 def test_a_copy_is_made_once_and_is_the_same_model(config, dtype):
     with folder_with_source(config) as source:
         for time in range(3):
-            found, anew = loaded(source, dtype)
-            assert anew == (time == 0)
+            found, rebuilt = loaded(source, dtype)
+            assert rebuilt == (time == 0)
             assert_same(found, source, dtype)
             tied = found[0].lm_head.weight is found[0].embed_tokens.weight
             assert tied == config.tie_embeddings
@@ -109,9 +109,9 @@ def folder_with_family(name, seed, tied):
 )
 def test_a_copy_of_each_family_is_the_same_model_and_a_damaged_one_is_made_anew(name, seed, tied, which, where, bit):
     with folder_with_family(name, seed, tied) as (source, config):
-        for anew in (True, False):
+        for rebuilt in (True, False):
             found, built = loaded(source)
-            assert built == anew
+            assert built == rebuilt
             assert found[0].config == config
             assert_same(found, source)
         data = bytearray(copy_of(source).read_bytes())
@@ -140,8 +140,8 @@ def test_a_copy_of_another_source_is_made_anew():
         loaded(source)
         weights = random_weights(SMALL)
         write_gguf(source, SMALL, {name: array + 1 for name, array in weights.items()})
-        found, anew = loaded(source)
-        assert anew
+        found, rebuilt = loaded(source)
+        assert rebuilt
         assert_same(found, source)
         assert not loaded(source)[1]
 
@@ -161,8 +161,8 @@ def test_a_bit_that_flipped_anywhere_is_noticed(where, bit):
         data = bytearray(copy_of(source).read_bytes())
         data[int(where * len(data))] ^= 1 << bit
         copy_of(source).write_bytes(data)
-        found, anew = loaded(source)
-        if not anew:  # a space of the header's padding, say, that says nothing
+        found, rebuilt = loaded(source)
+        if not rebuilt:  # a space of the header's padding, say, that says nothing
             assert_same(found, source)
         assert_same(loaded(source)[0], source)
 
@@ -174,8 +174,8 @@ def test_a_copy_that_was_cut_is_made_anew(share):
         loaded(source)
         data = copy_of(source).read_bytes()
         copy_of(source).write_bytes(data[: int(share * len(data))])
-        found, anew = loaded(source)
-        assert anew
+        found, rebuilt = loaded(source)
+        assert rebuilt
         assert_same(found, source)
         assert not loaded(source)[1], "the good copy did not take the place of the bad one"
 
@@ -209,8 +209,8 @@ def test_where_no_copy_can_be_kept_all_goes_on_without(monkeypatch):
     monkeypatch.setattr(weight_cache, "save_file", full)
     with folder_with_source() as source:
         for _ in range(2):
-            found, anew = loaded(source)
-            assert anew
+            found, rebuilt = loaded(source)
+            assert rebuilt
             assert_same(found, source)
         assert list(source.parent.iterdir()) == [source]
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from live_bytes import assert_load_is_frugal, pack_everything
 from minipaged.model import linear, load
@@ -376,6 +376,74 @@ MAY_BE_MISSING = {"llama.rope.dimension_count", "llama.rope.freq_base", "tokeniz
 }  # fmt: skip
 
 
+def test_a_big_endian_file_is_refused_by_what_it_is():
+    for version in (2, 3):
+        with file_of(gguf_bytes()[0][:4] + struct.pack(">I", version) + gguf_bytes()[0][8:]) as path:
+            assert "big-endian" in refused(path)
+
+
+@given(name=st.sampled_from(sorted(shapes(SMALL))), data=st.data())
+def test_a_tensor_lies_where_it_lies_and_nowhere_else(name, data):
+    """Unaligned, over another one, past the end, or so far behind it that 64 bits wrap around: no offset but its own
+    is free in a whole file."""
+    whole, _, _ = gguf_bytes()
+    encoded = gguf_name(name).encode()
+    at = whole.index(struct.pack("<Q", len(encoded)) + encoded) + 8 + len(encoded) + 8 + 8 * len(shapes(SMALL)[name])
+    (own,) = struct.unpack_from("<Q", whole, at)
+    near, far = st.integers(0, len(whole)), st.integers(2**64 - len(whole), 2**64 - 1)
+    offset = data.draw(near | (near | far).map(lambda n: n // 32 * 32) | far, label="offset")
+    damaged = bytearray(whole)
+    struct.pack_into("<Q", damaged, at, offset)
+    with file_of(damaged) as path:
+        if offset == own:
+            load_model(path)
+        else:
+            message = refused(path)
+            assert gguf_name(name) in message or "overlap" in message
+
+
+@given(shift=st.integers(0, 64))
+def test_a_tensor_begins_on_a_multiple_of_the_alignment(shift):
+    """Here the last one has room behind it."""
+    whole, header_end, _ = gguf_bytes()
+    with file_of(whole) as path:
+        last = max(gguf.GGUFReader(path).tensors, key=lambda tensor: tensor.data_offset)
+        at = last.field.offset + 8 + len(last.name) + 8 + 8 * len(last.shape)
+    damaged = bytearray(whole + bytes(64))
+    struct.pack_into("<Q", damaged, at, last.data_offset - header_end + shift)
+    with file_of(damaged) as path:
+        if shift % 32:
+            assert "no multiple of 32" in refused(path)
+        else:
+            load_model(path)
+
+
+@given(
+    factor=st.sampled_from((0.0, 1.0, 2.0, 4.0)),
+    kind=st.sampled_from((None, "linear", "none")),
+    name=st.sampled_from(("llama.rope.scaling.factor", "llama.rope.scale_linear")),
+)
+def test_positions_that_a_gguf_file_scales_are_scaled_by_the_factor(factor, kind, name):
+    """A file that names no kind of scaling means a linear one; a factor of 0 is none (llama.cpp)."""
+    fields = {} if kind is None else {"llama.rope.scaling.type": ("add_string", kind)}
+    with gguf_with(**{name: ("add_float32", factor)}, **fields) as path:
+        config = load_model(path).transformer.config
+    is_scaled = kind != "none" and factor not in (0.0, 1.0)
+    assert config.rope_factors == ((factor, factor) if is_scaled else ())
+
+
+@given(slides=st.lists(st.booleans(), min_size=2, max_size=2), window=st.integers(0, 9))
+def test_a_gguf_file_may_say_which_layers_have_the_window(slides, window):
+    fields = {
+        "llama.attention.sliding_window": ("add_uint32", window),
+        "llama.attention.sliding_window_pattern": ("add_array", slides),
+    }
+    with gguf_with(**fields) as path:
+        config = load_model(path).transformer.config
+    expected = tuple(window if slide else None for slide in slides)
+    assert config.sliding_windows == (expected if window and any(slides) else ())
+
+
 @pytest.mark.parametrize("name", gguf_fields(SMALL))
 def test_a_gguf_field_that_is_missing_is_named(name):
     with gguf_with(**{name.replace(".", "_"): None}) as path:
@@ -395,7 +463,22 @@ _ODD |= st.tuples(st.just("add_float32"), st.floats(width=32)) | st.tuples(st.ju
 _ODD |= st.tuples(st.just("add_int64"), st.integers(-(2**63), 2**63 - 1))
 
 
-@given(name=st.sampled_from(sorted(gguf_fields(SMALL))), value=_ODD)
+_MORE_FIELDS = [
+    "llama.rope.scaling.type",
+    "llama.rope.scaling.factor",
+    "llama.rope.scaling.original_context_length",
+    "llama.rope.scaling.yarn_beta_fast",
+    "llama.attention.scale",
+    "llama.attention.sliding_window",
+    "llama.attention.sliding_window_pattern",
+    "llama.logit_scale",
+    "split.count",
+    "tokenizer.ggml.bos_token_id",
+    "tokenizer.ggml.eot_token_id",
+]
+
+
+@given(name=st.sampled_from(sorted(gguf_fields(SMALL)) + _MORE_FIELDS), value=_ODD)
 def test_whatever_stands_in_a_gguf_field_it_is_refused_or_loads(name, value):
     with gguf_with(**{name.replace(".", "_"): value}) as path:
         loaded = refused_or_loaded(path)
@@ -455,8 +538,23 @@ def test_a_tensor_too_many_is_refused_by_name(name):
     ("field", "value", "said"),
     [
         ("llama.rope.scaling.type", ("add_string", "longrope"), "longrope"),
+        ("llama.rope.scaling.attn_factor", ("add_float32", 2.0), "rope.scaling.attn_factor is 2.0"),
+        ("llama.rope.scaling.yarn_attn_factor", ("add_float32", 2.0), "rope.scaling.yarn_attn_factor is 2.0"),
+        ("llama.rope.scaling.yarn_log_multiplier", ("add_float32", 1.0), "yarn_log_multiplier is 1.0"),
+        ("llama.attention.scale", ("add_float32", 0.25), "attention.scale 0.25"),
+        ("llama.attention.output_scale", ("add_float32", 0.5), "attention.output_scale is 0.5"),
+        ("llama.attention.max_alibi_bias", ("add_float32", 8.0), "attention.max_alibi_bias is 8.0"),
+        ("llama.attention.clamp_kqv", ("add_float32", 8.0), "attention.clamp_kqv is 8.0"),
+        ("llama.attention.causal", ("add_bool", False), "attention.causal is False"),
+        ("llama.logit_scale", ("add_float32", 0.5), "logit_scale is 0.5"),
+        ("llama.embedding_scale", ("add_float32", 2.0), "embedding_scale is 2.0"),
+        ("llama.residual_scale", ("add_float32", 2.0), "residual_scale is 2.0"),
+        ("llama.attn_logit_softcapping", ("add_float32", 50.0), "attn_logit_softcapping is 50.0"),
+        ("llama.final_logit_softcapping", ("add_float32", 30.0), "final_logit_softcapping is 30.0"),
+        ("llama.attention.sliding_window_pattern", ("add_array", [True]), "must be 2 flags"),
+        ("split.count", ("add_uint16", 3), "part 0 (from 0) of 3"),
         ("llama_rope_dimension_count", ("add_uint32", 2), "2 of 4"),
-        ("llama.expert_count", ("add_uint32", 8), "experts"),
+        ("llama.expert_count", ("add_uint32", 8), "expert_count is 8"),
         ("tokenizer_ggml_model", ("add_string", "t5"), "'t5'"),
         ("tokenizer_ggml_model", ("add_string", "llama"), "tokenizer.ggml.scores"),
         ("tokenizer_ggml_pre", ("add_string", "olmo"), "'olmo'"),
@@ -529,7 +627,7 @@ def test_a_shard_that_is_missing_is_noticed(num_shards, data):
     with folder_with(num_shards=num_shards) as folder:
         lost = data.draw(st.sampled_from(sorted(folder.glob("*.safetensors"))))
         lost.unlink()
-        assert "no tensor" in refused(folder)
+        assert lost.name in refused(folder)
 
 
 @given(name=st.sampled_from(sorted(set(json_fields(SMALL)) - {"rope_theta", "tie_word_embeddings"})))
@@ -623,9 +721,30 @@ def test_scalings_of_rotary_positions_that_are_not_known_are_refused(where, key,
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "0.5"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_windows"),
         ({"model_type": "mistral", "sliding_window": 4, "num_hidden_layers": 1 << 40}, "num_hidden_layers"),
-        ({"attention_bias": True}, "biases"),
-        ({"mlp_bias": True}, "biases"),
-        ({"hidden_act": "gelu"}, "silu"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised (fp8)"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised (gptq)"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised (bitsandbytes)"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantised (MLX)"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0"),
+        ({"residual_multiplier": 0.2}, "residual_multiplier is 0.2"),
+        ({"logits_scaling": 8.0}, "logits_scaling is 8.0"),
+        ({"logit_scale": 0.5}, "logit_scale is 0.5"),
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "2 layers"),
+        (
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            },
+            "differ",
+        ),
     ],
 )
 def test_another_kind_of_model_is_refused(changed, said):
@@ -634,11 +753,11 @@ def test_another_kind_of_model_is_refused(changed, said):
         assert said in refused(folder)
 
 
-@pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "model-00001-of-00001.safetensors"])
+@pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_folder_that_lacks_a_file_says_which(lost):
     with folder_with() as folder:
         (folder / lost).unlink()
-        assert lost.replace("model-00001-of-00001", "*") in refused(folder)
+        assert lost in refused(folder)
 
 
 def is_json_object(data):
@@ -757,12 +876,144 @@ def test_what_no_memory_holds_is_refused_before_a_number_is_read(form, monkeypat
     assert f"{4 * numbers:,} bytes" in message and "1,000" in message and "float32" in message
 
 
-def test_parts_that_the_index_does_not_name_are_not_read():
-    with folder_with(num_shards=2) as folder:
-        parts = {path.name: safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))}
-        names = {name: part for part, file in parts.items() for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-        (folder / "older.safetensors").write_bytes(b"no weights")
+# ---- what is read of a folder --------------------------------------------------------------------------------------
+
+
+OTHERS = ("consolidated.safetensors", "adapter_model.safetensors", "model-00000.safetensors", "zzz.safetensors")
+
+
+@given(num_shards=st.integers(1, 3), others=st.sets(st.sampled_from((*OTHERS, "model.safetensors"))), data=st.data())
+def test_what_the_index_does_not_name_is_not_read(num_shards, others, data):
+    """Older parts, adapters, other forms of the weights beside them; and copies of tensors in the wrong part."""
+    other = {name: torch.from_numpy(array) for name, array in random_weights(SMALL, seed=1).items()}
+    with folder_with(num_shards=num_shards) as folder:
+        named = sorted(folder.glob("*.safetensors"))
+        if num_shards > 1:
+            part = data.draw(st.sampled_from(named), label="part with copies")
+            own = {name: tensor.clone() for name, tensor in load_file(part).items()}
+            copies = data.draw(st.sets(st.sampled_from(sorted(other))), label="copies")
+            save_file({name: own.get(name, other[name]) for name in copies | set(own)}, part)
+        for name in others - {path.name for path in named}:
+            save_file(other, folder / name)
+        (folder / "half.safetensors").write_bytes(b"no weights")
         assert torch.equal(logits(load_model(folder).transformer), logits(written(SMALL, WEIGHTS)))
-        (folder / max(names.values())).unlink()
-        assert max(names.values()) in refused(folder)
+
+
+@given(num_shards=st.integers(2, 3), name=st.sampled_from(sorted(WEIGHTS)))
+def test_a_tensor_that_the_index_says_is_elsewhere_is_named(num_shards, name):
+    with folder_with(num_shards=num_shards) as folder:
+        index = folder / "model.safetensors.index.json"
+        parts = json.loads(index.read_text())["weight_map"]
+        parts[name] = next(part for part in parts.values() if part != parts[name])
+        index.write_text(json.dumps({"weight_map": parts}))
+        message = refused(folder)
+    assert name in message and parts[name] in message
+
+
+@given(weight_map=_JSON)
+def test_whatever_stands_in_an_index_it_is_refused(weight_map):
+    with folder_with(num_shards=2) as folder:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        refused(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2])
+@given(name=st.sampled_from(sorted(WEIGHTS)))
+def test_numbers_of_quantised_weights_are_refused_by_their_type(dtype, name):
+    with folder_with() as folder:
+        weights = load_file(folder / "model.safetensors")
+        save_file({**weights, name: weights[name].to(dtype)}, folder / "model.safetensors")
+        message = refused(folder)
+    assert name in message and "quantised" in message
+
+
+@given(
+    changed=st.none() | st.integers(0, SMALL.vocab_size * SMALL.hidden_size - 1), dtype=st.sampled_from(("f4", "f2"))
+)
+def test_an_output_layer_beside_a_tied_embedding_is_used_where_it_is_another(changed, dtype):
+    """As in transformers: a config.json that says tied is believed as far as the two are equal."""
+    weights = random_weights(replace(SMALL, tie_embeddings=True))
+    output = weights["model.embed_tokens.weight"].astype(dtype).astype(np.float32)
+    weights["model.embed_tokens.weight"] = output.copy()
+    if changed is not None:
+        output.reshape(-1)[changed] += 1.0
+    expected = written(replace(SMALL, tie_embeddings=changed is None), {**weights, "lm_head.weight": output})
+    with folder_with(replace(SMALL, tie_embeddings=True), {**weights, "lm_head.weight": output}) as folder:
+        loaded = load_model(folder).transformer
+        assert torch.equal(logits(loaded), logits(expected))
+        assert loaded.config.tie_embeddings == (changed is None)
+        file = folder / "model.safetensors"
+        save_file({**load_file(file), "lm_head.weight": torch.ones(3, 8)}, file)
+        assert "lm_head.weight has shape [3, 8]" in refused(folder)
+
+
+# ---- what is no file ------------------------------------------------------------------------------------------------
+
+READ = ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
+READ += ["special_tokens_map.json", "generation_config.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_read(name, kind):
+    """The end of a pipe, or of /dev/zero, may never come."""
+    with folder_with() as folder:
+        (folder / name).unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(folder / name)
+        elif kind == "device":
+            (folder / name).symlink_to("/dev/zero")
+        else:
+            (folder / name).mkdir()
+        assert f"{name} is no regular file" in refused(folder)
+
+
+# ---- ids ------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    name=st.sampled_from(("eos_token_id", "bos_token_id")),
+    file=st.sampled_from(("config.json", "generation_config.json", "tokenizer_config.json")),
+    value=_JSON | st.sampled_from(([[1]], -1, [-1], [1, None], "1", 1.0, True, 10**30)),
+)
+def test_an_id_that_is_none_is_refused_by_its_name(name, file, value):
+    is_id = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    is_ids = name == "eos_token_id" and isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
+    with folder_with() as folder:
+        fields = {**json_fields(SMALL), name: value} if file == "config.json" else {name: value}
+        (folder / "config.json").write_text(json.dumps(json_fields(SMALL)))
+        (folder / file).write_text(json.dumps(fields))
+        if value is None or is_id or is_ids:
+            found = load_model(folder).tokenizer.eos_token_ids
+            expected = value if isinstance(value, list) else [] if value is None or name == "bos_token_id" else [value]
+            assert found == set(expected)
+        else:
+            assert f"{name} must be" in refused(folder) or name in refused(folder)
+
+
+@given(
+    said=st.dictionaries(
+        st.sampled_from(("tokenizer_config.json", "config.json", "generation_config.json")),
+        st.none() | st.integers(0, EOS),
+    ),
+    named=st.booleans(),
+    where=st.sampled_from(("tokenizer_config.json", "special_tokens_map.json")),
+    form=st.booleans(),
+)
+def test_the_end_of_a_text_is_found_wherever_a_folder_names_it(said, named, where, form):
+    """The last file that says it counts, null says nothing, and without an id the token's name is looked up."""
+    files = {file: {} for file in said}
+    files["config.json"] = json_fields(SMALL)
+    for file, value in said.items():
+        files[file]["eos_token_id"] = value
+    if named:
+        token = TOKENS[EOS]
+        files.setdefault(where, {})["eos_token"] = {"content": token, "special": True} if form else token
+    with folder_with() as folder:
+        for file, fields in files.items():
+            (folder / file).write_text(json.dumps(fields))
+        found = load_model(folder).tokenizer
+    ids = [said[file] for file in ("generation_config.json", "config.json", "tokenizer_config.json") if file in said]
+    ids = [value for value in ids if value is not None]
+    assert found.eos_token_ids == {ids[0] if ids else EOS} if ids or named else not found.eos_token_ids
+    assert found.special_tokens == ({"eos_token": TOKENS[EOS]} if named else {})

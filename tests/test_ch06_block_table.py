@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from memory_model import BLOCK_SIZES, POISON, TablesMachine, all_blocks, state
 from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
 from minipaged.memory.block_table import BlockTable
+from operations import Counted
 
 pytestmark = pytest.mark.ch06
 
@@ -72,11 +73,52 @@ TestAllocator = AllocatorMachine.TestCase
 TestTables = TablesMachine.TestCase
 
 
-@given(num_blocks=st.integers(1, 50))
+@given(num_blocks=st.integers(1, 50) | st.sampled_from([128, 257, 1_000, 4_096]))
 def test_each_block_is_handed_out_once(num_blocks):
+    """And once more after all were freed, also in a pool as large as a server's."""
     allocator = BlockAllocator(num_blocks)
-    assert sorted(all_blocks(allocator)) == list(range(num_blocks))
-    assert allocator.num_free == 0
+    for _ in range(2):
+        assert allocator.num_free == num_blocks
+        blocks = all_blocks(allocator)
+        assert sorted(blocks) == list(range(num_blocks))
+        assert allocator.num_free == 0
+        for block in blocks:
+            allocator.free(block)
+
+
+@given(num_tables=st.integers(1, 5) | st.sampled_from([255, 256, 257, 1_000, 65_537]))
+def test_a_block_is_named_by_as_many_tables_as_come(num_tables):
+    """Samples of one prompt, or requests behind one system prompt: a count has no limit."""
+    allocator = BlockAllocator(2)
+    block = allocator.allocate()
+    for _ in range(num_tables - 1):
+        allocator.share(block)
+    assert allocator.ref_count(block) == num_tables
+    for _ in range(num_tables - 1):
+        allocator.free(block)
+    assert (allocator.ref_count(block), allocator.num_free) == (1, 1), "one table still names it"
+    allocator.free(block)
+    assert (allocator.ref_count(block), allocator.num_free) == (0, 2)
+
+
+@pytest.mark.parametrize("num_used", [0, 990])
+def test_a_call_costs_the_same_however_large_the_pool_is(num_used):
+    """O(1) is a count here: entries of the allocator's lists, deques, dictionaries and sets that a call looks at."""
+    allocator = BlockAllocator(1_000)
+    for _ in range(num_used):
+        allocator.allocate()
+    block, counted = allocator.allocate(), Counted(allocator)
+    for name, call in {
+        "num_free": lambda: allocator.num_free,
+        "num_blocks": lambda: allocator.num_blocks,
+        "ref_count": lambda: allocator.ref_count(block),
+        "share": lambda: allocator.share(block),
+        "free, of a shared block,": lambda: allocator.free(block),
+        "free": lambda: allocator.free(block),
+        "allocate": allocator.allocate,
+    }.items():
+        entries = counted.of(call)
+        assert entries < 50, f"{name} looks at {entries} entries in a pool of 1000 blocks, and is to be O(1)"
 
 
 @pytest.mark.parametrize("num_blocks", [0, -1])
@@ -126,17 +168,21 @@ def test_a_block_has_slots(block_size):
         BlockTable(BlockAllocator(2), block_size)
 
 
-@given(lengths=st.lists(st.integers(0, 30), max_size=5), block_size=BLOCK_SIZES)
+@given(
+    lengths=st.lists(st.integers(0, 30) | st.sampled_from([100, 1_000]), max_size=5),
+    block_size=BLOCK_SIZES | st.sampled_from([32, 256]),
+)
 def test_every_token_has_a_slot_of_its_own(lengths, block_size):
     """Translation is one to one: no two positions, of one sequence or of two, lie in one slot."""
-    allocator = BlockAllocator(200)
-    slots = []
-    for length in lengths:
+    allocator, owners = BlockAllocator(5_000), {}
+    for number, length in enumerate(lengths):
         table = BlockTable(allocator, block_size)
         table.append_tokens(length)
-        slots += [table.slot(position) for position in range(length)]
-    assert len(set(slots)) == sum(lengths)
-    assert all(slot in range(200 * block_size) for slot in slots)
+        for position in range(length):
+            slot, token = table.slot(position), f"position {position} of table {number}"
+            assert slot in range(5_000 * block_size), f"{token} lies in slot {slot}, outside the pool"
+            other = owners.setdefault(slot, token)
+            assert other == token, f"{token} lies in slot {slot}, as does {other}"
 
 
 @given(steps=st.lists(st.integers(0, 9), max_size=12), block_size=BLOCK_SIZES)
@@ -167,7 +213,7 @@ def filled(num_blocks=4, block_size=2, num_tokens=5):
 
 @pytest.mark.parametrize("position", [-1, 5, 6, 100])
 def test_a_position_that_was_not_appended(position):
-    """Position 5 has a slot in the last block already, and still it is nobody's."""
+    """The last block has a slot for position 5, but no token has that position yet."""
     allocator, table = filled()
     before = state(allocator, table)
     with pytest.raises(IndexError):

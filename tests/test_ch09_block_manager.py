@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from memory_model import BLOCK_SIZES, NUM_BLOCKS, Pool
-from minipaged.memory.block_manager import NO_PREFIX, BlockManager, Prefix
+from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.trace import Trace
 from minipaged.viz.state import State
 from sharing_model import SALTS
@@ -111,15 +111,15 @@ class ManagerMachine(RuleBasedStateMachine):
         self.num_named += 1
         name, tokens = f"s{self.num_named}", self.draw_tokens(data, 1, 4 * self.block_size)
         before = everything(self.blocks)
-        prefix = self.blocks.get_computed_blocks(tokens, cache_salt) if looks else NO_PREFIX
+        prefix = self.blocks.get_computed_blocks(tokens, cache_salt) if looks else []
         assert everything(self.blocks) == before, "to look is not to take"
-        assert prefix.num_tokens == len(prefix.blocks) * self.block_size < len(tokens), "one token is left to compute"
+        assert len(prefix) * self.block_size < len(tokens), "one token is left to compute"
         contents = Entry(tokens, cache_salt).contents()
-        held = [content for block in prefix.blocks for content in self.pool.block(block)]
-        assert held == contents[: prefix.num_tokens], "a hit holds the tokens that it was found by"
-        free = self.num_blocks - len({*self.named(), *prefix.blocks})
-        needed = self.blocks_for(len(tokens)) - len(prefix.blocks)
-        taken = {*self.named(), *prefix.blocks}
+        held = [content for block in prefix for content in self.pool.block(block)]
+        assert held == contents[: len(prefix) * self.block_size], "a hit holds the tokens that it was found by"
+        free = self.num_blocks - len({*self.named(), *prefix})
+        needed = self.blocks_for(len(tokens)) - len(prefix)
+        taken = {*self.named(), *prefix}
         done = self.attempt(
             free - needed >= reserve, lambda: self.blocks.allocate_slots(name, len(tokens), prefix, reserve)
         )
@@ -128,10 +128,10 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         assert done == [], "new blocks, and full ones that nothing is written to: there is nothing to copy"
         blocks = self.blocks.blocks(name)
-        assert blocks[: len(prefix.blocks)] == prefix.blocks
-        assert not taken & {*blocks[len(prefix.blocks) :]}, "a block that another table names was handed out"
+        assert blocks[: len(prefix)] == prefix
+        assert not taken & {*blocks[len(prefix) :]}, "a block that another table names was handed out"
         self.entries[name] = Entry(tokens, cache_salt)
-        self.write(name, prefix.num_tokens)
+        self.write(name, len(prefix) * self.block_size)
 
     @precondition(lambda self: self.any_on(False))
     @rule(data=st.data(), reserve=st.integers(0, 3))
@@ -179,7 +179,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule()
     def free_one_that_is_not_there(self):
         before = everything(self.blocks)
-        self.blocks.free("nobody")
+        self.blocks.free("unknown")
         assert everything(self.blocks) == before
 
     @precondition(lambda self: self.any_on(False))
@@ -202,7 +202,7 @@ class ManagerMachine(RuleBasedStateMachine):
         before, num_tokens = self.blocks.blocks(name), len(self.entries[name].tokens) + num_more
         free = self.num_blocks - len({*self.named()})
         enough = free - self.blocks_for(num_tokens) >= reserve
-        plan = self.attempt(enough, lambda: self.blocks.swap_in(name, num_tokens, reserve))
+        plan = self.attempt(enough, lambda: self.blocks.swap_in(name, num_tokens, reserve=reserve))
         if plan is None:
             return
         assert plan == list(zip(before, self.blocks.blocks(name), strict=True))
@@ -246,8 +246,8 @@ class ManagerMachine(RuleBasedStateMachine):
             assert self.blocks.num_tokens(name) == len(entry.tokens)
             assert len(self.blocks.blocks(name)) == self.blocks_for(len(entry.tokens))
             assert self.blocks.is_swapped(name) == entry.on_host
-        assert (self.blocks.blocks("nobody"), self.blocks.num_tokens("nobody")) == ([], 0)
-        assert not self.blocks.is_swapped("nobody")
+        assert (self.blocks.blocks("unknown"), self.blocks.num_tokens("unknown")) == ([], 0)
+        assert not self.blocks.is_swapped("unknown")
 
     def what_is_read_is_what_was_written(self):
         self.pool.poison({*range(self.num_blocks)} - {*self.named()} - self.cached())
@@ -287,9 +287,7 @@ def test_a_prefix_is_found_as_far_as_it_was_cached_and_its_keys_say_by_what(toke
     blocks.allocate_slots("A", len(tokens))
     blocks.cache_blocks("A", tokens[:written], cache_salt)
     num_cached = min(min(written, len(tokens)), len(tokens) - 1) // block_size
-    assert blocks.get_computed_blocks(tokens, cache_salt) == Prefix(
-        blocks.blocks("A")[:num_cached], num_cached * block_size
-    )
+    assert blocks.get_computed_blocks(tokens, cache_salt) == blocks.blocks("A")[:num_cached]
     keys = blocks.block_keys(tokens, cache_salt)
     assert len(keys) == len({*keys}) == len(tokens) // block_size
     assert blocks.block_keys([*tokens, 0], cache_salt)[: len(keys)] == keys
@@ -297,7 +295,7 @@ def test_a_prefix_is_found_as_far_as_it_was_cached_and_its_keys_say_by_what(toke
     plain = BlockManager(12, block_size)
     plain.allocate_slots("A", len(tokens))
     plain.cache_blocks("A", tokens, cache_salt)
-    assert (plain.get_computed_blocks(tokens, cache_salt), plain.block_keys(tokens, cache_salt)) == (NO_PREFIX, [])
+    assert (plain.get_computed_blocks(tokens, cache_salt), plain.block_keys(tokens, cache_salt)) == ([], [])
 
 
 @given(
@@ -320,7 +318,7 @@ def test_a_sequence_enters_exactly_if_its_new_blocks_are_free_beside_the_reserve
     if not held:
         blocks.free("A")
     prefix = blocks.get_computed_blocks(tokens)
-    assert len(prefix.blocks) == num_cached
+    assert len(prefix) == num_cached
     before, left = everything(blocks), 12 - num_used - num_cached - len(range(0, num_new, block_size))
     entered = blocks.allocate_slots("C", len(tokens), prefix, reserve)
     assert (entered is not None) == (left >= reserve)
@@ -343,7 +341,7 @@ def test_a_sequence_comes_back_exactly_if_the_blocks_of_all_its_tokens_are_free_
     blocks.allocate_slots("B", num_used * block_size)
     before = everything(blocks)
     left = 12 - num_used - len(range(0, num_tokens + num_more, block_size))
-    came = blocks.swap_in("A", num_tokens + num_more, reserve)
+    came = blocks.swap_in("A", num_tokens + num_more, reserve=reserve)
     assert (came is not None) == (left >= reserve)
     if came is None:
         assert everything(blocks) == before
@@ -369,20 +367,19 @@ def test_a_sequence_comes_back_to_the_full_blocks_that_another_has(
     blocks.fork("A", "B")
     blocks.swap_out("B")
     prefix = blocks.prefix_of("A", min(num_shared, num_tokens))
-    assert prefix == (blocks.blocks("A")[: len(prefix.blocks)], len(prefix.blocks) * block_size)
-    assert prefix.num_tokens <= min(num_shared, num_tokens) < prefix.num_tokens + block_size
+    assert prefix == blocks.blocks("A")[: min(num_shared, num_tokens) // block_size]
     blocks.allocate_slots("C", num_used * block_size)
     before, free, lay = everything(blocks), blocks.num_free, blocks.blocks("B")
-    left = free + len(prefix.blocks) - len(range(0, num_tokens + num_more, block_size))
-    came = blocks.swap_in("B", num_tokens + num_more, reserve, prefix)
+    left = free + len(prefix) - len(range(0, num_tokens + num_more, block_size))
+    came = blocks.swap_in("B", num_tokens + num_more, prefix, reserve)
     assert (came is not None) == (left >= reserve)
     if came is None:
         assert everything(blocks) == before
         return
     back = blocks.blocks("B")
-    assert back[: len(prefix.blocks)] == prefix.blocks
-    assert came == list(zip(lay, back, strict=True))[len(prefix.blocks) :]
-    assert not {*back[len(prefix.blocks) :]} & {*blocks.blocks("A"), *blocks.blocks("C")}
+    assert back[: len(prefix)] == prefix
+    assert came == list(zip(lay, back, strict=True))[len(prefix) :]
+    assert not {*back[len(prefix) :]} & {*blocks.blocks("A"), *blocks.blocks("C")}
     assert blocks.allocate_slots("B", num_tokens + num_more) == []
     assert blocks.num_free == left
 
@@ -396,18 +393,18 @@ def test_a_refusal_keeps_the_order_of_eviction():
         blocks.free(str(number))
     before = everything(blocks)
     prefix = blocks.get_computed_blocks([0, 5, 5, 5, 5])
-    assert prefix.num_tokens == 1
+    assert len(prefix) == 1
     assert blocks.allocate_slots("A", 5, prefix) is None
     assert blocks.allocate_slots("A", 3, prefix, reserve=2) is None
     assert everything(blocks) == before
     blocks.allocate_slots("B", 2)  # the free block, and the one that was used longest ago
-    found = [blocks.get_computed_blocks([number, 5]).num_tokens for number in range(3)]
+    found = [len(blocks.get_computed_blocks([number, 5])) for number in range(3)]
     assert found == [0, 1, 1]
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4), (4, -1)])
 def test_a_manager_has_blocks_and_they_have_slots(sizes):
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError):
         BlockManager(*sizes)
 
 
@@ -423,7 +420,7 @@ def test_what_cannot_be_asked_for():
         blocks.swap_out("B")
     with pytest.raises(ValueError):
         blocks.swap_in("A", 5)
-    for act in (lambda: blocks.fork("nobody", "C"), lambda: blocks.swap_out("nobody")):
+    for act in (lambda: blocks.fork("unknown", "C"), lambda: blocks.swap_out("unknown")):
         with pytest.raises(KeyError):
             act()
     assert everything(blocks) == before

@@ -13,6 +13,7 @@ from memory_model import BLOCK_SIZES, state
 from minipaged.memory.block_allocator import OutOfBlocks
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.prefix_cache import PrefixCache, block_keys
+from operations import Counted
 from sharing_model import PrefixMachine
 
 pytestmark = pytest.mark.ch09
@@ -36,7 +37,7 @@ def num_found(cache, tokens, cache_salt=None):
 
 
 TOKENS = st.lists(st.integers(0, 3) | st.integers(-(2**63), 2**63 - 1), max_size=8)
-SALTS = st.sampled_from([None, "a"]) | st.text(max_size=4)
+SALTS = st.sampled_from([None, "a", "A", "a "]) | st.text(max_size=4)
 
 
 @given(same=TOKENS, tokens=TOKENS, other=TOKENS, cache_salt=SALTS, other_salt=SALTS, block_size=BLOCK_SIZES)
@@ -65,6 +66,41 @@ def test_different_tokens_have_different_keys(tokens, other):
     assert (num_found(cache, tokens), num_found(cache, other)) == (1, 0)
 
 
+def test_keys_are_as_wide_as_they_are_said_to_be():
+    """32 bytes that all depend on the tokens: of keys cut to 24 bits, two of these 2^15 would be equal."""
+    keys = [*block_keys(range(2**15), 1)]
+    assert {len(key) for key in keys} == {32}, f"keys of {len(keys[0])} bytes, and 32 are promised"
+    assert len(set(keys)) == len(keys), "two prefixes have one key: one user would be answered from another's text"
+    constant = [place for place in range(32) if len({key[place] for key in keys[:64]}) == 1]
+    assert not constant, f"bytes {constant} are the same in all keys"
+
+
+def test_a_call_costs_the_same_however_large_the_cache_is():
+    """Entries of the cache's lists, deques, dictionaries and sets that a call looks at: O(1), and O(1) a block."""
+    cache = PrefixCache(1_000, 1)
+    written(cache, range(600)).release()  # these are evictable
+    table = written(cache, range(1_000, 1_300))
+    block, counted = table.blocks[0], Counted(cache)
+    for name, call in {
+        "num_free": lambda: cache.num_free,
+        "num_evictable": lambda: cache.num_evictable,
+        "is_evictable": lambda: cache.is_evictable(block),
+        "ref_count": lambda: cache.ref_count(block),
+        "match, of one block,": lambda: cache.match([0, END]),
+        "share": lambda: cache.share(block),
+        "free": lambda: cache.free(block),
+        "share, of an evictable block,": lambda: cache.share(cache.match([0, END])[0]),
+        "free, of a cached block,": lambda: cache.free(cache.match([0, END])[0]),
+        "allocate": cache.allocate,
+    }.items():
+        entries = counted.of(call)
+        assert entries < 50, f"{name} looks at {entries} entries in a cache of 1000 blocks, and is to be O(1)"
+    for _ in range(cache.num_free - cache.num_evictable):
+        cache.allocate()
+    entries = counted.of(cache.allocate)
+    assert entries < 50, f"allocate, with an eviction, looks at {entries} entries, and is to be O(1)"
+
+
 def test_equal_tokens_behind_another_prefix_are_another_block():
     """K and V of a token depend on all tokens before it, so [3, 4] behind [1, 2] is not [3, 4] behind [9, 9]."""
     cache = PrefixCache(8, 2)
@@ -75,9 +111,15 @@ def test_equal_tokens_behind_another_prefix_are_another_block():
     assert num_found(cache, [9, 9, 3, 4]) == 1
 
 
-@pytest.mark.parametrize(("cache_salt", "other"), [(None, ""), ("a", "b"), (None, "None"), ("", "a"), ("a", "aa")])
+@pytest.mark.parametrize(
+    ("cache_salt", "other"),
+    [
+        (None, ""), ("a", "b"), (None, "None"), ("", "a"), ("a", "aa"), ("Tenant", "tenant"), ("a", "a "),
+        ("\u00e9", "e\u0301"),  # one letter in two spellings
+    ],
+)  # fmt: skip
 def test_tenants_do_not_find_each_other(cache_salt, other):
-    """The same prompt under two salts: not even the fact that somebody else sent it may show."""
+    """The same prompt under two salts: not even that another user sent it may show."""
     cache = PrefixCache(8, 2)
     written(cache, [1, 2, 3, 4], cache_salt)
     assert (num_found(cache, [1, 2, 3, 4], cache_salt), num_found(cache, [1, 2, 3, 4], other)) == (2, 0)
@@ -92,7 +134,7 @@ def test_a_hit_leaves_a_token_to_compute(num_tokens, block_size):
     written(cache, prompt).release()
     hits = cache.match(prompt)
     assert len(hits) * block_size < max(num_tokens, 1)
-    assert len(hits) == max(0, num_tokens - 1) // block_size, "and not one token more than a block is computed anew"
+    assert len(hits) == max(0, num_tokens - 1) // block_size, "and not one token more than a block is computed again"
 
 
 def test_what_is_planned_is_not_found():

@@ -24,7 +24,7 @@ def filled(num_blocks=6, block_size=4, num_tokens=6):
     return allocator, table
 
 
-@given(num_tokens=st.integers(0, 20), num_forks=st.integers(1, 5), block_size=BLOCK_SIZES)
+@given(num_tokens=st.integers(0, 20), num_forks=st.integers(1, 5) | st.just(256), block_size=BLOCK_SIZES)
 def test_forks_cost_nothing_and_the_last_one_out_gives_back(num_tokens, num_forks, block_size):
     """Parallel sampling: n samples of one prompt hold the prompt once."""
     allocator, table = filled(20, block_size, num_tokens)

@@ -99,7 +99,7 @@ def test_a_layer_that_sees_all_keeps_all():
 def test_windowed_greedy_tokens_are_those_without_a_cache(
     windows, lengths, rng, block_size, chunk, caching, preemption, spare, n
 ):
-    """Blocks that were given back are others' by then, and NaN where they are nobody's: a read of one would show."""
+    """Blocks that were given back are in use by other sequences by then, or full of NaN: a read of one would show."""
     num_new, prompts = 12, [rng.integers(0, 256, length).tolist() for length in lengths]
     model = tiny_transformer(torch.float64, config=replace(TINY, sliding_windows=windows))
     longest = max(map(len, prompts)) + num_new

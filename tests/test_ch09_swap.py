@@ -3,20 +3,35 @@
 Any implementation that keeps the contract passes: no block id is pinned, and no order within a plan.
 """
 
+from functools import cache
+
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import event, given
 from hypothesis import strategies as st
 
+from alone import alone
 from memory_model import BLOCK_SIZES, Pool, state
+from minipaged import LLM, SamplingParams
+from minipaged.cdiv import cdiv
+from minipaged.kvcache.paged import PagedCache
+from minipaged.kvcache.swap_space import SwapSpace
 from minipaged.memory.block_allocator import BlockAllocator, OutOfBlocks
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.prefix_cache import PrefixCache
 from minipaged.memory.swap import Swap
+from minipaged.model.load import TINY, load_model
 from sharing_model import PagedMemoryMachine, SwapMachine
+from strategies import costly, generators
 
 pytestmark = pytest.mark.ch09
 
 TestSwap = SwapMachine.TestCase
+
+
+@cache
+def tiny():
+    return load_model("tiny", dtype="float64")
 
 
 class Memory:
@@ -58,7 +73,7 @@ def test_there_and_back(tokens, block_size):
     num_blocks = len(table.blocks)
     assert len(memory.out(table)) == num_blocks
     assert (memory.device.num_free, memory.host.num_free) == (20, 20 - num_blocks)
-    memory.sequence("x" * 20 * block_size).release()  # somebody else uses the device meanwhile
+    memory.sequence("x" * 20 * block_size).release()  # another request uses the device meanwhile
     assert memory.host_pool.read(table) == tokens
     assert len(memory.back(table)) == num_blocks
     assert (memory.device.num_free, memory.host.num_free) == (20 - num_blocks, 20)
@@ -294,3 +309,56 @@ def test_a_large_group_moves_as_a_small_one():
     alone = BlockTable(device, 1)
     alone.append_tokens(300)
     assert len(alone.blocks) == 300
+
+
+# ---- real tensors ---------------------------------------------------------------------------------------------------
+
+
+@given(num_blocks=st.integers(1, 6), data=st.data(), rng=generators())
+def test_keys_come_back_as_keys_and_values_as_values(num_blocks, data, rng):
+    """Of every layer, whatever the device's blocks hold meanwhile, and wherever they come back to."""
+    cache = PagedCache(TINY, num_blocks, 3, torch.float64)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        SwapSpace(cache, 0)
+    space = SwapSpace(cache, num_blocks)
+    for tensor in (cache.key_cache, cache.value_cache):
+        tensor.copy_(torch.from_numpy(rng.standard_normal(tensor.shape)))
+    keys, values = cache.key_cache.clone(), cache.value_cache.clone()
+    blocks = data.draw(st.lists(st.sampled_from(range(num_blocks)), unique=True), label="device blocks")
+    places = [data.draw(st.permutations(range(num_blocks)))[: len(blocks)] for _ in range(2)]
+    space.swap_out(list(zip(blocks, places[0], strict=True)))
+    assert torch.equal(cache.key_cache, keys) and torch.equal(cache.value_cache, values), "the device's were changed"
+    cache.key_cache.fill_(torch.nan), cache.value_cache.fill_(torch.nan)
+    space.swap_in(list(zip(*places, strict=True)))
+    assert torch.equal(cache.key_cache[:, places[1]], keys[:, blocks])
+    assert torch.equal(cache.value_cache[:, places[1]], values[:, blocks])
+    others = sorted(set(range(num_blocks)) - set(places[1]))
+    assert cache.key_cache[:, others].isnan().all() and cache.value_cache[:, others].isnan().all()
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=9), min_size=2, max_size=4),
+    block_size=st.sampled_from((1, 2, 3)),
+    host=st.integers(1, 12),
+)
+@costly(1 / 2)
+def test_a_sequence_that_was_swapped_out_writes_the_text_that_it_writes_alone(prompts, block_size, host):
+    """The pool takes one sequence and little more, so the others leave and come back."""
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    num_blocks = cdiv(max(map(len, prompts)) + 9, block_size) + 1
+    llm = LLM(
+        tiny(),
+        max_model_len=24,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        preemption="swap",
+        num_host_blocks=host,
+        enable_prefix_caching=False,
+        watermark=0.0,
+    )
+    for tensor in (llm.runner.cache.key_cache, llm.runner.cache.value_cache):
+        tensor.fill_(torch.nan)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, progress=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.outputs[0].token_ids == alone(tiny(), prompt, params).outputs[0].token_ids
+    event(f"preemptions by swap: {min(3, llm.metrics().preemptions['swap'])}")

@@ -75,7 +75,10 @@ def test_any_object_in_any_field_of_a_search(llm, name, value):
     assert ends(llm)
 
 
-@given(prompt=ANYTHING | st.fixed_dictionaries({"prompt_token_ids": ANYTHING, "cache_salt": ANYTHING}))
+OPTIONAL = {"cache_salt": ANYTHING, "prompt": ANYTHING}
+
+
+@given(prompt=ANYTHING | st.fixed_dictionaries({"prompt_token_ids": ANYTHING}, optional=OPTIONAL))
 def test_any_object_as_a_prompt(llm, prompt):
     for ask in (llm.add_request, lambda prompt: llm.generate([prompt], SamplingParams(max_tokens=2), progress=False)):
         try:
@@ -120,7 +123,7 @@ def test_any_object_in_any_argument_of_the_engine(model, name, value):
         assert name in str(error) or "blocks" in str(error) or "max_" in str(error)
     else:
         assert not (name in WHOLE and isinstance(value, bool | float)), "it is no whole number"
-        assert len(llm.generate("ab", SamplingParams(max_tokens=2), progress=False)[0].outputs) == 1
+        assert len(llm.generate("a", SamplingParams(max_tokens=2), progress=False)[0].outputs) == 1
 
 
 def test_numbers_of_numpy_are_numbers(llm):
@@ -163,8 +166,36 @@ def test_logits_that_are_not_finite_fail_their_sequence_alone(value, everywhere,
 def test_a_damaged_weight_ends_the_request_with_its_reason():
     llm = LLM("tiny", num_blocks=16)
     llm.runner.transformer.norm.weight.data[0] = math.nan
-    outputs = llm.generate("abc", SamplingParams(max_tokens=4), progress=False)[0].outputs
-    assert outputs[0].finish_reason == "error" and "not finite" in outputs[0].error
+    for ask, params in ((llm.generate, SamplingParams(max_tokens=4)), (llm.beam_search, BeamSearchParams(2))):
+        outputs = ask("abc", params, progress=False)[0].outputs
+        assert outputs[0].finish_reason == "error" and "not finite" in outputs[0].error
+        assert ends(llm)
+
+
+@given(bad=st.integers(0, 2), width=st.integers(1, 3))
+def test_a_search_whose_logits_are_not_finite_fails_alone(llm, bad, width):
+    """The searches beside it find what they find without it."""
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    params = BeamSearchParams(width, max_tokens=3, ignore_eos=True)
+    ask = [{"prompt_token_ids": prompt} for prompt in prompts]
+    expected = llm.beam_search(ask, params, progress=False)
+    run = llm.runner.run
+
+    def damaged(output, batch):
+        logits = run(output, batch).clone()
+        for beam, row in output.sampled.items():
+            if beam.prompt_token_ids == prompts[bad]:
+                logits[row] = math.nan
+        return logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.runner, "run", damaged)
+        found = llm.beam_search(ask, params, progress=False)
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if i == bad:
+            assert [output.finish_reason for output in one.outputs] == ["error"]
+        else:
+            assert [output.token_ids for output in one.outputs] == [output.token_ids for output in other.outputs]
     assert ends(llm)
 
 

@@ -156,14 +156,15 @@ def test_a_model_that_fails_leaves_no_memory_behind(llm, fail_at, texts):
     assert answer.token_ids == alone(texts[0], 4, True), "the engine is not as good as new"
 
 
-def test_a_small_pool_preempts_and_changes_no_text():
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_a_small_pool_preempts_and_changes_no_text(preemption):
     """Not a property, but a check on the properties: preemption does happen in such engines."""
-    llm = engine(block_size=4, num_blocks=12, max_num_seqs=4)
+    llm = engine(block_size=4, num_blocks=12, max_num_seqs=4, preemption=preemption)
     texts = [(i, i + 1, i + 2) for i in range(4)]
     outputs = llm.generate(
         [{"prompt_token_ids": list(t)} for t in texts], SamplingParams(max_tokens=20, ignore_eos=True)
     )
-    assert llm.metrics().preemptions["recompute"] > 0
+    assert llm.metrics().preemptions[preemption] > 0
     assert [o.outputs[0].token_ids for o in outputs] == [alone(t, 20, True) for t in texts]
 
 

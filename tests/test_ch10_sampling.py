@@ -8,12 +8,13 @@ from math import log
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from alone import alone, beams_alone
 from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.cdiv import cdiv
+from minipaged.engine import sampling
 from minipaged.engine.sampling import draw, logprobs, penalised, probabilities, sample, uniform
 from minipaged.engine.sequence import Sequence, Token
 from minipaged.model.load import TINY, Model, load_model, tiny_transformer
@@ -72,6 +73,35 @@ def test_min_p_keeps_what_is_so_many_times_as_likely_as_the_likeliest(logits, te
     assert (kept[ratio < min_p - 1e-9] == 0).all()
     support = kept > 0
     torch.testing.assert_close(kept[support], full[support] / full[support].sum(), rtol=1e-9, atol=1e-12)
+
+
+@given(
+    logits=st.lists(numbers(-1, 1), min_size=1, max_size=3, unique=True)
+    | st.lists(numbers(-1, 1), min_size=6, max_size=12, unique=True),
+    top_p=st.floats(0.5, 1.0) | st.floats(0.01, 1.0),
+    top_k=st.just(-1) | st.integers(1, 14) | st.integers(3, 5),
+    min_p=st.just(0.0) | st.floats(0.0, 0.5),
+    candidates=st.sampled_from((1, 2, 1024)),
+)
+def test_min_p_comes_first_then_top_k_and_top_p_is_a_share_of_what_is_left(logits, top_p, top_k, min_p, candidates):
+    """Token by token, however many of the likeliest are sorted at first."""
+    full = torch.tensor(logits, dtype=torch.float64).softmax(-1)
+    likeliest = sorted(range(len(logits)), key=lambda token: -full[token])
+    left = [token for token in likeliest if full[token] >= min_p * full.max()]
+    left = left if top_k == -1 else left[:top_k]
+    total, kept, share = sum(float(full[token]) for token in left), [], 0.0
+    for token in left:
+        assume(not top_p - 1e-9 < share / total < top_p + 1e-9)  # on the edge a rounded sum decides
+        if share < top_p * total or top_p == 1.0:
+            kept.append(token)
+        share += float(full[token])
+    expected = torch.zeros_like(full)
+    expected[kept] = full[kept] / full[kept].sum()
+    params = SamplingParams(temperature=1.0, top_p=top_p, top_k=top_k, min_p=min_p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "CANDIDATES", candidates)
+        found = probabilities(torch.tensor([logits], dtype=torch.float64), [params])[0]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_long_tail_is_sorted_as_far_as_top_p_needs():

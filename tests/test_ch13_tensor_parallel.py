@@ -40,7 +40,7 @@ from minipaged.engine.beam_scheduler import Search
 from minipaged.engine.beam_search import choose
 from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.engine.sequence import Sequence, Token
-from minipaged.model import load
+from minipaged.model import fetch, load
 from minipaged.model.batch import ForwardBatch, make_batch
 from minipaged.model.load import TINY, load_model, open_source, tiny_transformer
 from minipaged.model.recompute import RecomputeCache, next_logits
@@ -119,11 +119,11 @@ def test_a_step_comes_through_as_it_was_and_costs_what_the_formula_says(out, bac
             assert theirs == ours, field.name
         else:
             assert theirs.dtype == ours.dtype and torch.equal(theirs, ours), field.name
-    # docs/tensor_parallel.md: 4 (9 + 3 T + 2 S + S B + E + 2 C)
+    # docs/tensor_parallel.md: 4 (12 + 3 T + 2 S + S B + E + 2 C)
     (seqs, blocks), ends = batch.block_tables.shape, len(batch.logits_rows)
-    numbers = 9 + 3 * len(batch.token_ids) + 2 * seqs + seqs * blocks + ends + 2 * len(out + back + copies)
+    numbers = 12 + 3 * len(batch.token_ids) + 2 * seqs + seqs * blocks + ends + 2 * len(out + back + copies)
     assert header.nbytes + body.nbytes == 4 * numbers
-    with pytest.raises(ValueError, match="was announced"):
+    with pytest.raises(RuntimeError, match="sum exactly"):
         decode(header, body[:-1])
 
 
@@ -248,6 +248,15 @@ def test_two_ranks_write_the_tokens_of_one_for_each_family(ranks_are_threads, tm
     two.llm.close()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_copy_of_the_model_that_is_damaged_is_refused_by_its_sum(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("MINIPAGED_HOME", str(tmp_path))
+    monkeypatch.setattr(fetch, "GGUF_BYTES", 1000)
+    fetch.smollm2_path().write_bytes(bytes(1000))
+    with pytest.raises(fetch.FetchError, match="is damaged"):
+        load_slice("smollm2-135m", rank, 2, "float32", 0, "cpu")
+
+
 def test_a_tensor_larger_than_the_configuration_says_is_refused(tmp_path):
     weights = random_weights(DIVISIBLE)
     write_folder(tmp_path / "m", replace(DIVISIBLE, intermediate_size=64), weights)
@@ -296,7 +305,7 @@ def beams_without_a_cache(model, params, prompt):
         search.beams = [beams[parent].fork(index) for index, (parent, _) in enumerate(choices)]
         for beam, (_, token) in zip(search.beams, choices, strict=True):
             beam.outputs.append(Token(token, None, 0.0))
-    return [hypothesis.token_ids for hypothesis in search.hypotheses]
+    return [output.token_ids for _, output in search.hypotheses]
 
 
 class Watch:
@@ -523,7 +532,7 @@ def test_a_rank_that_fails_is_named_with_its_reason(monkeypatch, where):
 
 
 def listening():
-    """Ports of this machine where somebody accepts connections."""
+    """Ports of this machine on which a process accepts connections."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return {int(row[1].partition(":")[2], 16) for row in rows if row[3] == "0A"}
 

@@ -111,8 +111,8 @@ def test_the_command_says_what_it_tried_and_fails_where_the_engine_does():
     failed = command("toy:pages_as_tokens", "--seed", "0")
     assert failed.returncode == 1 and "pages_as_tokens fails, first in script " in failed.stdout, failed.stderr
     assert "engine = pages_as_tokens(" in failed.stdout and "LOGICAL" in failed.stdout and "PHYSICAL" in failed.stdout
-    unknown = command("nobody")
-    assert unknown.returncode == 1 and "error: nobody is no adapter" in unknown.stderr
+    unknown = command("unknown")
+    assert unknown.returncode == 1 and "error: unknown is no adapter" in unknown.stderr
 
 
 def test_an_engine_in_another_version_is_skipped_with_the_reason(tmp_path):

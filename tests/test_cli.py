@@ -20,7 +20,8 @@ from minipaged.bench import compare, growth, worker
 from minipaged.cli import main
 from minipaged.engine.detokenizer import IncrementalDetokenizer
 from minipaged.model import fetch as fetching
-from minipaged.model.load import load_model
+from minipaged.model import load
+from minipaged.model.load import load_model, tiny_transformer
 from minipaged.model.recompute import generate as next_tokens
 from minipaged.processor import processor
 from model_files import SMALL, random_weights, write_folder, write_gguf
@@ -314,7 +315,10 @@ def test_without_a_network_every_command_says_how_to_get_the_model(run, home, ar
     assert not list(home.iterdir())
 
 
-_WORDS = st.sampled_from(("-1", "0", "1", "2", "3", "16", "1.5", "1e3", "x", "", "nan", "-inf", "१", "--", "0x1", " 2"))
+_LONG = ("1" + "0" * 30, "9" * 5000)
+_WORDS = st.sampled_from(
+    (*_LONG, "-1", "0", "1", "2", "3", "16", "1.5", "1e3", "x", "", "nan", "-inf", "१", "--", "0x1", " 2")
+)
 
 
 @given(
@@ -339,6 +343,36 @@ def test_whatever_is_typed_it_runs_or_is_one_line(run, options, prompt):
         assert out == ""
         assert err.startswith("error: ")
         assert err.count("\n") == 1, err
+
+
+def test_the_answer_comes_before_a_trace_that_a_full_disk_does_not_take(run):
+    code, out, err = run(*generate("Hello", "--json", "--max-tokens", 2, "--trace", "/dev/full"))
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "No space left" in err
+    assert json.loads(out)["prompt"] == "Hello"
+
+
+@pytest.mark.parametrize("how", [("--logprobs", 2), ("--beams", 2), ("--n", 2, "--temperature", 1)])
+def test_a_damaged_model_answers_in_json(run, monkeypatch, how):
+    """NaN is no word of JSON."""
+    damaged = tiny_transformer()
+    damaged.norm.weight.data[0] = float("nan")
+    monkeypatch.setattr(load, "tiny_transformer", lambda dtype, seed: damaged)
+    code, out, err = run(*generate("Hello", "--json", "--max-tokens", 2, *how))
+    assert code == 1 and err.count("\n") == 1
+    answer = json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert {one["finish_reason"] for one in answer.get("outputs", [answer])} == {"error"}
+
+
+def test_a_home_that_is_nobodys_is_refused(run, monkeypatch):
+    monkeypatch.setenv("MINIPAGED_HOME", "~nobody-has-this-name/x")
+    for arguments in (("fetch",), ("generate", "hi"), ("demo",)):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and "~nobody-has-this-name/x" in err
+
+
+@pytest.mark.parametrize("number", [0, -1, 10**6])
+def test_a_puzzle_that_is_not_there_is_refused(refused, number):
+    assert f"no puzzle {number}" in refused("hunt", "--", number)
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
@@ -519,6 +553,9 @@ def test_a_terminal_of_few_letters_shows_question_marks(run, monkeypatch):
         (("Q",), "'Q'"),
         (("--rounds", 0), "got 0"),
         (("--scale", 2), "2"),
+        (("--threads", 0), "got 0"),
+        (("engine", "memory"), "by itself"),
+        (("kernels", "--system", "magic"), "'magic'"),
         (("--system", "magic"), "'magic'"),
         (("--dtype", "int4"), "'int4'"),
         (("--vllm-python", "/no/such/python"), "/no/such/python"),
@@ -528,6 +565,21 @@ def test_a_terminal_of_few_letters_shows_question_marks(run, monkeypatch):
 )
 def test_a_benchmark_of_what_is_not_there_is_refused(refused, arguments, said):
     assert said in refused("bench", *arguments)
+
+
+def test_a_peer_that_writes_much_to_its_standard_error_is_heard(tmp_path):
+    """More than a pipe holds (64 KiB on Linux), before each answer and as its last words."""
+    much = "head -c 300000 /dev/zero | tr '\\0' 'x' >&2; echo >&2"
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{much}\necho '{{\"ready\": true}}'\nread line\n{much}\necho 'the end' >&2\n")
+    python.chmod(0o755)
+    peer = compare.Worker("transformers", "model", "float32", str(python), 1)
+    try:
+        assert peer.ask() == {"ready": True}
+        with pytest.raises(ValueError, match="transformers ended: the end"):
+            peer.ask("a line")
+    finally:
+        peer.close()
 
 
 @pytest.mark.parametrize("arrivals", [[], [0, 2, 4]])

@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,13 @@ def test_it_is_kept_without_outputs_counts_or_ids(path, tmp_path):
 
 
 @EVERY
+def test_its_first_cell_of_code_installs_what_is_missing(path):
+    first = cells(path, "code")[0]
+    address = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    assert first == runner().SETUP.format(repository=address), "run: make notebooks-strip"
+
+
+@EVERY
 def test_it_has_all_its_parts_in_order(path):
     text = "\n".join(cells(path, "markdown"))
     places = []
@@ -118,7 +126,7 @@ def test_answers_are_folded(path):
 @EVERY
 def test_its_cells_are_few_and_small(path):
     code = cells(path, "code")
-    assert 10 <= len(code) <= 25
+    assert 10 <= len(code) - 1 <= 25  # without the one that installs
     for source in code:
         ast.parse(source)  # plain Python: no magic of one front end
         assert max(map(len, source.splitlines())) <= 98, "a longer line does not fit the page"

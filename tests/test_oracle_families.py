@@ -9,17 +9,23 @@ trained on a few sentences with the family's own pattern.
 import json
 import os
 from functools import cache
+from itertools import product
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minipaged import LLM, SamplingParams
 from minipaged.model.batch import make_batch
+from minipaged.model.families import config_from_json
 from minipaged.model.load import load_model
 from minipaged.model.recompute import RecomputeCache
+from minipaged.model.tokenizer_files import tokenizer_from_folder
 from model_files import GGUF_NAMES, permute
 from test_oracle import CHAT, CODE, PROSE
 
@@ -58,7 +64,6 @@ CASES = {
     "qwen3 tied, with windows": ("qwen3", "qwen2", {"head_dim": 16, "tie_word_embeddings": True, **MIXED}),
     "smollm3": ("smollm3", "llama-bpe", {}),
 }
-NOT_IN_GGUF = {"qwen2 with windows in half of the layers", "qwen3 tied, with windows"}  # no field says which layers
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
@@ -201,6 +206,9 @@ def write_gguf(path, model, add_tokenizer, raw=None):
     writer.add_value_length(head_dim)
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
+        kinds = getattr(config, "layer_types", None)  # llama.cpp writes such a list for families that mix them
+        if kinds:
+            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
     rope = config.rope_parameters
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
@@ -296,7 +304,7 @@ def greedy(theirs, token_ids):
     return out[0, len(token_ids) :].tolist()
 
 
-FORMS = [(name, form) for name in CASES for form in ("folder", "gguf") if form == "folder" or name not in NOT_IN_GGUF]
+FORMS = [(name, form) for name in CASES for form in ("folder", "gguf")]
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
@@ -332,6 +340,268 @@ def test_token_ids_agree(splitter, form, files):
         assert ours.decode(expected) == theirs.decode(
             expected, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+
+# ---- tokenizers of folders -------------------------------------------------------------------------------------------
+
+
+@cache
+def metaspace(form):
+    """Llama 2's kind: a space is a letter, and a letter without a token is spelt by its bytes.
+
+    form: what puts the space before a text: a normalizer (Llama 2), a pre-tokenizer (newer files), or nothing (Gemma).
+    """
+    spaces = [normalizers.Replace(" ", "▁")]
+    before = [normalizers.Prepend("▁"), *spaces] if form == "normalizer" else spaces
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence(before)
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    trained.train_from_iterator([*PROSE.split("\n"), *CODE.split("\n")], trainer)
+    learned = json.loads(trained.to_str())["model"]
+    tokens = ["<unk>", BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if form == "pre-tokenizer":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence(before)
+    tokenizer.decoder = decoders.Sequence(steps if form == "nothing" else [*steps, decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", BOS, EOS)])
+    begin = (BOS, vocab[BOS])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[begin])
+    return tokenizer
+
+
+KINDS = {name: lambda name=name: trained(name) for name in ("gpt-2", "llama-bpe", "qwen2", "tekken", "smollm")}
+KINDS |= {
+    f"metaspace, {form}": lambda form=form: metaspace(form) for form in ("normalizer", "pre-tokenizer", "nothing")
+}
+
+
+PLAIN_TEXT = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+
+
+def saved(kind, folder, template=None):
+    """The folder as transformers saves it, and their tokenizer, read from there."""
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=KINDS[kind](), bos_token=BOS, eos_token=EOS)
+    theirs.chat_template = template
+    theirs.save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_folder_saves_is_read_as_transformers_reads_it(kind, tmp_path):
+    """Token ids of 50 tricky strings; their text, also as it streams; and their text behind a prompt."""
+    theirs, ours = saved(kind, tmp_path), tokenizer_from_folder(tmp_path)
+    assert theirs("a").input_ids and len(STRINGS) >= 50
+    prompt = theirs(PROSE[:40]).input_ids
+    for text in STRINGS:
+        expected = theirs(text).input_ids
+        assert ours.encode(text) == expected, repr(text)
+        assert ours.decode(expected) == theirs.decode(expected, **PLAIN_TEXT)
+        stream = ours.stream()
+        assert "".join([*map(stream.push, expected), stream.finish()]) == ours.decode(expected)
+        plain = theirs(text, add_special_tokens=False).input_ids
+        whole, before = theirs.decode(prompt + plain, **PLAIN_TEXT), theirs.decode(prompt, **PLAIN_TEXT)
+        assert before + ours.decode_behind(prompt, plain) == whole, repr(text)
+
+
+# The forms of the six kinds of templates that most models have: what each needs of what renders it.
+TEMPLATES = {
+    # Qwen: a system message of its own, tools, and what jinja2 calls a namespace.
+    "chatml": """
+{%- if tools %}{{ '<|im_start|>system\n# Tools' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}
+{%- elif messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- else %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{%- endif %}
+{%- set ns = namespace(last=messages|length - 1) %}
+{%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}
+{%- if message.role == 'user' %}{%- set ns.last = index %}{%- break %}{%- endif %}{%- endfor %}
+{%- for message in messages %}
+{%- if message.role == 'user' or message.role == 'assistant' or (message.role == 'system' and not loop.first) %}
+{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- if ns.last == 0 %}{{ '<think>' }}{% endif %}
+{%- endif %}
+""",
+    # Llama 3: it writes what begins a text, and the date.
+    "llama3": """
+{{- bos_token }}
+{%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
+{%- else %}{%- set system = "" %}{%- endif %}
+{{- "<|start|>system<|end|>\n\n" }}{%- if tools is not none %}{{- "Environment: ipython\n" }}{%- endif %}
+{{- "Today Date: " + date_string + "\n\n" }}{{- system }}{{- eos_token }}
+{%- for message in messages %}
+{{- '<|start|>' + message['role'] + '<|end|>\n\n' + message['content'] | trim + eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant<|end|>\n\n' }}{%- endif %}
+""",
+    # Mistral: roles take turns, or it refuses.
+    "mistral": """
+{%- if messages[0]["role"] == "system" %}{%- set system = messages[0]["content"] %}{%- set rest = messages[1:] %}
+{%- else %}{%- set rest = messages %}{%- endif %}{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{{- bos_token }}
+{%- for message in rest %}
+{%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}{{- raise_exception("no turns") }}{%- endif %}
+{%- if message["role"] == "user" %}
+{%- if loop.last and system is defined %}{{- "[INST] " + system + "\n\n" + message["content"] + "[/INST]" }}
+{%- else %}{{- "[INST] " + message["content"] + "[/INST]" }}{%- endif %}
+{%- else %}{{- " " + message["content"]|trim + eos_token }}{%- endif %}
+{%- endfor %}
+""",
+    # Gemma: other names for roles, and no system message.
+    "gemma": """
+{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{% for message in messages %}
+{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}
+{{ '<turn>' + role + '\n' + message['content'] | trim + '<end>\n' }}{% endfor %}
+{% if add_generation_prompt %}{{'<turn>model\n'}}{% endif %}
+""",
+    # Zephyr, TinyLlama: blocks on lines of their own, which are trimmed.
+    "zephyr": """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+    {{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}""",
+    # SmolLM3: the model's own words are marked, for training.
+    "smollm3": """
+{%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}
+{%- for message in messages %}
+{%- if message.role == "assistant" %}
+{% generation %}{{ "<|im_start|>assistant\n" + message.content.lstrip("\n") + "<|im_end|>\n" }}{% endgeneration %}
+{%- elif message.role not in ["user", "system"] %}{% continue %}
+{%- else %}{{ "<|im_start|>" + message.role + "\n" + message.content + "<|im_end|>\n" }}{% endif %}
+{%- endfor %}
+{{- {"role": messages[-1].role, "a": ["<", "é", "'"], "content": messages[-1].content} | tojson(indent=2) }}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% if not enable_thinking %}{{ "<think>" }}{% endif %}
+{%- endif %}
+""",
+}
+ROLES = [["user"], ["system", "user"], ["user", "assistant", "user"], ["system", "user", "assistant", "user", "tool"]]
+ROLES += [["user", "user"], ["assistant"]]
+CONTENTS = ["Hello", '  <b>it\'s "5 < 6"</b> & \n', "日本語 😀", f"{EOS}{BOS}", "", "{{ 1 }}"]
+
+
+def rendered(render):
+    """What comes out, or that it is refused."""
+    try:
+        return render()
+    except Exception:
+        return "refused"
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama-bpe", "metaspace, normalizer", "metaspace, nothing"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_conversations_are_what_transformers_makes_of_them(name, kind, tmp_path):
+    """As text and as tokens: with what begins a text where the template writes it, and there alone."""
+    theirs, ours = saved(kind, tmp_path, TEMPLATES[name]), tokenizer_from_folder(tmp_path)
+    refused, told = 0, {"add_generation_prompt": True, "return_dict": False}
+    for roles, shift in product(ROLES, range(3)):
+        contents = CONTENTS[shift:] + CONTENTS[:shift]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+        text = rendered(lambda messages=messages: theirs.apply_chat_template(messages, tokenize=False, **told))
+        prompt = rendered(lambda messages=messages: ours.chat_prompt(messages))
+        refused += text == "refused"
+        if text == "refused":
+            assert prompt == "refused"
+        else:
+            assert prompt["prompt"] == text
+            assert prompt["prompt_token_ids"] == theirs.apply_chat_template(messages, **told)
+    assert refused <= 9
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+ORIGINAL = {"original_max_position_embeddings": 64}
+SCALINGS = [
+    None,
+    {"rope_type": "default"},
+    {"type": "linear", "factor": 2.0},
+    {**LLAMA3, "rope_theta": 1e4},
+    {key: value for key, value in LLAMA3.items() if key != "rope_theta"},
+    {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, **ORIGINAL},
+    {"rope_type": "yarn", "factor": 4.0, **ORIGINAL, "attention_factor": 0.7, "beta_fast": 16, "beta_slow": 2},
+    {"rope_type": "yarn", "factor": 8.0, **ORIGINAL, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False},
+]
+ABSENT = object()
+
+
+@given(
+    family=st.sampled_from(("llama", "mistral", "qwen2", "qwen3", "smollm3")),
+    scaling=st.sampled_from(SCALINGS),
+    where=st.sampled_from(("rope_scaling", "rope_parameters", "both")),
+    changes=st.fixed_dictionaries(
+        {
+            "rope_theta": st.sampled_from((ABSENT, 1e4, 5e5)),
+            "sliding_window": st.sampled_from((ABSENT, None, 7)),
+            "use_sliding_window": st.sampled_from((ABSENT, False, True)),
+            "max_window_layers": st.sampled_from((ABSENT, 0, 2, 9)),
+            "head_dim": st.sampled_from((ABSENT, 8)),
+            "tie_word_embeddings": st.sampled_from((ABSENT, False, True)),
+            "no_rope_layer_interval": st.sampled_from((ABSENT, 2)),
+            "no_rope_layers": st.sampled_from((ABSENT, [1, 0, 1, 1])),
+            "num_hidden_layers": st.sampled_from((4, 32)),
+        }
+    ),
+)
+def test_a_config_is_read_as_transformers_reads_it(tmp_path_factory, family, scaling, where, changes):
+    """Also where fields are absent, or null: transformers' classes have defaults of their own."""
+    if changes["num_hidden_layers"] != 4:
+        changes["no_rope_layers"] = ABSENT
+    fields = {**SIZES, "model_type": family, "vocab_size": 100, **changes}
+    fields |= dict.fromkeys(("rope_scaling", "rope_parameters") if where == "both" else (where,), scaling)
+    fields = {name: value for name, value in fields.items() if value is not ABSENT}
+    folder = tmp_path_factory.getbasetemp() / "config"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    ours, theirs = config_from_json(folder / "config.json"), transformers.AutoConfig.from_pretrained(folder)
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config=theirs)
+    pairs = torch.arange(0, ours.head_dim, 2, dtype=torch.float64) / ours.head_dim
+    frequency = ours.rope_theta**-pairs / torch.tensor(ours.rope_factors or (1.0,), dtype=torch.float64)
+    torch.testing.assert_close(frequency, rotary.inv_freq.double(), rtol=1e-5, atol=0.0)
+    assert ours.rope_attention_factor == pytest.approx(rotary.attention_scaling)
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+    window = getattr(theirs, "sliding_window", None) if family != "llama" else None
+    if family == "smollm3" and not theirs.use_sliding_window:
+        window = None
+    expected = [window if kind == "sliding_attention" else None for kind in kinds]
+    assert list(ours.sliding_windows or [None] * len(kinds)) == expected
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert (ours.head_dim, ours.num_kv_heads) == (head_dim, theirs.num_key_value_heads)
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    if family == "smollm3":
+        assert ours.no_rope_layers == tuple(i for i, turned in enumerate(theirs.no_rope_layers) if not turned)
+
+
+# ---- tied, and yet not -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_an_output_layer_beside_a_tied_embedding(is_same, tmp_path, files):
+    """transformers ties the two where they are equal, and otherwise does not, whatever config.json says."""
+    path = files("llama", "folder")
+    fields = json.loads((path / "config.json").read_text())
+    weights = load_file(path / "model.safetensors")
+    if is_same:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((path / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "tie_word_embeddings": True}))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert largest_difference(load_model(tmp_path).transformer, theirs) <= LARGEST_DIFFERENCE
+    assert load_model(tmp_path).transformer.config.tie_embeddings == is_same
 
 
 # ---- SentencePiece ---------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_the_scheduler_fits_in_two_hundred_lines():
 # what models differ in (windows, biases, norms, frequencies: 250) and the kernels' table for each GPU (120).
 FOLDERS = ("memory", "attention", "kvcache", "model", "engine", "kernels")
 FILES = {"weights", "gguf_file", "load", "tokenizer", "tokenizer_files", "families", "fetch", "weight_cache"}
-BENCHES = {"bench", "bench_peers"}
+FILES |= {"folder", "rope_scaling"}  # which were parts of weights and families
 WAY = {
     "engine": "__init__ arguments prompt sequence scheduler scheduler_output sampling runner llm_engine llm "
     "detokenizer cache_config metrics",
@@ -71,7 +71,7 @@ def num_lines(paths):
 
 
 def read_by_all():
-    modules = [path for name in FOLDERS for path in folder(name).glob("*.py") if path.stem not in FILES | BENCHES]
+    modules = [path for name in FOLDERS for path in folder(name).glob("*.py") if path.stem not in FILES]
     return [PACKAGE / "reference.py", *modules]
 
 

@@ -86,7 +86,7 @@ def test_a_prompt_alone_writes_the_same_tokens_without_a_cache(smollm2, texts):
 
 
 def test_the_formulas_and_plain_products_write_the_same_tokens(smollm2, texts):
-    """What `quicken` puts in their places is faster, and nothing else."""
+    """What `optimize_for_cpu` puts in their places is faster, and nothing else."""
     prompts, steps, expected = texts
     plain = load.read_model(source_from_gguf(fetch.smollm2_path()), torch.float32)
     assert (type(plain.transformer), type(smollm2.transformer)) == (Transformer, CompiledTransformer)

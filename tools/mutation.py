@@ -5,7 +5,7 @@ cosmic-ray makes them. Each is written into a copy of the repository, and the mo
 examples first, and many more where it survives. A mutant that still lives is either equivalent (it changes nothing
 that can be seen) and named so in equivalent_mutants.py, or a property is missing. docs/mutation.md keeps the count.
 
-    python tools/mutation.py                                   memory/, the scheduler, attention/
+    python tools/mutation.py                                   all of TARGETS: hours
     python tools/mutation.py block_allocator block_table       of these modules alone
     python tools/mutation.py scheduler --sample 60             60 of its mutants, always the same ones
 """
@@ -59,6 +59,15 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "minipaged/attention/online_softmax.py": ("test_ch07_paged_attention.py",),
     "minipaged/attention/checks.py": ("test_ch07_paged_attention.py",),
     "minipaged/attention/compiled.py": ("test_ch07_paged_attention.py",),
+    "minipaged/kvcache/swap_space.py": ("test_ch09_swap.py",),
+    "minipaged/engine/sampling.py": ("test_ch10_sampling.py", "test_ch10_arguments.py"),
+    "minipaged/engine/llm_engine.py": ("test_ch10_llm.py", "test_ch10_engine.py"),
+    "minipaged/model/transformer.py": ("test_ch02_transformer.py",),
+    "minipaged/model/tokenizer.py": ("test_ch02_tokenizer.py",),
+    "minipaged/model/tokenizer_files.py": ("test_ch02_tokenizer.py", "test_ch02_weights.py"),
+    "minipaged/model/families.py": ("test_ch02_weights.py",),
+    "minipaged/simulator/cost.py": ("test_ch11_simulator.py",),
+    "minipaged/simulator/simulate.py": ("test_ch11_simulator.py",),
 }
 
 # Which counterexample kills a mutant is of no interest, so none is made smaller.

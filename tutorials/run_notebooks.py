@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,20 @@ import typer
 
 FOLDER = Path(__file__).parent
 NOTICE = re.compile(r"^minipaged: compiling loops .*$", re.MULTILINE)
+# The first cell of code: what a notebook needs that stands alone, on Colab for example. The site leaves it out.
+SETUP = """\
+# Where minipaged is not installed: clone it, install it, and work in the clone.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if importlib.util.find_spec("minipaged") is None:
+    repository = "{repository}"
+    subprocess.run(["git", "clone", "-q", "--depth", "1", repository, "minipaged"], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q"]
+    subprocess.run([*pip, "./minipaged[tutorials]"], check=True)
+    os.chdir("minipaged/tutorials")"""
 SECONDS = 60.0  # what one notebook may take on two cores (the course's promise)
 
 
@@ -100,11 +115,18 @@ def _stderr(notebook: Any) -> list[str]:
 
 
 def stripped(path: Path) -> None:
-    """Rewrite a notebook as it is kept: no outputs, no counts, no ids, no metadata of the editor that saved it."""
+    """Rewrite a notebook as it is kept: no outputs, no counts, no ids, no metadata of the editor that saved it but a
+    cell's tags, which the site reads (tools/website/notebooks.py). Its first cell of code gets the repository's address
+    from pyproject.toml."""
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    source = SETUP.format(repository=project["urls"]["Repository"])
+    setup = {"cell_type": "code", "metadata": {"tags": ["remove-cell"]}, "source": [source]}
+    title, *others = json.loads(path.read_text(encoding="utf-8"))["cells"]
     cells = []
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+    for cell in [title, setup, *(cell for cell in others if "remove-cell" not in cell["metadata"].get("tags", ()))]:
         source = "".join(cell["source"]).splitlines(keepends=True)
-        kept: dict[str, Any] = {"cell_type": cell["cell_type"], "metadata": {}, "source": source}
+        tags = {"tags": cell["metadata"]["tags"]} if cell["metadata"].get("tags") else {}
+        kept: dict[str, Any] = {"cell_type": cell["cell_type"], "metadata": tags, "source": source}
         if cell["cell_type"] == "code":
             kept |= {"execution_count": None, "outputs": []}
         cells.append(kept)

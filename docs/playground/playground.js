@@ -4,38 +4,7 @@ import { element } from "../player/dom.js";
 
 const place = document.querySelector("#pg");
 const status = place.querySelector("#pg-status");
-const EXAMPLES = {
-  "two requests": {
-    requests: [
-      { prompt: "Four score and seven years ago our", max_tokens: 6, n: 1, arrives: 0 },
-      { prompt: "It was the best of", max_tokens: 8, n: 1, arrives: 1 },
-    ],
-    num_blocks: 12, block_size: 4, num_host_blocks: 6, preemption: "recompute", prefix_caching: false,
-    max_num_batched_tokens: 64, max_num_seqs: 8,
-  },
-  "three samples of one prompt": {
-    requests: [{ prompt: "The moon is a place where", max_tokens: 6, n: 3, arrives: 0 }],
-    num_blocks: 14, block_size: 4, num_host_blocks: 6, preemption: "recompute", prefix_caching: false,
-    max_num_batched_tokens: 64, max_num_seqs: 8,
-  },
-  "a shared beginning": {
-    requests: [
-      { prompt: "You are a kind poet. Sing of the rain", max_tokens: 3, n: 1, arrives: 0 },
-      { prompt: "You are a kind poet. Sing of the snow", max_tokens: 5, n: 1, arrives: 2 },
-      { prompt: "You are a kind poet. Say nothing at all", max_tokens: 5, n: 1, arrives: 5 },
-    ],
-    num_blocks: 14, block_size: 4, num_host_blocks: 6, preemption: "recompute", prefix_caching: true,
-    max_num_batched_tokens: 64, max_num_seqs: 8,
-  },
-  "a pool that is too small": {
-    requests: [
-      { prompt: "Four score and seven years ago our", max_tokens: 9, n: 1, arrives: 0 },
-      { prompt: "It was the best of", max_tokens: 9, n: 1, arrives: 0 },
-    ],
-    num_blocks: 5, block_size: 4, num_host_blocks: 6, preemption: "swap", prefix_caching: false,
-    max_num_batched_tokens: 64, max_num_seqs: 8,
-  },
-};
+const read = (name) => fetch(new URL(name, import.meta.url)).then((answer) => answer.json());
 
 // ---- the worker --------------------------------------------------------------------------------------------------
 
@@ -80,7 +49,7 @@ function say(text, isError = false) {
   status.classList.toggle("pg-error", isError);
 }
 
-// Run one action with its button disabled. Whatever goes wrong is said in one line.
+// Run one action with its button disabled. What goes wrong is said in one line.
 async function busy(button, act) {
   button.disabled = true;
   place.querySelector("#pg-stop").hidden = false;
@@ -133,9 +102,18 @@ export function settingsOf() {
   return { requests, ...numbers, preemption: form.elements.preemption.value, prefix_caching: form.elements.prefix_caching.checked };
 }
 
+// An example is played at once, as this site's build recorded it: the button runs what the form says.
+const film = place.querySelector("#pg-film");
 const examples = form.elements.example;
-examples.append(...Object.keys(EXAMPLES).map((name) => element("option", {}, name)));
-examples.addEventListener("change", () => fill(EXAMPLES[examples.value]));
+read("./examples.json").then((found) => {
+  const show = () => {
+    fill(found[examples.selectedIndex]);
+    film.open(new URL(`./example${examples.selectedIndex}.json`, import.meta.url));
+  };
+  examples.append(...found.map((example) => element("option", {}, example.name)));
+  examples.addEventListener("change", show);
+  show();
+});
 form.querySelector("#pg-add").addEventListener("click", () => {
   list.append(requestRow({ prompt: "Once upon a time", max_tokens: 6, n: 1, arrives: 0 }));
 });
@@ -143,44 +121,42 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   busy(form.querySelector("[type=submit]"), async () => {
     const document = await ask({ act: "run", settings: settingsOf() });
-    const player = place.querySelector("#pg-film");
-    player.load(document);
-    player.document = document; // for whoever looks: the page's own tests
+    film.load(document);
+    film.document = document; // for the page's own tests
     say(`Done: ${document.events.length} events.`);
   });
 });
-fill(EXAMPLES["two requests"]);
-
 // ---- edit and check ----------------------------------------------------------------------------------------------
 
 const editor = place.querySelector("#pg-check");
-const area = editor.querySelector("textarea");
+const area = editor.querySelector("textarea"); // the source; where there is no editor (editor.js), it is written here
 const result = place.querySelector("#pg-result");
 let sources = {};
+let edited = null;
+
+editor.write = (source) => {
+  area.value = source;
+  edited?.write(source);
+};
 
 // A site that was built without npm has no Python to run, and its page says so instead of this form.
-const missing = document.querySelector(".pg-missing").textContent.trim();
-(missing ? Promise.resolve({ editable: {} }) : fetch(new URL("./manifest.json", import.meta.url)).then((answer) => answer.json()))
-  .then((manifest) => {
-    sources = manifest.editable;
-    showSource();
-  })
-  .catch((error) => say(`The source could not be loaded: ${error.message}`, true));
+if (!document.querySelector(".pg-missing").textContent.trim()) {
+  read("./manifest.json")
+    .then(async (manifest) => {
+      sources = manifest.editable;
+      const { open } = await import("./editor.js");
+      edited = open(area);
+      if (!(await readLink())) showSource();
+    })
+    .catch((error) => say(`The source could not be loaded: ${error.message}`, true));
+}
 
 function showSource() {
-  area.value = sources[editor.elements.file.value] ?? "";
+  editor.write(sources[editor.elements.file.value] ?? "");
 }
 
 editor.elements.file.addEventListener("change", showSource);
 editor.querySelector("#pg-reset").addEventListener("click", showSource);
-area.addEventListener("keydown", (event) => {
-  // Tab indents, as in an editor; Escape and then Tab leaves the field, so that a keyboard is not caught in it.
-  if (event.key === "Escape") area.dataset.leaving = "1";
-  else if (event.key === "Tab" && !event.shiftKey && !area.dataset.leaving) {
-    event.preventDefault();
-    area.setRangeText("    ", area.selectionStart, area.selectionEnd, "end");
-  } else delete area.dataset.leaving;
-});
 editor.addEventListener("submit", (event) => {
   event.preventDefault();
   busy(editor.querySelector("[type=submit]"), async () => {
@@ -190,6 +166,30 @@ editor.addEventListener("submit", (event) => {
     showGrade(graded);
   });
 });
+
+// A link that carries the code: #block_table.py=..., the source compressed, in base64 for addresses.
+async function piped(bytes, through) {
+  return new Uint8Array(await new Response(new Blob([bytes]).stream().pipeThrough(through)).arrayBuffer());
+}
+
+editor.querySelector("#pg-link").addEventListener("click", async () => {
+  const packed = await piped(new TextEncoder().encode(area.value), new CompressionStream("deflate-raw"));
+  const text = btoa(String.fromCharCode(...packed)).replaceAll("+", "-").replaceAll("/", "_").replace(/=+$/, "");
+  history.replaceState(null, "", `#${editor.elements.file.value}=${text}`);
+  const copied = await navigator.clipboard?.writeText(location.href).then(() => true, () => false);
+  say(copied ? "The link is copied: it carries the code as it is now." : "The address of this page carries the code now.");
+});
+
+async function readLink() {
+  const [, file, text] = location.hash.match(/^#(\w+\.py)=([\w-]+)$/) ?? [];
+  if (!(file in sources)) return false;
+  const packed = Uint8Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), (sign) => sign.charCodeAt(0));
+  editor.elements.file.value = file;
+  editor.write(new TextDecoder().decode(await piped(packed, new DecompressionStream("deflate-raw"))));
+  editor.scrollIntoView();
+  return true;
+}
+
 place.querySelector("#pg-stop").addEventListener("click", stop);
 
 function showGrade(graded) {
@@ -208,10 +208,14 @@ function showGrade(graded) {
   }
   const before = graded.holds === 1 ? "1 property that holds" : `${graded.holds} properties that hold`;
   say(graded.holds ? `Caught, after ${before}.` : "Caught by the first property that was tried.", true);
-  const { property, about, message } = graded.first;
+  const { property, about, message, error } = graded.first;
+  const said = message.split("\n")[0];
   result.append(
     element("p", {}, element("strong", {}, property), about ? ` (${about})` : ""),
-    element("pre", {}, message.split("\n")[0]),
+    element("pre", {}, error === "AssertionError" ? said : `${error}: ${said}`),
   );
+  if (graded.script.length) {
+    result.append(element("p", {}, "The smallest script that shows it:"), element("pre", { class: "pg-script" }, graded.script.join("\n")));
+  }
   if (graded.film) film.load(graded.film, -1);
 }

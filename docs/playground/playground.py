@@ -158,7 +158,8 @@ def check(file, source, root=".", folder="exercises"):
             "holds": sum(finding["outcome"] == "holds" for finding in findings),
             "wrong": len(wrong),
             "tried": len(findings),
-            "first": first and {name: first[name] for name in ("property", "about", "message")},
+            "first": first and {name: first[name] for name in ("property", "about", "message", "error")},
+            "script": [call["call"] for call in first["script"]] if first else [],
             "errors": [str(error).strip().splitlines()[-1] for error in errors],
             "film": first and film_of(first),
         }
@@ -166,7 +167,8 @@ def check(file, source, root=".", folder="exercises"):
 
 
 def film_of(finding):
-    """The script of a finding as the player's document: a frame a call, with the block tables after it.
+    """The script of a finding as the player's document: a frame a call, with the block tables after it, and the last
+    call marked with what was found. None where there is nothing to draw.
 
     Unlike a trace it may contradict itself (a block with two owners that do not share): that is what it must show.
     """
@@ -177,43 +179,52 @@ def film_of(finding):
         states, sizes = _states_of_tables(script)
     else:
         states, sizes = _states_of_an_allocator(script)
-    names = list(dict.fromkeys(name for tables, _ in states for name in tables))
+    names = list(dict.fromkeys(name for state in states for kind in TABLES for name in state[kind]))
     if not names:
         return None
-    before, events = ({}, {}), []
+    before, events = {name: {} for name in MAPS}, []
     for call, after in zip(script, states, strict=True):
-        changes = {
-            name: _changed(b, a) for name, b, a in zip(("tables", "num_tokens"), before, after, strict=True) if b != a
-        }
+        changes = {name: _changed(before[name], after[name]) for name in MAPS if before[name] != after[name]}
         events.append({"event": {"event": "call", "step": len(events) + 1}, "words": call["call"], "changes": changes})
         before = after
     return {
         "schema": "minipaged.site",
         "version": 1,
-        "title": "The smallest script that breaks it",
-        "trace": {**sizes, "num_host_blocks": 0},
+        "title": "The smallest script that shows it",
+        "trace": sizes,
         "sequences": [{"name": n, "label": n, "colour": PALETTE[i % len(PALETTE)]} for i, n in enumerate(names)],
         "events": events,
+        "marks": [[len(events), finding["message"].split("\n")[0]]],
     }
 
 
+TABLES = ("tables", "host_tables")
+MAPS = (*TABLES, "num_tokens", "lost")
+
+
 def _states_of_tables(script):
-    """(tables, tokens) after each call, as the course's recorder read them from the learner's own tables."""
-    states, sizes = [], {"num_blocks": 1, "block_size": 1}
+    """The maps of a film after each call, as the course's recorder read them from the learner's own tables."""
+    sizes = {"num_blocks": 1, "block_size": 1, "num_host_blocks": 0}
+    states, last = [], {name: {} for name in MAPS}
     for call in script:
-        state = call.get("state")
-        if state is None:
-            states.append(states[-1] if states else ({}, {}))
-            continue
-        tables = {name: blocks for name, blocks in state["tables"].items() if blocks}
-        states.append((tables, {name: state["num_tokens"][name] for name in tables}))
-        blocks = max(size for _, size in state["pools"].values())
-        sizes = {"num_blocks": max(blocks, sizes["num_blocks"]), "block_size": state["block_size"]}
+        if state := call.get("state"):
+            of = {"device": {}, "host": {}}
+            for name, blocks in state["tables"].items():
+                if blocks:
+                    of[state["on"][name]][name] = blocks
+            here, there, pools = of["device"], of["host"], state["pools"]
+            tokens = {name: state["num_tokens"][name] for name in (*here, *there)}
+            # [its count, references of tables, of the cache, of the test]
+            lost = {str(block): True for block, counts in pools["device"]["blocks"].items() if not any(counts[1:])}
+            last = {"tables": here, "host_tables": there, "num_tokens": tokens, "lost": lost}
+            sizes["block_size"], sizes["num_blocks"] = state["block_size"], pools["device"]["num_blocks"]
+            sizes["num_host_blocks"] = pools["host"]["num_blocks"] if "host" in pools else 0
+        states.append(last)
     return states, sizes
 
 
 def _states_of_an_allocator(script):
-    """The same where there is an allocator alone: whoever was given a block, or shares it, is drawn as one owner."""
+    """The same where there is an allocator alone: each `allocate` and each `share` is drawn as an owner of a block."""
     owners, states, num_blocks = {}, [], 1
     letters = iter(LETTERS)
     for call in script:
@@ -225,8 +236,8 @@ def _states_of_an_allocator(script):
             owners = {name: blocks for name, blocks in owners.items() if name != leaving}
         elif did and (did[2] or did[3]) and (letter := next(letters, None)):
             owners = {**owners, letter: [int(did[3] or did[2])]}
-        states.append((owners, dict.fromkeys(owners, 1)))
-    return states, {"num_blocks": num_blocks, "block_size": 1}
+        states.append({"tables": owners, "host_tables": {}, "num_tokens": dict.fromkeys(owners, 1), "lost": {}})
+    return states, {"num_blocks": num_blocks, "block_size": 1, "num_host_blocks": 0}
 
 
 def _changed(before, after):

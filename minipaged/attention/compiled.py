@@ -7,21 +7,20 @@
 A part walks the block table over PART_SLOTS positions and reads each block where it lies, once for all query heads of
 the group. Threads share the parts out; then m, l and acc of a row's parts are merged by the same rescaling (chapter 8
 calls it split-KV). Parts begin at fixed positions: an answer depends, to the last bit, neither on the number of threads
-nor on what else is in the batch. While a block is computed with, the next one of the table, which lies anywhere, is
-already on its way into the processor's cache: without this, half of the time goes into waiting for memory.
+nor on the rest of the batch. Each block is prefetched while the one before it is computed with: without this, half of
+the time goes into waiting for memory.
 """
 
 import math
-from functools import lru_cache
-from typing import Any, TypedDict
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention, check_write_kv
-from minipaged.attention.contiguous import causal_attention, first_seen
-from minipaged.attention.gathered import gather, paged_attention_gathered
+from minipaged.attention.gathered import paged_attention_gathered
 from minipaged.attention.gathered import write_kv as write_kv_by_index
 from minipaged.cdiv import cdiv
 from minipaged.compiling import BITS, array_of, can_compile, compiled, in_threads, inlined
@@ -36,11 +35,6 @@ LEAST_PARTS = 4  # that are worth waking up a thread
 NO_WINDOW = 2**30  # positions
 
 
-class _Named(TypedDict):
-    scale: float
-    sliding_window: int | None
-
-
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -51,44 +45,33 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
-    max_query_len: int | None = None,
     check: bool = True,
 ) -> Tensor:
-    """Arguments, answer and errors of `paged_attention_gathered`, and further:
-
-    max_query_len   at least the most queries of one sequence, for a caller that knows it (as the kernels of chapter 8)
-    check           False: the caller has checked the arguments
-    """
-    tables, named = (block_tables, seq_lens, query_start_loc), _Named(scale=scale, sliding_window=sliding_window)
+    """Arguments, answer and errors of `paged_attention_gathered`. check=False: the caller has checked the arguments."""
+    tables = block_tables, seq_lens, query_start_loc
+    gathered = partial(paged_attention_gathered, scale=scale, sliding_window=sliding_window)
     if check:
         check_paged_attention(query, key_cache, value_cache, *tables, sliding_window)
     if not can_compile(query, key_cache, value_cache):
-        return paged_attention_gathered(query, key_cache, value_cache, *tables, **named)
+        return gathered(query, key_cache, value_cache, *tables)
     # In a step of the model, an operation of torch takes 5 to 10 us before it computes anything: here are few of them.
     wide = query.to(torch.promote_types(query.dtype, torch.float32)).contiguous()  # halves are computed in float32
-    q, gathered = array_of(wide), list[int]()
-    out = np.empty_like(q)
-    if max_query_len is None or max_query_len > MOST_QUERIES:
-        counts = query_start_loc.diff()
-        max_query_len = max(counts[counts <= MOST_QUERIES].tolist(), default=0)
-        gathered = (counts > MOST_QUERIES).nonzero().flatten().tolist()
-    if rows := query.shape[1] // key_cache.shape[1] * max_query_len:
+    q, (table, lens, starts) = array_of(wide), [array_of(tensor.to(torch.int32).contiguous()) for tensor in tables]
+    out, counts = np.empty_like(q), np.diff(query_start_loc.numpy())
+    is_long = counts > MOST_QUERIES  # [num_seqs]
+    if rows := query.shape[1] // key_cache.shape[1] * counts[~is_long].max(initial=0):
         max_parts = cdiv(block_tables.shape[1] * key_cache.shape[2], PART_SLOTS)
-        parts = max_parts, len(seq_lens), key_cache.shape[1], rows
+        parts = max_parts, len(lens), key_cache.shape[1], rows
         m_l_acc = np.empty(parts, q.dtype), np.empty(parts, q.dtype), np.empty((*parts, query.shape[2]), q.dtype)
-        table, lens, starts = (array_of(tensor.to(torch.int32).contiguous()) for tensor in tables)
         window = q.dtype.type(scale), min(sliding_window or NO_WINDOW, NO_WINDOW)
         work = (q, array_of(key_cache), array_of(value_cache), table, lens, starts, *window, *m_l_acc)
         in_threads(_loop(query.dtype), math.prod(parts[:3]), *work, least=LEAST_PARTS)
         _merge(starts, *m_l_acc, out)
     answers = torch.from_numpy(out)
-    for seq in gathered:
-        # torch's attention sums bfloat16 in float32. Products of float16 would overflow on the way.
-        dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
-        mine, seq_len = slice(int(query_start_loc[seq]), int(query_start_loc[seq + 1])), int(seq_lens[seq])
-        first, pools = first_seen(seq_len, mine.stop - mine.start, sliding_window), (key_cache, value_cache)
-        key, value = (gather(cache, block_tables[seq], seq_len, first).to(dtype) for cache in pools)
-        answers[mine] = causal_attention(query[mine].to(dtype), key, value, **named).to(answers.dtype)
+    if is_long.any():
+        mine, seqs = torch.from_numpy(np.repeat(is_long, counts)), torch.from_numpy(is_long)
+        tables = block_tables[seqs], seq_lens[seqs], torch.from_numpy(np.append(0, counts[is_long].cumsum()))
+        answers[mine] = gathered(query[mine], key_cache, value_cache, *tables).to(answers.dtype)
     return answers.to(query.dtype)
 
 

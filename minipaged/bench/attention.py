@@ -1,9 +1,7 @@
 """`minipaged bench attention`: what paging costs the attention of a decode step.
 
 One layer of SmolLM2's shape (9 heads on 3 KV heads of 64), 32 sequences with contexts of 128 to 2,048 tokens in blocks
-of 16 that lie anywhere in the pool. All answer the same batch, and each answer is first compared with float64. They are
-measured in turn, in an order that changes, so that a noisy moment does not hit one alone, and none always follows the
-same other one. The best of the runs says what the code can do, the median and the range how quiet the machine was.
+of 16 that lie anywhere in the pool. All answer the same batch, and each answer is first compared with float64.
 
 Idle threads sleep at once here (`minipaged/cli/bench.py` asks for it before torch is imported): else those of a peer's
 last product would take a core from whatever is measured next.
@@ -12,21 +10,18 @@ Three pools: one without a free block; one of which three quarters are free; and
 first 1,024 tokens, so that contiguous memory holds (and reads) 32 copies of them.
 """
 
-import json
-import random
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from minipaged.attention.compiled import paged_attention
 from minipaged.bench.attention_peers import Batch, Run, bandwidth_floor, flex, gathered, one_by_one, padded
+from minipaged.bench.timing import SPREAD, Settings, in_turn, numbers_table, save, spread, this_machine
 from minipaged.cdiv import cdiv
-from minipaged.processor import processor
 
 NUM_SEQS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 9, 3, 64, 16
 SHORTEST, LONGEST = 128, 2048  # tokens
@@ -76,93 +71,57 @@ def ours(batch: Batch) -> Run:
 
 def truth(batch: Batch) -> torch.Tensor:
     """The answer in float64, on contiguous memory."""
-    wide = Batch(
-        batch.query.double(),
-        batch.key_cache.double(),
-        batch.value_cache.double(),
-        batch.block_tables,
-        batch.seq_lens,
-        batch.query_start_loc,
-    )
-    return one_by_one(wide)()
+    wide = {name: getattr(batch, name).double() for name in ("query", "key_cache", "value_cache")}
+    return one_by_one(replace(batch, **wide))()
 
 
-def median_times(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every run, all in turn, after one round that does not count.
-
-    Each round has another order: each run changes the caches and the clock of the processor for the next one.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order, rng = list(runs), random.Random(0)
-    for repeat in range(repeats + 1):
-        rng.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            runs[name]()
-            if repeat:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def measure(dtype: torch.dtype, pool: str, repeats: int, with_flex: bool, console: Console) -> dict[str, object]:
-    """Times of one table. Raises RuntimeError where an answer is not near the one of float64."""
-    batch = make_batch(dtype, pool)
+def measure(dtype: torch.dtype, pool: str, rounds: int, console: Console) -> dict[str, Any]:
+    """Milliseconds of one table. Raises RuntimeError where an answer is not near the one of float64."""
+    batch, name = make_batch(dtype, pool), str(dtype).removeprefix("torch.")
     makers = {OURS: ours, PADDED: padded, ONE_BY_ONE: one_by_one, "gathered": gathered}
-    runs: dict[str, Run] = {name: maker(batch) for name, maker in makers.items()}
-    if with_flex:
+    runs: dict[str, Run] = {peer: maker(batch) for peer, maker in makers.items()}
+    if pool == POOLS[0]:  # it compiles for a minute
         try:
             runs[FLEX] = flex(batch)
         except Exception as reason:  # no compiler, another torch: a peer that does not run ends no bench
             console.print(f"flex_attention does not run here: {str(reason).splitlines()[0]}", style="yellow")
     right = truth(batch)
-    errors = {name: float((run().double() - right).abs().max()) for name, run in runs.items()}
-    for name, error in errors.items():
+    errors = {peer: float((run().double() - right).abs().max()) for peer, run in runs.items()}
+    for peer, error in errors.items():
         if not error <= TOLERANCE[dtype]:
-            raise RuntimeError(f"{name} is off by {error:.2g} in {dtype}, more than {TOLERANCE[dtype]:g}")
+            raise RuntimeError(f"{peer} is off by {error:.2g} in {dtype}, more than {TOLERANCE[dtype]:g}")
     # flex_attention's compiled code brings threads of its own, which stay awake for a while: it takes no turns.
-    apart = {name: run for name, run in runs.items() if name == FLEX}
-    in_turn = {name: run for name, run in runs.items() if name != FLEX}
-    times = median_times({**in_turn, FLOOR: bandwidth_floor(batch)}, repeats)
-    times |= median_times(apart, repeats)
-    name = str(dtype).removeprefix("torch.")
-    best = {run: min(values) for run, values in times.items()}
-    medians = {run: statistics.median(values) for run, values in times.items()}
-    columns = ("", "ms, best", "median", "worst", "minipaged takes", "by medians", "error")
-    table = Table(*columns, title=f"{name}, {pool}", title_justify="left")
-    for run, values in times.items():
-        ratios = [f"{figure[OURS] / figure[run]:.2f} x" if run != OURS else "" for figure in (best, medians)]
-        off = f"{errors[run]:.0e}" if run in errors else ""
-        table.add_row(run, f"{best[run]:.2f}", f"{medians[run]:.2f}", f"{max(values):.2f}", *ratios, off)
+    apart = {peer: runs.pop(peer) for peer in (FLEX,) if peer in runs}
+    what = f"{name}, {pool}"
+    seconds = in_turn({**runs, FLOOR: bandwidth_floor(batch)}, rounds, what) | in_turn(apart, rounds, what)
+    times = {peer: [1e3 * each for each in found] for peer, found in seconds.items()}
+    best, medians = ({peer: pick(found) for peer, found in times.items()} for pick in (min, median))
+    table = numbers_table(what, "ms", *SPREAD, "minipaged takes", "by medians", "error")
+    for peer, found in times.items():
+        ratios = [f"{figure[OURS] / figure[peer]:.2f} x" if peer != OURS else "" for figure in (best, medians)]
+        table.add_row(peer, *spread(found), *ratios, f"{errors[peer]:.0e}" if peer in errors else "")
     console.print(table)
     console.print(f"{100 * best[FLOOR] / best[OURS]:.0f} % of the bandwidth floor\n")
     return {"dtype": name, "pool": pool, "ms": times, "errors": errors, "best": best, "medians": medians}
 
 
-def run(console: Console, json_path: Path | None, runs: int, threads: int | None, flex: bool = True) -> None:
-    """Time every form and its peers, and print the tables. flex: flex_attention too, which compiles for a minute."""
-    if runs < 5:
-        raise ValueError(f"rounds must be at least 5, got {runs}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": processor()}
+def run(console: Console, out: Path | None, settings: Settings) -> None:
+    """Time every form and its peers, and print the tables."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), **this_machine()}
+    rounds = 3 * settings.rounds
     console.print(machine["processor"])
-    console.print(f"torch {machine['torch']}, {machine['threads']} threads, {runs} runs in turn\n")
-    tables = []
+    console.print(f"torch {machine['torch']}, {machine['threads']} threads, {rounds} runs in turn\n")
     with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
-            for pool in POOLS:
-                with_flex = pool == POOLS[0] and flex
-                tables.append(measure(dtype, pool, runs, with_flex, console))
+        dtypes = (torch.float32, torch.bfloat16)
+        tables = [measure(dtype, pool, rounds, console) for dtype in dtypes for pool in POOLS]
     for found in tables:
-        if found["pool"] == POOLS[0]:
-            best, medians = found["best"], found["medians"]
-            assert isinstance(best, dict) and isinstance(medians, dict)
-            for peer, most in TARGETS.items():
-                ratio = best[OURS] / best[peer]
-                verdict = "met" if ratio <= most else "NOT met"
-                console.print(
-                    f"{found['dtype']}: at most {most} x {peer}: {ratio:.2f} x ({medians[OURS] / medians[peer]:.2f} x "
-                    f"by medians), {verdict}"
-                )
-    if json_path is not None:
-        json_path.write_text(json.dumps({"machine": machine, "tables": tables}, indent=1) + "\n", encoding="utf-8")
+        for peer, most in TARGETS.items() if found["pool"] == POOLS[0] else ():
+            ratio, by_medians = (found[figure][OURS] / found[figure][peer] for figure in ("best", "medians"))
+            verdict = "met" if ratio <= most else "NOT met"
+            said = (
+                f"{found['dtype']}: at most {most} x {peer}: {ratio:.2f} x ({by_medians:.2f} x by medians), {verdict}"
+            )
+            console.print(said)
+    save(out, {"machine": machine, "tables": tables})

@@ -4,7 +4,6 @@ Each is a function without arguments over a `Batch`, set up outside the measurem
 [num_seqs, num_heads, head_dim].
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipaged.attention.gathered import gather, paged_attention_gathered
+from minipaged.bench.timing import in_turn
 from minipaged.cdiv import cdiv
 
 Run = Callable[[], Tensor]
@@ -85,22 +85,12 @@ def padded(batch: Batch) -> Run:
 
     def grouped() -> Tensor:
         query = batch.query[:, :, None]  # [num_seqs, num_heads, 1, head_dim]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=batch.scale, enable_gqa=True)[
-            :, :, 0
-        ]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=batch.scale, enable_gqa=True)
+        return out[:, :, 0]
 
-    return min((folded, grouped), key=_best_of_three)
-
-
-def _best_of_three(run: Run) -> float:
-    """Seconds, after a run that does not count."""
-    run()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    forms: dict[str, Run] = {"folded": folded, "grouped": grouped}
+    seconds = in_turn(forms, 3)
+    return forms[min(seconds, key=lambda name: min(seconds[name]))]
 
 
 def flex(batch: Batch) -> Run:
@@ -134,9 +124,8 @@ def flex(batch: Batch) -> Run:
 
     def run() -> Tensor:
         query = batch.query[:, :, None]  # [num_seqs, num_heads, 1, head_dim]
-        return compiled(query, key, value, block_mask=mask, score_mod=score, enable_gqa=True, scale=batch.scale)[
-            :, :, 0
-        ]
+        out = compiled(query, key, value, block_mask=mask, score_mod=score, enable_gqa=True, scale=batch.scale)
+        return out[:, :, 0]
 
     run()  # compiles
     return run

@@ -19,7 +19,7 @@ import typer
 
 
 def report(figures: dict[str, Any] | None, suite: str, errors: str) -> str:
-    """Markdown. figures: what `kernels/bench.py` wrote, None where it failed; suite: the last line of pytest."""
+    """Markdown. figures: what `minipaged bench kernels` wrote, None where it failed; suite: the last line of pytest."""
     lines = [f"suite of chapter 8: {suite}", ""]
     if figures is None:
         return "\n".join([*lines, "the benchmark failed:", "", "```", errors.strip(), "```", ""])
@@ -50,8 +50,8 @@ def main(
     print(suite.stdout)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "figures.json"
-        command = [sys.executable, "-m", "minipaged.kernels.bench", "--json", str(written), *["--quick"] * quick]
-        bench = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "minipaged", "bench", "kernels", "--json", str(written)]
+        bench = subprocess.run([*command, *["--scale", "0.1"] * quick], stderr=subprocess.PIPE, text=True)
         figures = json.loads(written.read_text()) if bench.returncode == 0 else None
     last = (suite.stdout.strip().splitlines() or ["no output"])[-1]
     text = f"# {machine}\n\n" + report(figures, last, bench.stderr)

@@ -232,12 +232,9 @@ def main(
     for target in chosen:
         if not re.fullmatch(r"sm_\d+|gfx\w+", target):
             raise typer.BadParameter(f"{target!r} is no target; known ones are {', '.join(TARGETS)}")
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        # The interpreter is chosen when a kernel is imported. What it makes of a kernel cannot be compiled.
+    if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):  # it is read when Triton is imported, below
         said = "TRITON_INTERPRET is set, and what is interpreted cannot be compiled: going on without it"
         print(said, file=sys.stderr)
-        os.environ.pop("TRITON_INTERPRET")
-        os.execv(sys.executable, [sys.executable, "-m", "minipaged.bench.kernel_report", *sys.argv[1:]])
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     rows = list(compile_all(chosen, [int(size) for size in head_dim.split(",")], keep))
     kernels = list(dict.fromkeys(row.kernel for row in rows))  # in the order of the launches

@@ -6,29 +6,29 @@ measured in the same run, in turn with ours: a deque of free blocks, a set of us
 counts, without checks.
 """
 
-import gc
-import json
 import random
-import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 
+from minipaged.bench.timing import Settings, in_turn, numbers_table, save
 from minipaged.memory.block_allocator import BlockAllocator
 from minipaged.memory.block_table import BlockTable
 from minipaged.memory.prefix_cache import PrefixCache
+from minipaged.processor import processor
 
 SIZES = [10**3, 10**4, 10**5, 10**6]  # blocks in the pool
 BLOCK_SIZE = 16  # tokens
 BATCH = 400  # blocks an operation is measured over
-REPEATS = 25  # batches; a figure is their median
+BATCHES = 5  # of each operation, a round
 
-Batch = Callable[[], int]  # runs a batch, and returns how many nanoseconds it took
-clock = time.perf_counter_ns
+Batch = Callable[[], float]  # runs a batch, and returns how many seconds it took
+clock = time.perf_counter
 
 
 class PlainAllocator:
@@ -66,14 +66,14 @@ def half_used(allocator: BlockAllocator | PlainAllocator, num_blocks: int, in_or
 
 
 def allocator_batches(name: str, allocator: BlockAllocator | PlainAllocator) -> Iterator[tuple[str, Batch]]:
-    def allocate_and_free() -> int:
+    def allocate_and_free() -> float:
         start = clock()
         blocks = [allocator.allocate() for _ in range(BATCH)]
         for block in blocks:
             allocator.free(block)
         return clock() - start
 
-    def share_and_free() -> int:
+    def share_and_free() -> float:
         blocks = [allocator.allocate() for _ in range(BATCH)]
         start = clock()
         for block in blocks:
@@ -92,7 +92,7 @@ def allocator_batches(name: str, allocator: BlockAllocator | PlainAllocator) -> 
 def table_batches(allocator: BlockAllocator) -> Iterator[tuple[str, Batch]]:
     table = BlockTable(allocator, BLOCK_SIZE)
 
-    def append_one_token() -> int:
+    def append_one_token() -> float:
         start = clock()
         for _ in range(BATCH):
             table.append_tokens(1)
@@ -100,7 +100,7 @@ def table_batches(allocator: BlockAllocator) -> Iterator[tuple[str, Batch]]:
         table.release()
         return spent
 
-    def fork_and_release() -> int:
+    def fork_and_release() -> float:
         table.append_tokens(BATCH * BLOCK_SIZE)
         start = clock()
         table.fork().release()
@@ -127,7 +127,7 @@ def prefix_batches(num_blocks: int) -> Iterator[tuple[str, Batch]]:
         cache.cache_blocks(table, appended(min(BATCH, num_blocks - num_cached) * BLOCK_SIZE))
         table.release()
 
-    def allocate_with_eviction() -> int:
+    def allocate_with_eviction() -> float:
         start = clock()
         blocks = [cache.allocate() for _ in range(BATCH)]
         spent = clock() - start
@@ -137,7 +137,7 @@ def prefix_batches(num_blocks: int) -> Iterator[tuple[str, Batch]]:
         table.release()
         return spent
 
-    def cache_blocks() -> int:
+    def cache_blocks() -> float:
         tokens = appended(BATCH * BLOCK_SIZE)
         start = clock()
         cache.cache_blocks(table, tokens)
@@ -145,7 +145,7 @@ def prefix_batches(num_blocks: int) -> Iterator[tuple[str, Batch]]:
         table.release()
         return spent
 
-    def match() -> int:
+    def match() -> float:
         tokens = appended(BATCH * BLOCK_SIZE)
         cache.cache_blocks(table, tokens)
         table.release()
@@ -160,8 +160,8 @@ def prefix_batches(num_blocks: int) -> Iterator[tuple[str, Batch]]:
     yield "prefix: allocate with an eviction", allocate_with_eviction
 
 
-def measure(num_blocks: int) -> dict[str, float]:
-    """Nanoseconds an operation, all operations in turn, so that a noisy moment does not hit one of them alone."""
+def measure(num_blocks: int, rounds: int) -> dict[str, list[float]]:
+    """Nanoseconds of each operation, in each of its batches."""
     batches: list[tuple[str, Batch]] = []
     for order in ("in order", "scattered"):
         for name, allocator in (("ours", BlockAllocator(num_blocks)), ("plain", PlainAllocator(num_blocks))):
@@ -170,23 +170,18 @@ def measure(num_blocks: int) -> dict[str, float]:
     ours = BlockAllocator(num_blocks)
     half_used(ours, num_blocks, in_order=True)
     batches += [*table_batches(ours), *prefix_batches(num_blocks)]
-    spent: dict[str, list[int]] = {name: [] for name, _ in batches}
-    gc.collect()
-    gc.disable()
-    for _ in range(REPEATS):
-        for name, batch in batches:
-            spent[name].append(batch())
-    gc.enable()
-    return {name: statistics.median(times) / BATCH for name, times in spent.items()}
+    seconds = in_turn(dict(batches), rounds, f"{num_blocks:,} blocks")
+    return {name: [1e9 * each / BATCH for each in times] for name, times in seconds.items()}
 
 
-def run(console: Console, json_path: Path | None = None) -> None:
+def run(console: Console, out: Path | None, settings: Settings) -> None:
     """Time every operation at every size of the pool, and print the table."""
-    columns = [measure(num_blocks) for num_blocks in SIZES]
-    lines = [f"ns an operation, median of {REPEATS} batches of {BATCH}, Python {sys.version.split()[0]}"]
-    lines += [f"{'blocks in the pool':36}" + "".join(f"{size:>11,}" for size in SIZES)]
-    lines += [f"{name:36}" + "".join(f"{column[name]:11.0f}" for column in columns) for name in columns[0]]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    if json_path is not None:
-        found = dict(zip(map(str, SIZES), columns, strict=True))
-        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    rounds = BATCHES * settings.rounds
+    columns = {size: measure(size, rounds) for size in SIZES}
+    title = f"ns an operation, median (and best) of {rounds} batches of {BATCH}, Python {sys.version.split()[0]}"
+    table = numbers_table(title, "blocks in the pool", *(f"{size:,}" for size in SIZES))
+    for name in columns[SIZES[0]]:
+        table.add_row(name, *(f"{median(found[name]):.0f} ({min(found[name]):.0f})" for found in columns.values()))
+    console.print(processor(), highlight=False)
+    console.print(table)
+    save(out, {size: {name: median(times) for name, times in found.items()} for size, found in columns.items()})

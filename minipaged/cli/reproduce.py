@@ -1,14 +1,10 @@
-"""The paper's figures on the command line. `register` adds `reproduce` to the app of cli.py."""
+"""The paper's figures on the command line."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(reproduce)
 
 
 def reproduce(
@@ -23,7 +19,10 @@ def reproduce(
     figures: Annotated[bool, typer.Option("--figures/--no-figures", help="SVG files, where there is --out")] = True,
     processes: Annotated[int | None, typer.Option(help="how many at once (default: one for each core)")] = None,
 ) -> None:
-    """The figures of the PagedAttention paper again, from our own scheduler and allocators: 1.5 minutes on 2 cores."""
+    """The figures of the PagedAttention paper again, from our own scheduler and allocators: 1.5 minutes on 2 cores.
+
+    Example: minipaged reproduce a b --seeds 2 --no-figures
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from minipaged.simulator import reproduce as simulator

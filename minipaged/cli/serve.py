@@ -9,14 +9,7 @@ from typing import Annotated
 
 import typer
 
-from minipaged.cli.generate import (
-    BlockSizeOption,
-    DtypeOption,
-    MaxModelLenOption,
-    NumBlocksOption,
-    Preemption,
-    PreemptionOption,
-)
+from minipaged.cli.generate import BlockSizeOption, DtypeOption, MaxModelLenOption, NumBlocksOption, PreemptionOption
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -37,7 +30,7 @@ def serve(
     num_blocks: NumBlocksOption = None,
     max_model_len: MaxModelLenOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences that run at once", min=1)] = 64,
-    preemption: PreemptionOption = Preemption.recompute,
+    preemption: PreemptionOption = "recompute",
     dtype: DtypeOption = "float32",
     max_waiting: Annotated[int, typer.Option(help="answers that may wait; more are told to come again", min=0)] = 256,
     timeout: Annotated[float, typer.Option(help="seconds that a request may take", min=0.1)] = 600.0,
@@ -45,6 +38,8 @@ def serve(
     """Serve a model: OpenAI's API under /v1, Prometheus' /metrics, and at / a page that shows the block tables.
 
     SIGTERM and Ctrl-C let the requests that are there run to their end; a second Ctrl-C does not.
+
+    Example: minipaged serve tiny --step --num-blocks 24 --block-size 4
     """
     try:
         import uvicorn
@@ -59,9 +54,8 @@ def serve(
     try:  # before the model is loaded
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ValueError(
-            f"cannot listen on {host}, port {port}: {os.strerror(error.errno or 0)}; give another --port"
-        ) from error
+        why = f"{os.strerror(error.errno or 0)}; give another --port"
+        raise ValueError(f"cannot listen on {host}, port {port}: {why}") from error
     from minipaged import LLM
 
     llm = LLM(
@@ -70,7 +64,7 @@ def serve(
         num_blocks=num_blocks,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        preemption=preemption.value,
+        preemption=preemption,
         dtype=dtype,
         trace=True,
     )
@@ -92,7 +86,3 @@ def serve(
         Draining(config).run(sockets=[listener])
     if engine.alive:  # a second Ctrl-C: its thread would keep the process
         os._exit(130)
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(serve)

@@ -25,7 +25,8 @@ class Exercise:
     blank: tuple[str, ...] = ()  # what the learner writes; empty: every public function and method
     given: tuple[str, ...] = ()  # what stays, where `blank` is empty
     left_out: tuple[str, ...] = ()
-    note: str = ""  # one line for the learner, under the list of steps
+    note: str = ""  # for the learner, under the list of steps; further lines begin with "# "
+    uses: tuple[str, ...] = ()  # classes and functions of other modules that the code is given: see generate.interface
 
     @property
     def chapter(self) -> int:
@@ -88,12 +89,33 @@ _BATCH = (
     "# block_tables[s, 0]. The scale is head_dim ** -0.5."
 )
 _SCHEDULING = (
-    "SchedulerOutput.schedule notes how many tokens of a sequence a step computes, cache_computed moves num_computed\n"
-    "# after it (minipaged/engine/scheduler_output.py). Delete a private method that your way does not need."
+    "A step: schedule(), the copies of blocks and the forward pass, update_from_output(output), one token appended to\n"
+    "# the outputs of each sequence in output.sampled, finish(seq) for those that end. So num_computed of a scheduled\n"
+    "# sequence moves in update_from_output, which calls cache_computed; schedule sets it where a sequence enters (what is\n"
+    "# found) or is preempted (0, unless it is swapped). Events: allocate_slots, swap_out, swap_in and free\n"
+    "# of the BlockManager advance the trace by themselves, and the engine counts its steps; the scheduler records none.\n"
+    "# Delete a private method that your way does not need."
 )
 _CACHE = (
-    "attend: write_kv, then paged_attention of minipaged.attention, on the caches of the layer, with the scale\n"
-    "# head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None."
+    "attend: compiled.write_kv, then compiled.paged_attention, on the caches of the layer, with the scale\n"
+    "# head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None.\n"
+    "# A step is refused before anything is written: call check_write_kv and check_paged_attention of this module first,\n"
+    "# and once for all layers of a step (self._checked is the batch that was checked last); then check=False."
+)
+_EVENTS = (
+    "Where self.trace is not None, record each change behind it, for example\n"
+    '#     self.trace.record("allocate", seq=self.seq, logical=2, block=7)\n'
+    "# Events here: copy (seq, logical, source, target), allocate (seq, logical, block), share (seq, logical, block) for\n"
+    "# each block of a fork or of append_shared, and behind the shares of a fork: fork (seq, parent, count of tokens)."
+)
+_CACHED = (
+    "A table has allocator, block_size, num_tokens and blocks (a copy). Where self.trace is not None, record\n"
+    '# "cache" (block) and "evict" (block) behind the change, as in self.trace.record("cache", block=3).'
+)
+_SWAPPED = (
+    "A table has allocator and num_tokens beside what is listed below. Where table.trace is not None, record, behind the\n"
+    '# move, table.trace.record("swap_out", seq=table.seq, logical=0, block=DEVICE, host_block=HOST) for each block, or\n'
+    '# "swap_in" with the same fields.'
 )
 _OF_BLOCK_MANAGERS = ("in_use_exactly", "can_ever_fit", "fork_of_a_slab")  # tests in chapter 3's file
 
@@ -110,7 +132,15 @@ CHAPTERS = {
             2,
             "the transformer",
             ("test_ch02_transformer.py",),
-            (Exercise("ch02_transformer.py", "minipaged.model.transformer", 60, blank=_TRANSFORMER),),
+            (
+                Exercise(
+                    "ch02_transformer.py",
+                    "minipaged.model.transformer",
+                    60,
+                    blank=_TRANSFORMER,
+                    uses=("minipaged.model.batch.ForwardBatch", "minipaged.model.batch.KVCache"),
+                ),
+            ),
             examples=25,
         ),
         Chapter(
@@ -125,6 +155,7 @@ CHAPTERS = {
                     30,
                     blank=("ContiguousCache.__init__", "ContiguousCache.attend"),
                     note=_BATCH,
+                    uses=("minipaged.model.batch.ForwardBatch", "minipaged.attention.contiguous.causal_attention"),
                 ),
             ),
             deselect=("paged]", "copies_are_made", *_OF_BLOCK_MANAGERS, "translates_every_position"),
@@ -166,6 +197,9 @@ CHAPTERS = {
                     "minipaged.memory.address_space",
                     30,
                     given=("PhysicalMemory.__init__", "Process.__init__"),
+                    uses=(
+                        "minipaged.memory.page_table.MultiLevelPageTable: map, unmap, frame, translate, check_unmapped",
+                    ),
                 ),
             ),
         ),
@@ -185,6 +219,7 @@ CHAPTERS = {
                         "Nothing is shared before chapter 9, so nothing is copied yet: append_tokens returns [].\n"
                         "# Events need not be recorded here: `minipaged check` watches the calls by itself."
                     ),
+                    uses=("minipaged.memory.block_allocator.BlockAllocator",),
                 ),
             ),
         ),
@@ -193,14 +228,34 @@ CHAPTERS = {
             "paged attention",
             ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
             (
-                Exercise("ch07_paged_attention.py", "minipaged.attention.gathered", 40, note=_SHAPES),
-                Exercise("ch07_online_softmax.py", "minipaged.attention.online_softmax", 40, note=_SHAPES),
+                Exercise(
+                    "ch07_paged_attention.py",
+                    "minipaged.attention.gathered",
+                    40,
+                    note=_SHAPES,
+                    uses=(
+                        "minipaged.attention.contiguous.causal_attention",
+                        "minipaged.attention.contiguous.first_seen",
+                    ),
+                ),
+                Exercise(
+                    "ch07_online_softmax.py",
+                    "minipaged.attention.online_softmax",
+                    40,
+                    note=_SHAPES,
+                    uses=("minipaged.attention.contiguous.visible", "minipaged.attention.contiguous.first_seen"),
+                ),
                 Exercise(
                     "ch07_paged_cache.py",
                     "minipaged.kvcache.paged",
                     15,
                     blank=("PagedCache.attend", "PagedCache.copy_blocks"),
                     note=_CACHE,
+                    uses=(
+                        "minipaged.model.batch.ForwardBatch",
+                        "minipaged.attention.compiled.write_kv",
+                        "minipaged.attention.compiled.paged_attention",
+                    ),
                 ),
             ),
             deselect=(
@@ -256,6 +311,8 @@ CHAPTERS = {
                     45,
                     blank=("BlockTable.blocks_needed", "BlockTable.append_tokens", *_TABLE_OF_CHAPTER_9),
                     left_out=("BlockTable._name", "BlockTable._must_copy"),
+                    note=_EVENTS,
+                    uses=("minipaged.memory.block_allocator.BlockAllocator",),
                 ),
                 Exercise(
                     "ch09_prefix_cache.py",
@@ -272,15 +329,44 @@ CHAPTERS = {
                         "PrefixCache.share",
                         "PrefixCache.free",
                     ),
+                    note=_CACHED,
+                    uses=("minipaged.memory.block_allocator.BlockAllocator",),
                 ),
-                Exercise("ch09_swap.py", "minipaged.memory.swap", 30, given=("Swap.__init__",)),
+                Exercise(
+                    "ch09_swap.py",
+                    "minipaged.memory.swap",
+                    30,
+                    given=("Swap.__init__",),
+                    note=_SWAPPED,
+                    uses=(
+                        "minipaged.memory.block_table.BlockTable: blocks, move",
+                        "minipaged.memory.block_allocator.BlockAllocator: num_free, allocate, share",
+                    ),
+                ),
             ),
         ),
         Chapter(
             10,
             "the scheduler",
             ("test_ch10_scheduler.py",),
-            (Exercise("ch10_scheduler.py", "minipaged.engine.scheduler", 60, blank=_SCHEDULER, note=_SCHEDULING),),
+            (
+                Exercise(
+                    "ch10_scheduler.py",
+                    "minipaged.engine.scheduler",
+                    60,
+                    blank=_SCHEDULER,
+                    note=_SCHEDULING,
+                    uses=(
+                        "minipaged.memory.block_manager.BlockManager: num_slots, blocks_for, can_ever_fit, "
+                        "get_computed_blocks, prefix_of, block_keys, fork, allocate_slots, free, is_swapped, swap_out, "
+                        "swap_in, reset",
+                        "minipaged.engine.sequence.Sequence: request_id, index, prompt_token_ids, params, cache_salt, "
+                        "outputs, num_computed, seq_id, num_uncomputed_tokens, tokens",
+                        "minipaged.engine.scheduler_output.SchedulerOutput",
+                        "minipaged.engine.scheduler_output.cache_computed",
+                    ),
+                ),
+            ),
             examples=40,
         ),
         Chapter(
@@ -309,6 +395,7 @@ CHAPTERS = {
                         "`parts` of ch13_shares.py comes first. In this suite ranks are threads: all_reduce adds up\n"
                         "# in place and returns the sum, gather returns all tensors on rank 0, and [] elsewhere."
                     ),
+                    uses=("minipaged.distributed.group.Group: all_reduce, gather",),
                 ),
             ),
             deselect=("the_one_that_did_so_by_itself", "leaves_others_waiting"),

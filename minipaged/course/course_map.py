@@ -16,7 +16,6 @@ class ChapterOfCourse:
     notebook: str  # in tutorials/
     modules: tuple[str, ...]  # glob patterns from the root; the first file is the one to read
     suites: tuple[str, ...]  # glob patterns in tests/; the first is a file, and the exercise's own
-    players: tuple[str, ...] = ()  # in docs/traces/
     command: str = ""  # what a chapter without an exercise has instead
 
 

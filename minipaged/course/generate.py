@@ -12,13 +12,20 @@ So an exercise cannot drift from the reference: a test makes the files again and
 
 import ast
 import importlib.util
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from textwrap import wrap
 
 from minipaged.course.chapters import Exercise, all_exercises, repository
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+CONVENTIONS = (  # of all exercises
+    "What is given may be changed too. Any way that keeps the docstrings' promises is right.",
+    "A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;",
+    "where two errors are due, either is right.",
+)
 
 
 def source_of(module: str) -> Path:
@@ -56,9 +63,48 @@ def exercise_text(exercise: Exercise) -> str:
             replaced.append(_emptied(node, f"ch{exercise.chapter:02d}: {name}"))
     for start, end, new in sorted(replaced, reverse=True):
         lines[start:end] = new
+    came = re.match(r'r?"""Chapter (\d+)\. ', lines[0])
+    if came and int(came[1]) != exercise.chapter:  # a module that an earlier chapter began
+        lines[0] = lines[0].replace(f"Chapter {came[1]}.", f"Chapter {exercise.chapter} (begun in {came[1]}).", 1)
     header = tree.body[0].end_lineno or 1  # the module's docstring
     lines[header:header] = ["", *_steps(exercise, blanked)]
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def interface(name: str) -> list[str]:
+    """What a class or function outside the exercise offers, out of its source: "minipaged.memory.swap.Swap". Of a class
+    all public methods and fields, or those that are named: "minipaged.memory.trace.Trace: record"."""
+    name, _, only = name.partition(": ")
+    module, _, name = name.rpartition(".")
+    source = source_of(module).read_text(encoding="utf-8")
+    found = {of: node for of, node, _ in _definitions(ast.parse(source))}
+    node, path = found[name], module.replace(".", "/").replace("minipaged/kernels", "kernels") + ".py"
+    if isinstance(node, Function):
+        return [f"Given, in {path}:", "", *_described(node)]
+    lines = [f"Given: {name}, in {path}.", ""]
+    assert isinstance(node, ast.ClassDef)
+    wanted = only.split(", ") if only else None
+    for inner in node.body:
+        if isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
+            if not inner.target.id.startswith("_") and (wanted is None or inner.target.id in wanted):
+                line = source.splitlines()[inner.lineno - 1].strip()
+                lines.append(f"  {re.sub(r' = field[(][^)]*[)]', '', line)}")
+        elif isinstance(inner, Function) and (inner.name in wanted if wanted else not inner.name.startswith("_")):
+            lines += _described(inner)
+    return lines
+
+
+def _described(node: Function) -> list[str]:
+    """A function's signature, and below it its docstring."""
+    arguments = ast.unparse(node.args).removeprefix("self").removeprefix(", ")
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    reads = any(isinstance(each, ast.Name) and each.id == "property" for each in node.decorator_list)
+    head = f"  {node.name}{returns}" if reads else f"  {node.name}({arguments}){returns}"
+    paragraph = " ".join((ast.get_docstring(node) or "").split())
+    return [
+        *wrap(head, 108, subsequent_indent="      ", break_long_words=False),
+        *wrap(paragraph, 108, initial_indent="      ", subsequent_indent="      "),
+    ]
 
 
 def _definitions(tree: ast.Module) -> Iterator[tuple[str, ast.stmt, ast.AST]]:
@@ -110,9 +156,12 @@ def _steps(exercise: Exercise, blanked: list[str]) -> list[str]:
         "#",
     ]
     lines += [f"#   {number}. {name}" for number, name in enumerate(blanked, start=1)]
-    lines += ["#", "# What is given may be changed too. Any way that keeps the docstrings' promises is right."]
+    lines += ["#", *(f"# {line}" for line in CONVENTIONS)]
     if exercise.note:
-        lines.append(f"# {exercise.note}")
+        lines += ["#", f"# {exercise.note}"]
+    for name in exercise.uses:
+        lines += ["#", *(f"# {line}".rstrip() for line in interface(name))]
+    lines.append("#")
     if exercise.left_out:
         others = [name for name in exercise.left_out if not name.rpartition(".")[2].startswith("_")]
         if others:

@@ -60,7 +60,7 @@ def show(number: int, total: int, bug: Bug, file: Path, console: Console) -> Non
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(bug.planted(), encoding="utf-8")
     say(console, f"One thing in {file} is wrong. It is {bug.module}, with a few lines changed.")
-    with tempfile.TemporaryDirectory() as planted:
+    with tempfile.TemporaryDirectory() as planted, console.status("running its chapter's properties"):
         bug.plant(Path(planted))
         found = grade(which, Path(planted))
     if found.first_wrong is None:

@@ -1,7 +1,8 @@
-"""The learner's own properties, graded by what they do: hold for the reference, and fail for the bugs given with them.
+"""The learner's own properties, graded by what they do: hold for what is right, and fail for the bugs given with them.
 
 test_reference_counts_are_entries_of_tables
     holds for the reference                         a property that refuses what is right refuses too much
+    holds for an allocator of another order         so that no block number and no order is pinned
     refuses ch09_fork_without_a_reference           one that lets a bug pass says too little
 """
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from minipaged.course.chapters import Chapter, repository
+from minipaged.course.generate import source_of
 from minipaged.course.grade import EVERY, HOLDS, NOT_WRITTEN, WRONG, environment, read
 from minipaged.course.impl import unwritten
 from minipaged.course.museum import load_bugs
@@ -62,6 +64,40 @@ PROPERTIES: dict[int, dict[str, tuple[str, ...]]] = {
 }
 
 
+RIGHT = {  # what a property must hold for
+    "reference": "the reference itself",
+    "reordered": "a right allocator, which hands out other blocks in another order",
+}
+
+# Behind the reference's allocator: the same pool, whose blocks have other numbers and come in another order.
+REORDERED = """
+
+class _Reordered(BlockAllocator):
+    def _other(self, block):
+        return self.num_blocks - 1 - block
+
+    def ref_count(self, block):
+        return super().ref_count(self._other(block))
+
+    def allocate(self):
+        block = super().allocate()
+        if BlockAllocator.num_free.fget(self):  # the one after it, and it is put back at the end
+            block, first = super().allocate(), block
+            super().free(first)
+        return self._other(block)
+
+    def share(self, block):
+        super().share(self._other(block))
+
+    def free(self, block):
+        super().free(self._other(block))
+
+
+_Reordered.__name__ = _Reordered.__qualname__ = "BlockAllocator"
+BlockAllocator = _Reordered
+"""
+
+
 @dataclass
 class Verdict:
     """What one property did."""
@@ -69,7 +105,7 @@ class Verdict:
     name: str
     about: str = ""
     unwritten: bool = False
-    problem: str = ""  # against the reference: the property refuses what is right
+    problem: str = ""  # the property refuses what is right: the reference, or one of another order
     missed: list[str] = field(default_factory=list)  # the bugs that it let pass, by what they are
     refused: int = 0
 
@@ -95,24 +131,24 @@ def grade_properties(chapter: Chapter, folder: Path) -> list[Verdict]:
     if not written:
         return list(verdicts.values())
     with tempfile.TemporaryDirectory() as scratch:
-        plain = Path(scratch) / "reference"
-        plain.mkdir()
-        wanted = dict.fromkeys(bug for name in written for bug in asked[name])
-        for bug in wanted:
+        for right in RIGHT:
+            (Path(scratch) / right).mkdir()
+        allocator = source_of("minipaged.memory.block_allocator").read_text(encoding="utf-8")
+        (Path(scratch) / "reordered" / "ch06_block_allocator.py").write_text(allocator + REORDERED, encoding="utf-8")
+        wanted = [*RIGHT, *dict.fromkeys(bug for name in written for bug in asked[name])]
+        for bug in wanted[len(RIGHT) :]:
             bugs[bug].plant(Path(scratch) / bug)
         with ThreadPoolExecutor(2) as pool:
-            runs = dict(
-                zip(
-                    ["reference", *wanted],
-                    pool.map(lambda name: _outcomes(chapter, file, Path(scratch) / name), ["reference", *wanted]),
-                    strict=True,
-                )
-            )
+            outcomes = pool.map(lambda name: _outcomes(chapter, file, Path(scratch) / name), wanted)
+            runs = dict(zip(wanted, outcomes, strict=True))
     for name in written:
         verdict = verdicts[name]
-        outcome, message = runs["reference"].get(name, ("wrong", "it was not found, or could not be imported"))
-        if outcome != "holds":
-            verdict.problem = message or outcome
+        for right, what in RIGHT.items():
+            outcome, message = runs[right].get(name, ("wrong", "it was not found, or could not be imported"))
+            if outcome != "holds":
+                verdict.problem = f"{what}: {message or outcome}"
+                break
+        if verdict.problem:
             continue
         for bug in asked[name]:
             if runs[bug].get(name, ("wrong", ""))[0] == "wrong":
@@ -123,7 +159,7 @@ def grade_properties(chapter: Chapter, folder: Path) -> list[Verdict]:
 
 
 def _outcomes(chapter: Chapter, file: Path, planted: Path) -> dict[str, tuple[str, str]]:
-    """Each property's outcome and message over the modules of a folder; over ours where it is empty."""
+    """Each property's outcome and message over the modules of a folder; over ours where it is the reference's."""
     aside = planted.with_name(f"{planted.name}_run")  # the property is not part of the code that it judges
     aside.mkdir()
     report, copy = aside / "report.json", aside / file.name
@@ -159,12 +195,12 @@ def print_verdicts(chapter: Chapter, verdicts: list[Verdict], console: Console) 
             say(console, f"not written  {words}")
         elif verdict.problem:
             say(console, f"TOO STRICT   {words}")
-            say(console, f"             it refuses the reference itself: {verdict.problem}")
+            say(console, f"             it refuses {verdict.problem}")
         elif verdict.missed:
             say(console, f"TOO WEAK     {words}")
             say(console, f"             it refuses {verdict.refused} planted bugs, and lets this one pass:")
             say(console, f"             {verdict.missed[0]}")
         else:
-            say(console, f"good         {words}: holds for the reference, refuses {verdict.refused} planted bugs")
+            say(console, f"good         {words}: holds for what is right, refuses {verdict.refused} planted bugs")
     codes = {verdict.code for verdict in verdicts}
     return WRONG if WRONG in codes else NOT_WRITTEN if NOT_WRITTEN in codes else HOLDS

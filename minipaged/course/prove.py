@@ -59,7 +59,7 @@ def _row(bug: Bug, found: Grade, seconds: float) -> dict[str, Any]:
         "examples": wrong["examples"],
         "events": wrong["events"],
         "sequences": len(states[-1]["tables"]) if states else 0,
-        "script": [call["call"] for call in wrong["script"]],
+        "script": [{name: call.get(name) for name in ("call", "state")} for call in wrong["script"]],
     }
 
 
@@ -97,7 +97,8 @@ def main(arguments: list[str]) -> int:
     seconds = time.monotonic() - began
     print(f"{killed} of {len(rows)} planted bugs are killed, by at most {largest} events, in {seconds:.0f} s")
     if target is not None:
-        target.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        lasting = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+        target.write_text("[\n" + ",\n".join(map(json.dumps, lasting)) + "\n]\n", encoding="utf-8")
     return int(any(map(complaint, rows)))
 
 

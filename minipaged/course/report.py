@@ -16,7 +16,7 @@ from minipaged.viz.snapshot import Snapshot
 from minipaged.viz.terminal import draw
 
 _STYLES = {"holds": "green", "wrong": "bold red", "stopped": "bold red", "not written": "yellow"}
-_SCRIPT_UP_TO = 24  # calls of a script that are printed; of a longer one, the last so many
+_SCRIPT_UP_TO = 40  # lines of a script that are printed; of a longer one, the last so many
 
 
 def print_grade(grade: Grade, console: Console) -> None:
@@ -63,14 +63,13 @@ def print_counterexample(finding: dict[str, Any], console: Console) -> None:
         events = finding["events"]
         console.print()
         unfinished = stopped or finding["error"] == "TimeLimit"
-        say(
-            console,
-            f"{'The script so far' if unfinished else 'The smallest script that shows it'}"
-            f"{f' ({_events(events)})' if events else ''}:",
-        )
-        first = max(0, len(script) - _SCRIPT_UP_TO)
-        for number, call in enumerate(script[first:], start=first + 1):
-            say(console, f"  {number:>3}  {call['call']}")
+        words = "The script so far" if unfinished else "The smallest script that shows it"
+        say(console, f"{words}{f' ({_events(events)})' if events else ''}:\n")
+        lines = [call["call"] for call in script]
+        if (more := len(lines) - _SCRIPT_UP_TO) > 0:
+            lines = [f"# the last {_SCRIPT_UP_TO} of {len(lines)} lines", *lines[more:]]
+        for line in lines:  # nothing before a line, so that it can be copied as it is
+            say(console, line)
     _draw_states([call.get("state") for call in script], console)
 
 
@@ -170,24 +169,51 @@ def _draw_states(states: list[dict[str, Any] | None], console: Console) -> None:
         console.print()
         say(console, f"{words}:")
         console.print(Padding(draw(snapshot, min(console.width - 2, 100)), (0, 0, 0, 2), expand=False))
+        for line in disagreements(state):
+            say(console, f"  {line}")
 
 
 def to_snapshot(state: dict[str, Any]) -> Snapshot:
-    """A noted state as the picture's data. The pool of the first table is the device, another one the host."""
-    pools = list(dict.fromkeys(name for name, _ in state["pools"].values()))
-    device = "pool" if "pool" in pools else "cache" if "cache" in pools else pools[0]
-    sizes = dict(state["pools"].values())
-    here = {seq: blocks for seq, blocks in state["tables"].items() if state["pools"][seq][0] == device}
-    there = {seq: blocks for seq, blocks in state["tables"].items() if seq not in here}
+    """A noted state as the picture's data: the tables, and what the two pools say of their blocks."""
+    on, device, host = state["on"], state["pools"]["device"], state["pools"].get("host")
+    said = {int(block): counts for block, counts in device["blocks"].items()}
+    taken = {block: _why_taken(counts) for block, counts in said.items() if not counts[1] and not counts[2]}
     return Snapshot(
-        num_blocks=sizes[device],
+        num_blocks=device["num_blocks"],
         block_size=state["block_size"],
-        tables=here,
+        tables={seq: blocks for seq, blocks in state["tables"].items() if on[seq] == "device"},
         num_tokens=state["num_tokens"],
-        num_host_blocks=max([size for name, size in sizes.items() if name != device], default=0),
-        host_tables=there,
+        num_host_blocks=host["num_blocks"] if host else 0,
+        host_tables={seq: blocks for seq, blocks in state["tables"].items() if on[seq] == "host"},
+        cached={block for block, counts in said.items() if counts[2]},
+        taken=taken,
         names=list(state["tables"]),
     )
+
+
+def _why_taken(counts: list[int]) -> str:
+    """Of a block that no table names: [its count, references of tables, of the cache, of the test]."""
+    return "taken by a call, in no table" if counts[3] else f"lost: in no table, its count is {counts[0]}"
+
+
+def disagreements(state: dict[str, Any]) -> list[str]:
+    """Where a pool says something else of its blocks than the tables do."""
+    lines = []
+    for role, pool in state["pools"].items():
+        of = " of the host" * (role == "host")
+        in_use = 0
+        for block, (count, named, cached, held) in pool["blocks"].items():
+            in_use += named > 0 or held > 0 or (count > 0 and not cached)
+            if named and count != named + cached + held:
+                by = (
+                    f"{named} table{'s' * (named != 1)}" + " and the prefix cache" * cached + " and a call" * bool(held)
+                )
+                lines.append(f"Block {block}{of} is named by {by}, and its count is {count}.")
+        unused = pool["num_blocks"] - in_use
+        if pool["num_free"] not in (None, unused):
+            said = f"num_free = {pool['num_free']}, and {unused} of {pool['num_blocks']} blocks are not in use"
+            lines.append(f"The allocator{of} says {said}.")
+    return lines
 
 
 def _tables_in_words(state: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 from torch.distributed.rendezvous import rendezvous
 
-WORKER = ("-m", "minipaged.distributed.worker")  # behind it: the store's file, rank, size
+WORKER = ("-m", "minipaged.distributed.worker")  # behind it: the store's file, rank, size, process of rank 0
 START_SECONDS = 120.0  # for a worker to import torch and to load its slice
 
 
@@ -45,12 +45,16 @@ class Ranks:
         """Say what to load, and wait until all have. Raises WorkerError where one cannot."""
         self.store.set("order", json.dumps(order))
         deadline = time.monotonic() + START_SECONDS
-        while missing := [rank for rank in range(1, self.size) if not self.store.check([f"rank {rank} has loaded"])]:
+        while missing := self.missing("has loaded"):
             if error := self.ended(0.0):
                 raise error
             if time.monotonic() > deadline:
                 raise WorkerError(f"rank {missing[0]} has not loaded its slice within {START_SECONDS:g} s")
             time.sleep(0.02)
+
+    def missing(self, what: str) -> list[int]:
+        """The ranks that have not said so at the store."""
+        return [rank for rank in range(1, self.size) if not self.store.check([f"rank {rank} {what}"])]
 
     def ended(self, seconds: float) -> WorkerError | None:
         """What ended the first rank that failed, if one does within so many seconds; all others are ended then."""
@@ -70,7 +74,7 @@ def spawn(size: int) -> Ranks:
     folder = Path(tempfile.mkdtemp(prefix="minipaged-"))  # readable by this user alone
     threads = max(1, torch.get_num_threads() // size)
     env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    args = {i: (*WORKER, folder / "store", i + 1, size) for i in range(size - 1)}
+    args = {i: (*WORKER, folder / "store", i + 1, size, os.getpid()) for i in range(size - 1)}
     logs = DefaultLogsSpecs(str(folder / "logs"), redirects=Std.OUT)
     # Its messages say what our errors say, and count our ranks from 0.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)

@@ -16,7 +16,7 @@ from torch import Tensor
 from minipaged.distributed.shares import Share, local_config, shares
 from minipaged.model import fetch
 from minipaged.model.gguf_file import ModelFileError
-from minipaged.model.load import DTYPES, Model, assemble, checked, open_source, quicken, tiny_transformer
+from minipaged.model.load import DTYPES, Model, assemble, checked, open_source, optimize_for_cpu, tiny_transformer
 from minipaged.model.tokenizer import TextTokenizer
 from minipaged.model.tokenizer_files import byte_tokenizer
 from minipaged.model.transformer import ModelConfig, Transformer
@@ -39,11 +39,14 @@ def load_slice(name: str | Path, rank: int, size: int, dtype: str, seed: int, de
     if name == "tiny":
         source = source_from_transformer(tiny_transformer(torch.float64, seed), byte_tokenizer)
     else:
-        source = open_source(fetch.fetch() if name == "smollm2-135m" else name)
+        if name == "smollm2-135m":
+            name = fetch.fetch()
+            fetch.verify(name)
+        source = open_source(name)
     share = shares(source.config, size)[rank]
     try:
         transformer = slice_of(source, share, DTYPES[dtype], device, keep=False)
-        quicken(transformer)
+        optimize_for_cpu(transformer)
         tokenizer = checked(Model(transformer, source.tokenizer())).tokenizer if rank == 0 else None
     except ValueError as error:
         raise ModelFileError(f"{name}: {error}") from error

@@ -7,7 +7,6 @@ disagree about: the others get block numbers and tokens, and no request.
 """
 
 import json
-import re
 import signal
 import sys
 import threading
@@ -34,7 +33,7 @@ from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.model.batch import ForwardBatch
 from minipaged.model.load import Model, default_device, named_dtype
 
-GRACE_SECONDS = 2.0  # after a collective failed: for a process to have ended, and then for all ranks to meet
+GRACE_SECONDS = 4.0  # after a collective failed: for a process to have ended, or for all to have hung up
 
 
 class ShardedModel:
@@ -51,22 +50,15 @@ class ShardedModel:
         rank, world = launch.torchrun_rank_and_size()
         device = device or default_device()
         gpus = size if world > 1 or not device.startswith("cuda") else torch.cuda.device_count()
-        asked = f"tensor_parallel_size {size}"
-        for is_wrong, why in (
-            (
-                isinstance(model, Model),
-                f"{asked} needs the model's name, file or folder: each rank loads its own slice",
-            ),
-            (not 0.0 < timeout < 1e6, f"distributed_timeout must be a number of seconds above 0, got {timeout!r}"),
-            (world not in (1, size), f"torchrun started {world} processes, and tensor_parallel_size is {size}"),
-            (
-                gpus < size,
-                f"{asked} needs as many GPUs, and there are {gpus}: take fewer ranks, or device='cpu'",
-            ),
-        ):
-            if is_wrong:
-                raise ValueError(why)
-        assert not isinstance(model, Model)
+        needs = f"tensor_parallel_size {size} needs"
+        if isinstance(model, Model):
+            raise ValueError(f"{needs} the model's name, file or folder: each rank loads its own slice")
+        if not 0.0 < timeout < 1e6:
+            raise ValueError(f"distributed_timeout must be a number of seconds above 0, got {timeout!r}")
+        if world not in (1, size):
+            raise ValueError(f"torchrun started {world} processes, and tensor_parallel_size is {size}")
+        if gpus < size:
+            raise ValueError(f"{needs} as many GPUs, and there are {gpus}: take fewer ranks, or device='cpu'")
         name = str(Path(model).resolve()) if Path(model).exists() else str(model)  # a worker may stand elsewhere
         self.size, self.timeout, self.ranks = size, timeout, launch.torchrun() if world > 1 else None
         if self.ranks and rank > 0:
@@ -150,16 +142,15 @@ class ParallelRunner(Runner):
             raise found from error
 
     def _culprit(self, error: CollectiveError) -> WorkerError:
-        """The rank that has ended, or else the one that does not come to the meeting."""
+        """The rank that has ended, or else the one that does not hang up when the others do."""
+        if self.links:
+            self.links.close()  # who waits for this rank learns of it
         if self.ranks and (ended := self.ranks.ended(GRACE_SECONDS)):
             return ended
-        try:
-            if self.links:
-                self.links.meet(timedelta(seconds=GRACE_SECONDS))
-        except CollectiveError as missing:
-            if named := re.search(r"Ranks? ([\d, ]+) failed", str(missing)):
-                why = f"stopped, or at work for longer than the timeout ({error})"
-                return WorkerError(f"rank {named[1]} did not answer: {why}")
+        if self.ranks and (silent := self.ranks.missing("has hung up")):
+            named = ", ".join(map(str, silent))
+            why = f"stopped, or at work for longer than the timeout ({error})"
+            return WorkerError(f"rank {named} did not answer: {why}")
         return WorkerError(f"ranks lost each other: {error}")
 
     def _end(self, why: Exception) -> None:

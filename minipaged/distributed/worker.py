@@ -5,8 +5,10 @@ limit, since there may be no request, and ends when rank 0 hangs up, for whateve
 """
 
 import json
+import os
 import shutil
 import sys
+import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from minipaged.distributed.group import CollectiveError, Group, collective, gloo
 from minipaged.distributed.layers import parallelise
 from minipaged.distributed.load import RankModel, load_slice
-from minipaged.distributed.message import HEADER_LENGTH, body_sizes, decode
+from minipaged.distributed.message import HEADER_LENGTH, decode
 from minipaged.engine.cache_config import CacheConfig
 from minipaged.engine.runner import Runner
 
@@ -29,14 +31,12 @@ NO_LIMIT = timedelta(days=1_000)
 
 
 class Links(Group):
-    """One rank's ways to the others: for the steps, for what each step exchanges, and to meet when one of these fails.
-
-    Made when its part of a model is loaded, and joins it to the others' parts.
-    """
+    """One rank's ways to the others: for the steps, and for what each step exchanges. Made when its part of a model is
+    loaded, and joins it to the others' parts."""
 
     def __init__(self, runner: Runner, loaded: RankModel, store: Store, rank: int, size: int, timeout: float):
         super().__init__(store, rank, size, timeout, runner.device)
-        self._steps, self._meeting = (gloo(PrefixStore(name, store), rank, size, timeout) for name in ("step", "meet"))
+        self._steps = gloo(PrefixStore("step", store), rank, size, timeout)
         parallelise(runner.transformer, loaded.share, loaded.config.vocab_size, self)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
@@ -48,14 +48,8 @@ class Links(Group):
             self._steps.broadcast([tensor], options).wait()
         return tensor
 
-    def meet(self, limit: timedelta = NO_LIMIT) -> None:
-        """Hang up, but wait until all ranks do. Raises CollectiveError; on rank 0 it names those that do not."""
-        self._backend = self._steps = None
-        with collective("meeting"):
-            self._meeting.monitored_barrier(limit, True)
-
     def close(self) -> None:
-        self._backend = self._steps = self._meeting = None
+        self._backend = self._steps = None
 
 
 @record  # torch's launcher reads why a rank failed
@@ -69,13 +63,15 @@ def serve(store: Store, rank: int, size: int) -> None:
     try:
         while (header := links.broadcast(torch.empty(HEADER_LENGTH, dtype=torch.int32)))[0] >= 0:
             if header[0] > 0:
-                body = links.broadcast(torch.empty(sum(body_sizes(header)), dtype=torch.int32))
+                body = links.broadcast(torch.empty(int(header[:-1].sum()), dtype=torch.int32))
                 runner.run(*decode(header, body, runner.device))
             else:
                 store.set(f"report {header[1]} of rank {rank}", json.dumps(report(runner, links)))
-    except CollectiveError:
-        with suppress(CollectiveError):  # rank 0 is gone, or asks who is there
-            links.meet()
+    except CollectiveError:  # rank 0 is gone, or asks who is there
+        links.close()
+        store.set_timeout(timedelta(seconds=1.0))  # its folder may be gone, too
+        with suppress(RuntimeError):
+            store.set(f"rank {rank} has hung up", "")
 
 
 def report(runner: Runner, group: Group) -> dict[str, Any]:
@@ -96,8 +92,10 @@ def rank_device(device: str, rank: int) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    path, rank, size = arguments
+    path, rank, size, owner = arguments
     serve(FileStore(path, int(size)), int(rank), int(size))
+    while os.getppid() == int(owner):  # rank 0 asks at the store who has hung up, and ends this process then
+        time.sleep(0.1)
     shutil.rmtree(Path(path).parent, ignore_errors=True)  # rank 0 does, unless it was killed
 
 

@@ -1,4 +1,4 @@
-"""Chapter 10. Arguments as users bring them. What passes here cannot fail in a step, where it would fail for all.
+"""Chapter 10. Arguments of users, checked: what passes here cannot fail in a step, where it would fail for all.
 
 A whole number is what `operator.index` takes, NumPy's integers among it, and it becomes Python's. True and False are
 no numbers. Each function raises ValueError with the argument's name, its value, and what it takes.
@@ -38,6 +38,12 @@ def flag(name: str, value: object) -> bool:
 def text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a string, got {value!r}")
+    return value
+
+
+def choice(name: str, value: object, known: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     return value
 
 

@@ -4,9 +4,7 @@
     step 2   A -> A1 A2    B -> B1      the three likeliest of all continuations: C is freed, A forks
 
 A fork copies a block table, not K and V, and a beam that is dropped gives its blocks back. So the beams share their
-common past, however it branched. The scheduler of chapter 10 knows no beams (as vLLM's does not since RFC 6226):
-searches are stepped here, over the same pool, with three verbs of the block manager: fork, allocate_slots, free.
-
+common past, however it branched. The scheduler of chapter 10 knows no beams (as vLLM's does not since RFC 6226).
 Plain Python, and no tensor. The caller says how each search continues: from logits (beam_search.py), or by a formula
 (the simulator of chapter 11).
 """
@@ -20,8 +18,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from minipaged.engine.arguments import flag, number, whole
 from minipaged.engine.scheduler_output import SchedulerOutput, cache_computed
-from minipaged.engine.sequence import CompletionOutput, FinishReason, Sequence, Token, stop_tokens
-from minipaged.memory.block_manager import NO_PREFIX, BlockManager
+from minipaged.engine.sequence import CompletionOutput, Sequence, Token, stop_tokens
+from minipaged.memory.block_manager import BlockManager
 
 if TYPE_CHECKING:
     from minipaged.model.tokenizer import TextTokenizer
@@ -59,15 +57,6 @@ class BeamSearchParams:
             raise ValueError(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
 
 
-class Hypothesis(NamedTuple):
-    """A text that has ended."""
-
-    score: float
-    cumulative_logprob: float
-    token_ids: list[int]
-    finish_reason: FinishReason
-
-
 class Choice(NamedTuple):
     """A beam of the next step: which beam it continues, and with which token."""
 
@@ -84,7 +73,8 @@ class Search:
     end_tokens: frozenset[int] = frozenset()
     room: int = 0  # tokens that the context has for the answer
     cumulative: list[float] = field(default_factory=lambda: [0.0])
-    hypotheses: list[Hypothesis] = field(default_factory=list)  # the best first, at most beam_width
+    hypotheses: list[tuple[float, CompletionOutput]] = field(default_factory=list)  # texts that have ended, best first
+    error: str | None = None  # why this search failed
     num_forks: int = 0
 
     def __post_init__(self) -> None:
@@ -94,19 +84,12 @@ class Search:
     def outputs(self, tokenizer: "TextTokenizer") -> list[CompletionOutput]:
         """The hypotheses as an answer, best first. The text of a stop token is no part of it."""
         stops = self.params.stop_token_ids or ()
-        return [
-            CompletionOutput(
-                rank,
-                text=tokenizer.decode_behind(
-                    self.prompt_token_ids, [token for token in found.token_ids if token not in stops]
-                ),
-                token_ids=found.token_ids,
-                finish_reason=found.finish_reason,
-                cumulative_logprob=found.cumulative_logprob,
-                score=found.score,
-            )
-            for rank, found in enumerate(self.hypotheses)
-        ]
+        if self.error is not None:
+            return [CompletionOutput(0, finish_reason="error", error=self.error)]
+        for rank, (_, output) in enumerate(self.hypotheses):
+            kept = [token for token in output.token_ids if token not in stops]
+            output.index, output.text = rank, tokenizer.decode_behind(self.prompt_token_ids, kept)
+        return [output for _, output in self.hypotheses]
 
 
 class BeamScheduler:
@@ -184,10 +167,10 @@ class BeamScheduler:
     def _grow(self, search: Search, output: SchedulerOutput) -> bool:
         """Slots for all tokens of all beams. False if blocks run out; what was allocated until then is kept."""
         for beam in search.beams:
-            prefix = NO_PREFIX
+            prefix: list[int] = []
             if not self.blocks.num_tokens(beam.seq_id):
                 prefix = self.blocks.get_computed_blocks(beam.tokens(0, len(beam)), beam.cache_salt)
-                beam.num_computed = prefix.num_tokens
+                beam.num_computed = len(prefix) * self.blocks.block_size
             copies = self.blocks.allocate_slots(beam.seq_id, len(beam), prefix)
             if copies is None:
                 return False

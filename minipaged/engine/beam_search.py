@@ -16,10 +16,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minipaged.engine.beam_scheduler import BeamScheduler, BeamSearchParams, Choice, Hypothesis, Search
+from minipaged.engine.beam_scheduler import BeamScheduler, BeamSearchParams, Choice, Search
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.runner import forward_batch
-from minipaged.engine.sequence import FinishReason, Request, RequestOutput
+from minipaged.engine.sequence import CompletionOutput, FinishReason, Request, RequestOutput
 
 
 def beam_search(
@@ -55,9 +55,8 @@ def _run(engine: LLMEngine, beams: BeamScheduler, searches: list[Search], on_tok
             engine.begin_step()
             output = beams.schedule()
             batch = forward_batch(output, engine.blocks, engine.runner.device)
-            engine.record_schedule(output)
-            logits = engine.runner.run(output, batch)
-            engine.record_writes(output)
+            with engine.recording(output):
+                logits = engine.runner.run(output, batch)
             for search in beams.update_from_output(output):
                 beams.advance(search, choose(search, logits[[output.sampled[beam] for beam in search.beams]]))
                 on_token()
@@ -66,6 +65,9 @@ def _run(engine: LLMEngine, beams: BeamScheduler, searches: list[Search], on_tok
 
 def choose(search: Search, logits: Tensor) -> list[Choice]:
     """One step. logits [num_beams, vocab_size]. Returns the next beams, best first; none where the search is over."""
+    if not logits.isfinite().all():
+        search.error = "logits are not finite: the weights are damaged, or a value overflowed"
+        return []
     width, num_new = search.params.beam_width, len(search.beams[0].outputs) + 1
     logprobs = logits.double().cpu().log_softmax(-1)  # [num_beams, vocab_size]
     total = logprobs + torch.tensor(search.cumulative, dtype=torch.float64)[:, None]
@@ -75,17 +77,19 @@ def choose(search: Search, logits: Tensor) -> list[Choice]:
 
     choices: list[Choice] = []
     search.cumulative = []
-    for rank, (score, place) in enumerate(zip(sums.tolist(), places.tolist(), strict=True)):
+    for rank, (total_logprob, place) in enumerate(zip(sums.tolist(), places.tolist(), strict=True)):
         parent, token = divmod(place, vocab_size)
         if token in search.end_tokens or num_new == search.max_tokens:
             if rank < width:
                 reason: FinishReason = "stop" if token in search.end_tokens else "length"
                 text = [each.token_id for each in search.beams[parent].outputs] + [token]
-                search.hypotheses.append(Hypothesis(score / num_new**search.params.length_penalty, score, text, reason))
+                output = CompletionOutput(0, "", text, reason, cumulative_logprob=total_logprob)
+                output.score = total_logprob / num_new**search.params.length_penalty
+                search.hypotheses.append((output.score, output))
         elif len(choices) < width:
             choices.append(Choice(parent, token))
-            search.cumulative.append(score)
-    search.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
+            search.cumulative.append(total_logprob)
+    search.hypotheses.sort(key=lambda hypothesis: -hypothesis[0])
     del search.hypotheses[width:]
     return [] if _is_over(search, num_new) else choices
 
@@ -98,4 +102,4 @@ def _is_over(search: Search, num_new: int) -> bool:
     penalty = search.params.length_penalty
     # A sum only falls with each token. Its mean may rise, the most if all further tokens were certain.
     length = search.max_tokens if search.params.early_stopping == "never" and penalty > 0 else num_new
-    return search.cumulative[0] / length**penalty <= search.hypotheses[-1].score
+    return search.cumulative[0] / length**penalty <= search.hypotheses[-1][0]

@@ -1,4 +1,4 @@
-"""Chapter 10. What kind of cache an engine has, and how large: checked, with the numbers, before anything is built."""
+"""Chapter 10. The kind and size of an engine's cache, checked before anything is built."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 
 from minipaged.cdiv import cdiv
-from minipaged.engine.arguments import flag, text, whole
+from minipaged.engine.arguments import choice, flag, whole
 from minipaged.model.transformer import Transformer
 
 DEFAULT_POOL_BYTES = 1 << 30  # K and V of all layers; the system commits a page of it when it is first written
@@ -17,8 +17,8 @@ PREEMPTIONS = ("recompute", "swap")
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The arguments of `LLM` that speak of memory, complete and fit for each other. A contiguous cache has blocks as
-    long as the longest request: slabs."""
+    """The arguments of `LLM` about memory, checked and complete. A contiguous cache has blocks as long as the longest
+    request: slabs."""
 
     cache: str
     backend: str  # "torch" or "triton"
@@ -36,8 +36,7 @@ def check_cache(cache: str) -> None:
             "cache 'recompute' keeps nothing, and an engine needs a cache: chapter 2's loop runs without one "
             "(minipaged.model.recompute), and `minipaged demo` shows it beside the two caches"
         )
-    if cache not in CACHES:
-        raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
+    choice("cache", cache, CACHES)
 
 
 def make_cache_config(
@@ -54,13 +53,10 @@ def make_cache_config(
     preemption: str,
 ) -> CacheConfig:
     """Fill in what was left open. Raises ValueError for an argument that does not fit the others or the model."""
-    for name, string in (("cache", cache), ("backend", backend), ("preemption", preemption)):
-        text(name, string)
     check_cache(cache)
+    choice("backend", backend, BACKENDS)
+    choice("preemption", preemption, PREEMPTIONS)
     config, weights = transformer.config, transformer.embed_tokens.weight
-    for name, value, known in (("backend", backend, BACKENDS), ("preemption", preemption, PREEMPTIONS)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     for name, value, of_paged in (("backend", backend, "triton"), ("preemption", preemption, "swap")):
         if value == of_paged and cache != "paged":
             raise ValueError(f"{name} {value!r} is of the paged cache, and cache is {cache!r}")
@@ -76,13 +72,14 @@ def make_cache_config(
     if num_blocks is None:
         most = max(1, max_num_seqs) * cdiv(max_model_len, block_size)  # more could never be in use at once
         num_blocks = max(1, min(most, DEFAULT_POOL_BYTES // (config.kv_bytes_per_token(weights.dtype) * block_size)))
-    if cache == "contiguous" and num_blocks * block_size < max_model_len:
-        raise ValueError(
-            f"the pool of {num_blocks} * {block_size} = {num_blocks * block_size} slots holds no slab of "
-            f"max_model_len = {max_model_len}: give it more blocks, or a smaller max_model_len"
-        )
     if cache == "contiguous":
-        num_blocks, block_size = num_blocks * block_size // max_model_len, max_model_len
+        num_slots = num_blocks * block_size
+        if num_slots < max_model_len:
+            raise ValueError(
+                f"the pool of {num_blocks} * {block_size} = {num_slots} slots holds no slab of max_model_len = "
+                f"{max_model_len}: give it more blocks, or a smaller max_model_len"
+            )
+        num_blocks, block_size = num_slots // max_model_len, max_model_len
     if backend == "auto":
         backend = "triton" if weights.device.type == "cuda" and find_spec("triton") else "torch"
     if backend == "triton" and weights.device.type == "cpu" and weights.dtype == torch.bfloat16:

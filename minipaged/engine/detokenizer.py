@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 
 class IncrementalDetokenizer:
     """The text of one sequence: a function of its tokens. Invariant: the pieces joined are a beginning of `text`, and
-    the whole of it where the text has ended. A text ends with the append of its last piece, and not before."""
+    all of it once the text has ended, which is the append of its last piece."""
 
     def __init__(
         self, params: SamplingParams, tokenizer: TextTokenizer, max_tokens: int, prompt_token_ids: Items[int] = ()

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from minipaged.engine.arguments import flag, items, number, whole
 from minipaged.engine.beam_scheduler import BeamSearchParams
 from minipaged.engine.beam_search import beam_search
-from minipaged.engine.cache_config import CACHES, make_cache_config
+from minipaged.engine.cache_config import make_cache_config
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.prompt import Prompt, Prompts, read_prompt
 from minipaged.engine.runner import Runner
@@ -23,25 +23,21 @@ from minipaged.memory.trace import Trace
 from minipaged.model.load import Model, default_device, load_model
 from minipaged.model.tokenizer import Message
 
-__all__ = ["CACHES", "LLM", "StreamOutput"]
-
 
 class LLM(LLMEngine):
     """An engine that is built from a model's name and takes prompts. The arguments and methods carry vLLM's names.
 
-    model: "smollm2-135m", "tiny", a GGUF file, a folder with safetensors, or what `load_model` returned (so that
-    several engines share one copy of the weights). cache: "paged", or "contiguous": blocks as long as the longest
-    request. num_blocks: size of the pool; by default at most what 1 GiB holds, the same for both caches. max_model_len:
-    tokens of context at most, by default the model's own. backend of the paged cache: "torch", "triton" (on a CPU with
-    Triton's interpreter, which is slow), or "auto": Triton on a CUDA device, else torch. dtype and device: of weights
-    and cache; by default float32, and "cuda" where there is such a device. dtype "auto" is float32 or bfloat16,
-    whichever is the faster here. A loaded model has its own, and another is refused.
+    model: a name, file or folder as `load_model` takes, or what it returned (several engines then share the weights).
+    cache: "paged", or "contiguous": blocks as long as the longest request. num_blocks: size of the pool; by default at
+    most what 1 GiB holds, the same for both caches. max_model_len: tokens of context at most, by default the model's.
+    backend of the paged cache: "torch", "triton" (on a CPU with Triton's interpreter, which is slow), or "auto": Triton
+    on a CUDA device, else torch. dtype and device: as of `load_model`; the device by default "cuda" where there is one.
 
-    enable_prefix_caching: full blocks of the paged cache stay findable by their tokens. preemption: what happens to the
-    latest sequence when the pool runs out: "recompute" or, with the paged cache, "swap" to num_host_blocks blocks of
-    the host's memory (by default as many as the pool has). watermark: the share of the pool that stays free when a
-    sequence enters. trace: True keeps every change of ownership in `llm.trace`; a path also saves it there at the end
-    of each `generate`, `stream` and `beam_search`. Raises ValueError for an argument that does not fit.
+    enable_prefix_caching: full blocks of the paged cache are found by their tokens. preemption: of the last sequence
+    when the pool runs out: "recompute" or, with the paged cache, "swap" to num_host_blocks blocks of the host's memory
+    (by default as many as the pool has). watermark: the share of the pool that stays free when a sequence enters.
+    trace: True keeps every change of ownership in `llm.trace`; a path also saves it there at the end of each
+    `generate`, `stream` and `beam_search`. Raises ValueError for an argument that does not fit.
 
     tensor_parallel_size: ranks that the model's heads are divided over (chapter 13), each a process with a device of
     its own, or a share of the CPU's cores. This process is rank 0 and starts the others, or torchrun did. They end with
@@ -78,7 +74,6 @@ class LLM(LLMEngine):
             raise ValueError(f"a trace shows the blocks of the paged cache, and cache is {cache!r}")
         sharded = None
         if tensor_parallel_size != 1:
-            # One floor up, and imported by those who ask for it alone.
             from minipaged.distributed.runner import ParallelRunner, ShardedModel
 
             sharded = ShardedModel(model, tensor_parallel_size, dtype, seed, device, distributed_timeout)
@@ -139,9 +134,8 @@ class LLM(LLMEngine):
         return [request.output() for request in requests]
 
     def stream(self, prompts: Prompts, sampling_params: SamplingParams | None = None) -> Iterator[StreamOutput]:
-        """Answer every prompt and yield each token when it is there. Prompts are checked at the call, not at the first
-        token. Request ids count up in the order of the prompts. Several streams may take turns. Leaving the loop early
-        ends these requests and frees their blocks."""
+        """Answer every prompt and yield each token when it is there. Prompts are checked at the call. Request ids count
+        up in the order of the prompts. Several streams may take turns. Leaving the loop early ends these requests."""
         return self._stream(self._make_requests(prompts, sampling_params))
 
     def _stream(self, requests: list[Request]) -> Iterator[StreamOutput]:
@@ -163,16 +157,13 @@ class LLM(LLMEngine):
         *,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or several, in the model's own format.
-
-        A message is {"role": "system" | "user" | "assistant", "content": text}. Raises ValueError as `generate` does,
-        and where the model has no chat format.
-        """
+        """Answer a conversation, or several, in the model's own format. A message is {"role": "system" | "user" |
+        "assistant", "content": text}. Raises ValueError as `generate`, and where the model has no chat format."""
         given = items("messages", messages)
         if not given:
             raise ValueError("messages is empty: a conversation has at least one message")
         conversations = [given] if isinstance(given[0], dict) else given
-        prompts = [self.tokenizer.apply_chat_template(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        prompts: list[Prompt] = [self.tokenizer.chat_prompt(each) for each in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, progress=progress)
 
     def beam_search(
@@ -226,7 +217,8 @@ class LLM(LLMEngine):
                 self.scheduler.check(len(token_ids), params.max_tokens)
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from error
-            checked.append((prompt if isinstance(prompt, str) else None, token_ids, cache_salt))
+            text = prompt.get("prompt") if isinstance(prompt, dict) else str(prompt)
+            checked.append((text, token_ids, cache_salt))
         requests = []
         for prompt_text, token_ids, cache_salt in checked:
             request_id = next(self._request_ids)
@@ -239,7 +231,7 @@ class LLM(LLMEngine):
 
 @contextmanager
 def _progress(wanted: bool | None, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of tokens, where there is a terminal or it is wanted; yields what to call with the number of new ones."""
+    """A bar of tokens, where there is a terminal or it is wanted; yields a function of the number of new tokens."""
     console = Console(stderr=True)
     hidden = not (console.is_terminal if wanted is None else wanted)
     columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn()

@@ -10,10 +10,10 @@ while anything is unfinished:
 This loop is continuous batching: the batch is chosen again at each step.
 
 The engine is *crash-only* (Candea and Fox, "Crash-Only Software", HotOS 2003): recovery is the only clean-up code. The
-state is `requests`, the tokens generated for each, and `_aborting`. Block tables, reference counts, the prefix cache,
-the queues and the text are derived from it. Whatever changes them does so inside `changing`. If that is left by an
-exception or Ctrl-C, at any line, the next call rebuilds the derived data, and the requests compute their tokens again.
-No token is lost or doubled: each is one append, and its random number depends only on the seed and its position.
+state is `requests`, the tokens generated for each, and `_aborting`. Block tables, prefix cache, queues and text are
+derived from it, and change only inside `changing`. If that is left by an exception or Ctrl-C, at any line, the next
+call rebuilds the derived data, and the requests compute their tokens again. No token is lost or doubled: each is one
+append, and its random number depends only on the seed and its position.
 """
 
 import time
@@ -63,10 +63,7 @@ class LLMEngine:
         return bool(self.requests)
 
     def step(self) -> list[Sequence]:
-        """One iteration over everything that is unfinished. Returns the sequences that got a token, or failed.
-
-        After an exception or Ctrl-C, the next call recovers and repeats the work.
-        """
+        """One iteration over all unfinished requests. Returns the sequences that got a token, or failed."""
         with self.changing():
             start = time.perf_counter()
             self.begin_step()
@@ -74,9 +71,8 @@ class LLMEngine:
             if output.num_scheduled_tokens:
                 scheduled = time.perf_counter()
                 batch = forward_batch(output, self.blocks, self.runner.device)
-                self.record_schedule(output)
-                logits = self.runner.run(output, batch)
-                self.record_writes(output)
+                with self.recording(output):
+                    logits = self.runner.run(output, batch)
                 ran = time.perf_counter()
                 self.scheduler.update_from_output(output)
                 updated = time.perf_counter()
@@ -99,26 +95,23 @@ class LLMEngine:
         if self.trace is not None:
             self.trace.step += 1
 
-    def record_schedule(self, output: SchedulerOutput) -> None:
-        """Before a step runs: what it preempted, and what it computes."""
-        if self.trace is not None:
-            for seq, mode in output.preempted.items():
-                self.trace.record("preempt", seq=seq.seq_id, mode=mode)
-            counts = {seq.seq_id: count for seq, count in output.num_scheduled_tokens.items()}
-            self.trace.record("schedule", seqs=counts)
-
-    def record_writes(self, output: SchedulerOutput) -> None:
-        """After a step ran: the tokens whose K and V it stored."""
-        if self.trace is not None:
-            for seq, count in output.num_scheduled_tokens.items():
-                words = self.tokenizer.pieces(seq.tokens(seq.num_computed, seq.num_computed + count))
-                self.trace.record("write", seq=seq.seq_id, start=seq.num_computed, count=count, tokens=words)
+    @contextmanager
+    def recording(self, output: SchedulerOutput) -> Iterator[None]:
+        """Around the run of a step: events of what it preempts and computes, and then of what it wrote."""
+        if self.trace is None:
+            yield
+            return
+        for seq, mode in output.preempted.items():
+            self.trace.record("preempt", seq=seq.seq_id, mode=mode)
+        self.trace.record("schedule", seqs={seq.seq_id: count for seq, count in output.num_scheduled_tokens.items()})
+        yield
+        for seq, count in output.num_scheduled_tokens.items():
+            words = self.tokenizer.pieces(seq.tokens(seq.num_computed, seq.num_computed + count))
+            self.trace.record("write", seq=seq.seq_id, start=seq.num_computed, count=count, tokens=words)
 
     def abort(self, *request_ids: str) -> None:
-        """Stop requests, wherever they stand, and free their blocks. Their texts so far remain.
-
-        Raises ValueError, changing nothing, where one of them is not unfinished.
-        """
+        """Stop requests and free their blocks. Their texts so far remain. Raises ValueError, changing nothing, where
+        one of them is not unfinished."""
         for request_id in request_ids:
             if request_id not in self.requests:
                 raise ValueError(f"there is no unfinished request {request_id!r}")
@@ -135,11 +128,9 @@ class LLMEngine:
         """What the engine did so far, and how it stands now."""
         return Metrics.of(self.stats, self.scheduler, self.requests.values())
 
-    # ---- the state, and what is derived from it ------------------------------------------------------------------
-
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Inside, the derived data may disagree with the state. What leaves by an exception stays marked so."""
+        """Inside, the derived data may disagree with the state; if an exception leaves it, they stay marked so."""
         with self.lock:
             self.recover()
             self._changing = True

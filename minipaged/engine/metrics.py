@@ -1,7 +1,7 @@
 """Chapter 10. What an engine did so far, in numbers: memory, batches, preemptions, and what a user waits for.
 
-Two times are what a user of a serving engine feels. The time to first token is from the request's arrival to its first
-token: waiting in the queue, and prefill. The time between tokens is from one token of a sample to its next.
+Time to first token: from the request's arrival, so with its wait in the queue and its prefill. Time between tokens:
+from one token of a sample to its next.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,6 @@ from typing import Self
 from minipaged.engine.scheduler import Scheduler
 from minipaged.engine.scheduler_output import SchedulerOutput
 from minipaged.engine.sequence import Request
-from minipaged.memory.prefix_cache import PrefixCache
 
 KEPT = 10_000  # times that are kept, the latest ones: an engine may run for days
 
@@ -37,8 +36,8 @@ class Times:
 
 @dataclass(frozen=True)
 class Stats:
-    """Sums over the steps that ran and the requests that are gone. It grows by one assignment, so an interrupted step
-    is not counted, and a request is counted once."""
+    """Sums over steps and finished requests. They change by one assignment: an interrupted step is not counted, and a
+    request is counted once."""
 
     num_steps: int = 0
     num_scheduled_seqs: int = 0  # over all steps
@@ -98,7 +97,7 @@ class Metrics(Stats):
     @classmethod
     def of(cls, stats: Stats, scheduler: Scheduler, unfinished: Iterable[Request]) -> "Metrics":
         pool, host, counts = scheduler.blocks.device, scheduler.blocks.host, scheduler.counts
-        cached = pool.num_evictable if isinstance(pool, PrefixCache) else 0
+        cached = scheduler.blocks.prefix_cache.num_evictable if scheduler.blocks.prefix_cache else 0
         num_tokens = sum(len(seq.outputs) for request in unfinished for seq in request.seqs)
         return cls(
             **vars(stats) | {"num_tokens_generated": stats.num_tokens_generated + num_tokens},

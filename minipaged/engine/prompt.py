@@ -1,17 +1,7 @@
 """Chapter 10. A prompt as users write it: text, or tokens."""
 
-from typing import NotRequired, TypedDict
-
 from minipaged.engine.arguments import items, text, whole
-from minipaged.model.tokenizer import TextTokenizer
-
-
-class TokenPrompt(TypedDict):
-    """A prompt as tokens. cache_salt: prompts of unequal salts never share a block (one for each tenant, say)."""
-
-    prompt_token_ids: list[int]
-    cache_salt: NotRequired[str]
-
+from minipaged.model.tokenizer import TextTokenizer, TokenPrompt
 
 Prompt = str | TokenPrompt
 Prompts = Prompt | list[Prompt] | list[str]
@@ -27,5 +17,6 @@ def read_prompt(prompt: object, tokenizer: TextTokenizer, vocab_size: int) -> tu
     for token in token_ids:
         if not 0 <= token < vocab_size:
             raise ValueError(f"token {token} does not exist: the vocabulary has 0 to {vocab_size - 1}")
+    text("prompt", prompt.get("prompt", ""))
     salt = prompt.get("cache_salt")
     return token_ids, None if salt is None else text("cache_salt", salt)

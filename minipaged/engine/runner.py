@@ -4,8 +4,7 @@
                       num_scheduled_tokens              one ragged batch: prompts, chunks and single tokens
                       -> logits                         of those tokens alone whose next token is due
 
-`forward_batch` lays out the tensors of a step; the runner reads nothing else of the block tables. With several devices
-(chapter 13) each makes the same copies and runs the same batch.
+With several devices (chapter 13) each makes the same copies and runs the same batch.
 """
 
 from contextlib import nullcontext
@@ -78,7 +77,7 @@ class Runner:
             return self.transformer.logits(hidden[batch.logits_rows])
 
     def start(self) -> None:
-        """Whatever has to be there before the first step, beyond this process: nothing, on one device."""
+        """Start the other ranks: none, on one device."""
 
     def close(self) -> None:
-        """Give back what would outlive this object: nothing, on one device."""
+        """End the other ranks."""

@@ -2,11 +2,10 @@
 
     logits -> repetition penalty -> / temperature -> softmax -> min_p -> the top_k likeliest -> top_p -> draw
 
-All sequences of a step at once; the rows of the tensors are theirs. A draw needs one random number, and that is a
-function of the request's seed, the sample's number and the token's position: no generator is carried along. So what is
-drawn depends neither on who shares the batch nor on whether the sequence was preempted, and a step that failed is
-repeated with the same outcome. (Counter-based random numbers: Salmon et al., "Parallel Random Numbers: As Easy as
-1, 2, 3", SC 2011.)
+The rows of the tensors are the sequences of a step. The one random number of a draw is a function of the request's
+seed, the sample's number and the token's position. So a draw depends neither on the rest of the batch nor on a
+preemption, and a step that failed is repeated with the same outcome. (Counter-based random numbers: Salmon et al.,
+"Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.)
 
 Sources: top-k, Fan et al., "Hierarchical Neural Story Generation" (2018), section 5.4; top-p, Holtzman et al., "The
 Curious Case of Neural Text Degeneration" (2020), section 3.1; min-p, Nguyen et al., "Turning Up the Heat" (2024);
@@ -26,10 +25,8 @@ CANDIDATES = 1024  # tokens sorted at first: more are hardly ever needed, and so
 
 
 def sample(logits: Tensor, seqs: Items[Sequence]) -> list[Token | Exception]:
-    """The next token of each sequence, or why it has none. logits [num_seqs, vocab_size], row i for seqs[i].
-
-    A sequence that fails fails alone: the others are then sampled one by one, which gives the same tokens.
-    """
+    """The next token of each sequence, or why it has none. logits [num_seqs, vocab_size], row i for seqs[i]. A sequence
+    that fails fails alone: the others are then sampled one by one, which gives the same tokens."""
     try:
         return [*_sample(logits, seqs)]
     except Exception as error:
@@ -105,7 +102,9 @@ def _likeliest(weights: Tensor, params: Items[SamplingParams]) -> Tensor:
         total = torch.where(top_k < vocab_size, kept.sum(-1, keepdim=True), weights.sum(-1, keepdim=True))
         before = kept.cumsum(-1) - kept
         # Keep a token while those before it do not make up top_p yet: so the one that crosses it stays.
-        enough = (top_k <= num_sorted) | ((top_p < 1.0) & (kept.sum(-1, keepdim=True) >= top_p * total))
+        # Where top_k reaches past the sorted tokens, `total` is not known yet.
+        reached = (top_p < 1.0) & (top_k == vocab_size) & (kept.sum(-1, keepdim=True) >= top_p * total)
+        enough = (top_k <= num_sorted) | reached
         if num_sorted == vocab_size or bool(enough.all()):
             # The likeliest always stays, also where its share of so small a top_p is rounded to 0.
             kept[:, 1:] = torch.where((top_p == 1.0) | (before < top_p * total), kept, 0.0)[:, 1:]

@@ -13,7 +13,7 @@ preempted: it moves to the host's memory if there is room, or its blocks are fre
 and recomputation: the PagedAttention paper, section 4.5).
 
 The samples of a request are sequences with one prompt. The first computes it; the others then fork its block table.
-One that enters later, or again, begins with the full blocks of the prompt in the table of a sample that runs.
+One that enters later, or again, begins with the prompt's full blocks in the table of a running sample.
 Plain Python, and no tensor: the simulator of chapter 11 runs this very class.
 """
 
@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 from minipaged.engine.scheduler_output import SchedulerOutput, cache_computed
 from minipaged.engine.sequence import Sequence
-from minipaged.memory.block_manager import NO_PREFIX, BlockManager
+from minipaged.memory.block_manager import BlockManager
 
 
 class Scheduler:
@@ -79,7 +79,7 @@ class Scheduler:
         self.waiting.extend(seqs)
 
     def finish(self, seq: Sequence) -> None:
-        """Remove a sequence, wherever it stands, and free its blocks."""
+        """Remove a sequence from its queue, and free its blocks, wherever they lie."""
         self.blocks.free(seq.seq_id)
         (self.running if seq in self.running else self.waiting).remove(seq)
 
@@ -164,32 +164,32 @@ class Scheduler:
 
     def _enter(self, seq: Sequence, computing: set[bytes], output: SchedulerOutput) -> bool:
         """Blocks for all tokens of a waiting sequence, unless too few are free, or its next block is being computed."""
-        reserve = self.watermark_blocks if self.running else 0
-        shared = NO_PREFIX
+        reserve, block_size = self.watermark_blocks if self.running else 0, self.blocks.block_size
+        shared: list[int] = []
         samples = [other for other in self.running if seq.request_id == other.request_id] if seq.params.n > 1 else []
         if sample := max(samples, key=lambda other: other.num_computed, default=None):
             shared = self.blocks.prefix_of(sample.seq_id, min(len(seq.prompt_token_ids), len(seq) - 1))
-            if sample.num_computed < shared.num_tokens:  # it still computes the prompt
+            if sample.num_computed < len(shared) * block_size:  # it still computes the prompt
                 return False
         if self.blocks.is_swapped(seq.seq_id):
-            copies = self.blocks.swap_in(seq.seq_id, len(seq), reserve, shared)
+            copies = self.blocks.swap_in(seq.seq_id, len(seq), shared, reserve)
             if copies is None:
                 return False
-            seq.num_computed = max(seq.num_computed, shared.num_tokens)
+            seq.num_computed = max(seq.num_computed, len(shared) * block_size)
             output.swap_in += copies
             output.copies += self.blocks.allocate_slots(seq.seq_id, len(seq)) or []
             return True
         cached = self.blocks.get_computed_blocks(seq.tokens(0, len(seq)), seq.cache_salt)
-        prefix = max(cached, shared, key=lambda found: found.num_tokens)
-        seq.num_computed = prefix.num_tokens
+        prefix = max(cached, shared, key=len)
+        seq.num_computed = len(prefix) * block_size
         keys = self._keys(seq)
-        if keys and keys[0] in computing and seq.num_computed + self.blocks.block_size < len(seq):
+        if keys and keys[0] in computing and seq.num_computed + block_size < len(seq):
             return False  # it is found in the next step; but the last token is computed in any case
         copies = self.blocks.allocate_slots(seq.seq_id, len(seq), prefix, reserve)
         if copies is None:
             return False
         computing.update(keys)
-        self.counts.update(looked_up=len(seq), found=cached.num_tokens)
+        self.counts.update(looked_up=len(seq), found=len(cached) * block_size)
         return True
 
     def _keys(self, seq: Sequence) -> list[bytes]:

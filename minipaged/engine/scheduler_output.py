@@ -1,7 +1,4 @@
-"""Chapter 10. One step as the scheduler decides it: block copies, then the tokens that are computed.
-
-The runner turns it into the tensors of one forward pass (model/batch.py); there is nothing between the two forms.
-"""
+"""Chapter 10. One step as the scheduler decides it. The runner turns it into one forward pass (model/batch.py)."""
 
 from dataclasses import dataclass, field
 

@@ -1,17 +1,14 @@
-"""Chapter 10. What is asked, what is answered, and one sequence in between. Plain Python.
+"""Chapter 10. Parameters and outputs of a request, and its sequences. Plain Python.
 
     tokens    [ p p p p p p o o o ]       prompt, then output
                         ^ num_computed    K and V of the tokens before this point are in the cache
 
 A step computes tokens from `num_computed` on. When it reaches the end, the last token's logits give the next token.
 Prefill, a chunk of it, decode, a cached prefix, and recomputation after preemption are this one sentence with other
-numbers.
+numbers. A request for `n` samples is `n` sequences.
 
-A request for `n` samples is `n` sequences. The first computes the prompt; the others fork its block table.
-
-The fields of a request are of two kinds. *State* is what was asked for and what was generated: it changes by one append
-or one assignment. *Derived* fields follow from the state, and are computed anew after a call that was interrupted
-(llm_engine.py).
+*State* is what was asked for and what was generated: it changes by one append or one assignment. *Derived* fields
+follow from the state, and are computed again after a call that was interrupted (llm_engine.py).
 """
 
 import math
@@ -138,10 +135,8 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StreamOutput:
-    """One new token of one sample. `text` is what it adds: nothing, while a character or a stop string may follow.
-
-    A sample that is aborted, or fails, ends with one whose token_id is None.
-    """
+    """One new token of one sample. `text` is what it adds: nothing, while a character or a stop string may follow. A
+    sample that is aborted, or fails, ends with one whose token_id is None."""
 
     request_id: str
     index: int
@@ -197,8 +192,7 @@ class Sequence:
         return replace(self, index=index, outputs=outputs, detokenizer=None)
 
     def pieces(self, start: int) -> Iterator[StreamOutput]:
-        """What the sequence gave out, from piece `start` on. A reader that counts its pieces loses none and gets none
-        twice, whatever happens to the engine in between."""
+        """The sequence's output from piece `start` on. A reader that counts its pieces gets each exactly once."""
         given = self.detokenizer.pieces if self.detokenizer else []
         for i in range(start, len(given)):
             token_id = self.outputs[i].token_id if i < len(self.outputs) else None

@@ -6,7 +6,7 @@
 
 K and V of past tokens are needed at every step and never change, so they are kept. Q is not: the query of a token is
 used once, in the step that computes the token. Attention reads a view of the slab: no table, no copy.
-A row of the step's `block_tables` has one entry here, the number of the slab. Chapter 6 will need more of them.
+A row of the step's `block_tables` has one entry here, the number of the slab.
 """
 
 import torch
@@ -39,13 +39,7 @@ class ContiguousCache:
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        batch: ForwardBatch,
-        sliding_window: int | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
         """Store the new K and V behind the old ones in each slab, then attend over the slab."""
         starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()

@@ -4,10 +4,9 @@
 
     A: [0, 2]     B: [1]
 
-memory/ decides, in plain Python, which sequence owns which block. The decision arrives as two tensors of the step:
-`slot_mapping` says where to write, `block_tables` says where to read. The compiled loop and Triton have the same two
-functions under the same names. All layers of a step have the same tables, so the numbers in them are checked at the
-first layer only.
+memory/ decides, in plain Python, which sequence owns which block. `slot_mapping` then holds where to write, and
+`block_tables` where to read. The compiled loop and Triton have the same two functions under the same names. All layers
+of a step have the same tables, so the numbers in them are checked at the first layer only.
 """
 
 import os
@@ -48,30 +47,26 @@ class PagedCache:
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        batch: ForwardBatch,
-        sliding_window: int | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables."""
-        key_cache, value_cache = self.key_cache[layer], self.value_cache[layer]
-        # max_query_len is known on the host: to read it from the GPU would be to wait for the GPU.
-        known = {"scale": query.shape[-1] ** -0.5, "max_query_len": batch.max_query_len}
-        known["sliding_window"] = sliding_window
-        tables = (batch.block_tables, batch.seq_lens, batch.query_start_loc)
+        caches = self.key_cache[layer], self.value_cache[layer]
+        tables = batch.block_tables, batch.seq_lens, batch.query_start_loc
+        scale = query.shape[-1] ** -0.5
         if self._kernels:
-            write_kv, paged_attention = self._kernels
-            write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
-            return paged_attention(query, key_cache, value_cache, *tables, **known)
+            write_kv, attend = self._kernels
+            write_kv(key, value, *caches, batch.slot_mapping)
+            # max_query_len is known on the host: reading it from the GPU would wait for the GPU.
+            known = {"scale": scale, "sliding_window": sliding_window, "max_query_len": batch.max_query_len}
+            return attend(query, *caches, *tables, **known)
         if self._checked is not batch:  # both checks come before the first write
-            check_write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
-            check_paged_attention(query, key_cache, value_cache, *tables, sliding_window=sliding_window)
+            check_write_kv(key, value, *caches, batch.slot_mapping)
+            check_paged_attention(query, *caches, *tables, sliding_window)
             self._checked = batch
-        compiled.write_kv(key, value, key_cache, value_cache, batch.slot_mapping, check=False)
-        return compiled.paged_attention(query, key_cache, value_cache, *tables, **known, check=False)
+        compiled.write_kv(key, value, *caches, batch.slot_mapping, check=False)
+        return compiled.paged_attention(
+            query, *caches, *tables, scale=scale, sliding_window=sliding_window, check=False
+        )
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks (source, target) in every layer, in this order (chapter 9: copy-on-write)."""

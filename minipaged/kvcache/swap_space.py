@@ -4,8 +4,7 @@
     host     the same                [num_layers, num_host_blocks, num_kv_heads, block_size, head_dim]
 
 memory/swap.py decides which block moves where; this module copies the tensors, all layers and all blocks of a plan at
-once. On a machine without a GPU both pools lie in the same memory, and the copies are made all the same.
-Source: the PagedAttention paper, section 4.5.
+once. Without a GPU both pools lie in the same memory. Source: the PagedAttention paper, section 4.5.
 """
 
 import torch
@@ -24,7 +23,6 @@ class SwapSpace:
         shape = list(cache.key_cache.shape)
         shape[1] = num_blocks
         pinned = cache.key_cache.device.type == "cuda"
-        # Not zeroed: the system hands out pages of this memory when they are first written.
         self.key_cache = torch.empty(shape, dtype=cache.key_cache.dtype, pin_memory=pinned)
         self.value_cache = torch.empty(shape, dtype=cache.key_cache.dtype, pin_memory=pinned)
 

@@ -45,7 +45,7 @@ class PhysicalMemory:
         return self._mappings[frame]
 
     def take(self) -> int:
-        """A free frame, all bytes 0, with one mapping. Raises OutOfFrames, changing nothing."""
+        """A free frame, all bytes 0, with one mapping: its entry. Raises OutOfFrames, changing nothing."""
         if not self._free:
             raise OutOfFrames(f"all {self.num_frames} frames are in use")
         frame = self._free.popleft()
@@ -89,7 +89,8 @@ class Process:
         self.table = table
 
     def map(self, page: int) -> int:
-        """Give a page a frame, and return it. Raises OutOfFrames or ValueError, changing nothing."""
+        """Give a page a frame, and return it. Raises OutOfFrames where none is free, and ValueError for a page that has
+        one or does not exist, changing nothing."""
         self.table.check_unmapped(page)
         frame = self.memory.take()
         self.table.map(page, frame)
@@ -98,7 +99,8 @@ class Process:
     def share(self, page: int, owner: "Process", owner_page: int) -> int:
         """Map a page to the frame of a page of `owner`, and return the frame. No byte is copied.
 
-        Raises PageFault if the owner's page has no frame, ValueError if ours has one or the memories differ.
+        Raises PageFault if the owner's page has no frame, ValueError if ours has one, a page does not exist, or the
+        memories differ.
         """
         if owner.memory is not self.memory:
             raise ValueError("the two processes have different memories: no frame belongs to both")
@@ -109,7 +111,7 @@ class Process:
         return frame
 
     def unmap(self, page: int) -> None:
-        """Take the page away. Its frame is free if no other entry names it."""
+        """Take the page away. Its frame is free if no other entry names it. Raises ValueError if it has none."""
         self.memory.drop(self.table.unmap(page))
 
     def load(self, address: int) -> int:
@@ -117,5 +119,5 @@ class Process:
         return self.memory.load(self.table.translate(address))
 
     def store(self, address: int, byte: int) -> None:
-        """Write a byte. Every process that shares the frame reads it."""
+        """Write a byte, 0 to 255, else ValueError. Every process that shares the frame reads it."""
         self.memory.store(self.table.translate(address), byte)

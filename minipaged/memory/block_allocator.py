@@ -3,11 +3,9 @@
     free:    3 1 6                      blocks that no table names
     owners:  0 -> 2   2 -> 1   ...      how many block tables name each block in use
 
-A block is in exactly one of the two, always. That one sentence is the allocator, and the suite of this chapter
-checks it after every call. The allocator handles block numbers only; the tensors are in kvcache/.
-
-Every block has the same size, so any free block serves any request: external fragmentation cannot happen.
-The operating-systems textbook calls these blocks page frames, and this list the free-frame list.
+A block is in exactly one of the two, always: the suite of this chapter checks it after every call. The allocator
+handles block numbers only; the tensors are in kvcache/. Every block has the same size, so any free block serves any
+request: external fragmentation cannot happen. Operating systems call these blocks page frames.
 Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", section 4.2.
 """
 

@@ -3,20 +3,13 @@
     "A" -> [ 0 1 4 ]        logical block 0 of A is physical block 0
     "B" -> [ 2 3 ]          logical block 0 of B is physical block 2; both come from one free list
 
-Three methods take blocks. Each returns the block copies that the device makes before the step, or None if the pool has
-too few free blocks; then nothing was changed, and the scheduler lets the sequence wait or preempts another.
-
-    allocate_slots    for a sequence that enters, behind a prefix that is there already; for the newest token of one
-                      that runs (a shared last block is copied first: copy-on-write)
-    swap_out          to the host's pool
-    swap_in           back
+Three methods take blocks: `allocate_slots`, `swap_out` and `swap_in`. Each returns the block copies that the device
+makes before the step, or None if the pool has too few free blocks; then nothing was changed, and the scheduler lets the
+sequence wait or preempts another.
 
 A contiguous cache is this class with one block a sequence, as long as the longest request may be (chapter 3: a *slab*):
-
-    BlockManager(num_slabs, block_size=max_model_len)
-
-A sequence then holds its one block from its first token on, however few it writes. That is the whole of the memory that
-paging saves.
+BlockManager(num_slabs, block_size=max_model_len). A sequence then holds its one block from its first token on, however
+few it writes. That is the whole of the memory that paging saves.
 
 In a model whose layers all have a sliding window, a token that every layer has slid past is never read again. Its block
 is freed (`remove_skipped_blocks`), and one block that is neither written nor read takes its place in the table: the
@@ -24,7 +17,6 @@ null block, which all sequences name. So a table has no holes, and a logical blo
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from minipaged.cdiv import cdiv
 from minipaged.memory.block_allocator import BlockAllocator
@@ -34,16 +26,6 @@ from minipaged.memory.swap import Swap
 from minipaged.memory.trace import Trace
 
 Copies = list[tuple[int, int]]  # (source block, target block), to be made in this order
-
-
-class Prefix(NamedTuple):
-    """Full blocks that hold the first `num_tokens` tokens of a sequence."""
-
-    blocks: list[int]
-    num_tokens: int
-
-
-NO_PREFIX = Prefix([], 0)
 
 
 class BlockManager:
@@ -68,11 +50,9 @@ class BlockManager:
         self._build()
 
     def _build(self) -> None:
-        self.device: BlockAllocator = (
-            PrefixCache(self.num_blocks, self.block_size, trace=self.trace)
-            if self.enable_prefix_caching
-            else BlockAllocator(self.num_blocks)
-        )
+        pool = self.num_blocks, self.block_size
+        self.prefix_cache = PrefixCache(*pool, trace=self.trace) if self.enable_prefix_caching else None
+        self.device = self.prefix_cache or BlockAllocator(self.num_blocks)
         self.host = BlockAllocator(self.num_host_blocks) if self.num_host_blocks else None
         self._swap = Swap(self.device, self.host) if self.host else None
         self.tables: dict[str, BlockTable] = {}
@@ -80,7 +60,7 @@ class BlockManager:
         self._num_skipped: dict[str, int] = {}  # entries of a table, from its first on, that are the null block
 
     def reset(self) -> None:
-        """Empty pools and no tables: what the blocks hold is not known any more."""
+        """Empty pools and no tables: after an exception in a step, the contents of the blocks are undefined."""
         self._build()
         if self.trace is not None:
             self.trace.record("reset")
@@ -128,19 +108,13 @@ class BlockManager:
 
     # ---- prefixes that are computed already ----------------------------------------------------------------------
 
-    def get_computed_blocks(self, tokens: Sequence[int], cache_salt: str | None = None) -> Prefix:
-        """The longest cached prefix of these tokens, never all of them: one is left to compute. Changes nothing."""
-        if not isinstance(self.device, PrefixCache):
-            return NO_PREFIX
-        blocks = self.device.match(tokens, cache_salt)
-        return Prefix(blocks, len(blocks) * self.block_size)
+    def get_computed_blocks(self, tokens: Sequence[int], cache_salt: str | None = None) -> list[int]:
+        """The blocks of the longest cached prefix of these tokens (`PrefixCache.match`). Changes nothing."""
+        return self.prefix_cache.match(tokens, cache_salt) if self.prefix_cache else []
 
-    def prefix_of(self, seq_id: str, num_tokens: int) -> Prefix:
-        """The full blocks among those that hold the first `num_tokens` tokens of a sequence."""
-        num_blocks = num_tokens // self.block_size
-        if seq_id in self._num_skipped:  # some of them are no more there
-            return NO_PREFIX
-        return Prefix(self.blocks(seq_id)[:num_blocks], num_blocks * self.block_size)
+    def prefix_of(self, seq_id: str, num_tokens: int) -> list[int]:
+        """The full blocks that hold the first `num_tokens` tokens of a sequence; none where some were freed."""
+        return [] if seq_id in self._num_skipped else self.blocks(seq_id)[: num_tokens // self.block_size]
 
     def block_keys(self, tokens: Sequence[int], cache_salt: str | None = None) -> list[bytes]:
         """The keys of the full blocks of these tokens; none where nothing is cached."""
@@ -148,8 +122,8 @@ class BlockManager:
 
     def cache_blocks(self, seq_id: str, tokens: Sequence[int], cache_salt: str | None = None) -> None:
         """These first tokens of the sequence are written: cache their full blocks, while it has all of them."""
-        if isinstance(self.device, PrefixCache) and seq_id not in self._num_skipped:
-            self.device.cache_blocks(self.tables[seq_id], tokens, cache_salt)
+        if self.prefix_cache and seq_id not in self._num_skipped:
+            self.prefix_cache.cache_blocks(self.tables[seq_id], tokens, cache_salt)
 
     def fork(self, parent: str, child: str) -> None:
         """A second sequence with the same tokens, in the same blocks."""
@@ -160,10 +134,10 @@ class BlockManager:
     # ---- taking blocks, and giving them back ---------------------------------------------------------------------
 
     def allocate_slots(
-        self, seq_id: str, num_tokens: int, prefix: Prefix = NO_PREFIX, reserve: int = 0
+        self, seq_id: str, num_tokens: int, prefix: Sequence[int] = (), reserve: int = 0
     ) -> Copies | None:
         """Slots for the first `num_tokens` tokens of a sequence. One without a table gets one, which begins with the
-        blocks of `prefix`. None if fewer than `reserve` blocks would stay free."""
+        full blocks of `prefix`. None if fewer than `reserve` blocks would stay free."""
         table = self.tables.get(seq_id)
         if table is not None:
             num_new = num_tokens - table.num_tokens
@@ -171,13 +145,13 @@ class BlockManager:
                 return None
             return table.append_tokens(num_new)
         num_free = self.device.num_free
-        if isinstance(self.device, PrefixCache):  # what the prefix cache alone holds is free until a table names it
-            num_free -= sum(map(self.device.is_evictable, prefix.blocks))
-        if self.blocks_for(num_tokens) - len(prefix.blocks) > num_free - reserve:
+        if self.prefix_cache:  # what the prefix cache alone holds is free until a table names it
+            num_free -= sum(map(self.prefix_cache.is_evictable, prefix))
+        if self.blocks_for(num_tokens) - len(prefix) > num_free - reserve:
             return None
         table = self.tables[seq_id] = BlockTable(self.device, self.block_size, seq=seq_id, trace=self.trace)
-        table.append_shared(prefix.blocks)  # before any allocation, which could evict them
-        return table.append_tokens(num_tokens - prefix.num_tokens)
+        table.append_shared(prefix)  # before any allocation, which could evict them
+        return table.append_tokens(num_tokens - table.num_tokens)
 
     def free(self, seq_id: str) -> None:
         """Release the blocks of a sequence, on the device or on the host. Does nothing if it has none."""
@@ -210,15 +184,15 @@ class BlockManager:
             return None
         return self._swap.swap_out([self.tables[seq_id]])
 
-    def swap_in(self, seq_id: str, num_tokens: int, reserve: int = 0, prefix: Prefix = NO_PREFIX) -> Copies | None:
+    def swap_in(self, seq_id: str, num_tokens: int, prefix: Sequence[int] = (), reserve: int = 0) -> Copies | None:
         """Bring a sequence back, if there is room for `num_tokens` tokens. The copies are (host, device).
 
         prefix: blocks in use on the device that hold its first tokens. They are named, and not copied.
         """
-        if self.blocks_for(num_tokens) - len(prefix.blocks) > self.device.num_free - reserve:
+        if self.blocks_for(num_tokens) - len(prefix) > self.device.num_free - reserve:
             return None
         assert self._swap, "a sequence on the host has come there by a swap"
-        known = dict(zip(self.blocks(seq_id), prefix.blocks, strict=False))
+        known = dict(zip(self.blocks(seq_id), prefix, strict=False))
         if seq_id in self._num_skipped:  # the host's copy of the null block
             known[self.blocks(seq_id)[0]] = self._null[0]
         return self._swap.swap_in([self.tables[seq_id]], known)

@@ -5,8 +5,8 @@
     slot                      ->  3 * 4 + 1 = 13
 
 This is the page table of an operating system with one level: a page is a block of tokens, a process is a sequence,
-and an address is a position. Logical blocks are filled in order, so only the last one may be partly empty: a
-sequence never wastes more than block_size - 1 slots. Source: the PagedAttention paper, sections 4.2 and 4.3.
+and an address is a position. Blocks are filled in order, so only the last one may be partly empty: a sequence wastes at
+most block_size - 1 slots. Source: the PagedAttention paper, sections 4.2 and 4.3.
 
 Chapter 9 extends the same class: a block that two tables name is shared, and it is never written.
 
@@ -107,7 +107,8 @@ class BlockTable:
         self.truncate(0)
 
     def fork(self, *, seq: str | None = None) -> "BlockTable":
-        """A second sequence with the same tokens. No block is taken: both tables name the same ones. (Chapter 9.)"""
+        """A second sequence with the same tokens. No block is taken: both tables name the same ones, and the new one
+        has a reference to each. (Chapter 9.)"""
         child = BlockTable(self.allocator, self.block_size, seq=seq, trace=self.trace)
         child._name(self._blocks)
         child.num_tokens = self.num_tokens
@@ -116,7 +117,8 @@ class BlockTable:
         return child
 
     def append_shared(self, blocks: Sequence[int]) -> None:
-        """Begin with full blocks that are written already: what a prefix cache found. (Chapter 9.)
+        """Begin with full blocks that are written already, with a reference to each: what a prefix cache found.
+        (Chapter 9.)
 
         Raises ValueError, changing nothing, if the table is not empty or one of the blocks is free.
         """
@@ -132,6 +134,7 @@ class BlockTable:
         """Name blocks of another pool instead, one for each, and free the own ones. (Chapter 9: swap.)
 
         The caller took one reference to each of `blocks` for this table, which owns it from now on.
+        Raises ValueError, changing nothing, for another number of blocks.
         """
         if len(blocks) != len(self._blocks):
             raise ValueError(f"{len(blocks)} blocks cannot replace the {len(self._blocks)} of the table")

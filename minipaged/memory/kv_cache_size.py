@@ -5,9 +5,8 @@
     its entry in a block table  one int32                                          = 4 bytes
 
 One level is enough, for three reasons. A sequence has few pages: 2,048 tokens are 128 blocks, where a process has
-2^36 pages. It has no holes: positions are filled from 0 on, so a table as long as the sequence has no empty entry
-that a page directory could leave out. And a block is big: 12.5 MiB for each entry of 4 bytes, where a page is 4 KiB
-for 8. All block tables together are smaller than one page, beside a pool of 12 GiB.
+2^36 pages. It has no holes: positions are filled from 0 on, so no entry is empty that a page directory could leave
+out. And a block is big: 12.5 MiB for each entry of 4 bytes, where a page is 4 KiB for 8.
 """
 
 from typing import NamedTuple
@@ -45,18 +44,15 @@ class KVShape(NamedTuple):
         return block_size * self.token_bytes
 
 
-# Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (arXiv 2205.01068), Table 1: 40 layers, 40 heads,
-# width 5,120. No grouped-query attention, so as many KV heads as heads.
+# Zhang et al., "OPT" (arXiv 2205.01068), Table 1: 40 layers, 40 heads of width 128, each with K and V of its own.
 OPT_13B = KVShape("OPT-13B", num_layers=40, num_kv_heads=40, head_dim=128, max_model_len=2048)
-# "The Llama 3 Herd of Models" (arXiv 2407.21783), Table 3: 32 layers, width 4,096, 32 heads, 8 KV heads. Context: 8,192
-# in the release of April 2024.
+# "The Llama 3 Herd of Models" (arXiv 2407.21783), Table 3; context: of the release of April 2024.
 LLAMA_3_8B = KVShape("Llama-3-8B", num_layers=32, num_kv_heads=8, head_dim=128, max_model_len=8192)
 
 # The PagedAttention paper, Table 1: OPT-13B on one A100 of 40 GB leaves 12 GB for the KV cache, 15.7K slots. With
 # GB read as GiB the slots come out right: 12 GiB / 800 KiB = 15,728.
 OPT_13B_POOL_BYTES = 12 * GIB
-# 90 % of 80 GiB (vLLM's default gpu_memory_utilization = 0.9), less 8,030,261,248 parameters of 2 bytes. A real engine
-# measures its activations, and has a little less.
+# 90 % of 80 GiB (vLLM's default gpu_memory_utilization), less 8,030,261,248 parameters of 2 bytes.
 LLAMA_3_8B_POOL_BYTES = 80 * GIB * 9 // 10 - 2 * 8_030_261_248
 
 

@@ -90,7 +90,8 @@ class AddressLayout:
         return self.num_pages * self.entry_bytes
 
     def dense_bytes(self, num_pages: int) -> int:
-        """The least that tables of all levels cost when num_pages are mapped: pages 0, 1, 2, ... with no hole."""
+        """The least that tables of all levels cost when num_pages are mapped: pages 0, 1, 2, ... with no hole.
+        Raises ValueError for a number of pages that the space does not have, as sparse_bytes does."""
         self._check_count(num_pages)
         total = self.table_bytes(0)  # the top table always exists
         for level in range(1, len(self.index_bits)):
@@ -120,6 +121,7 @@ class MultiLevelPageTable:
     """A table for each level of the layout: a page directory's entry names a table one level down, the last a frame.
 
     Invariant: a table below the top exists as long as a page under it is mapped, and no longer.
+    Raises ValueError for a page or an address outside the space, in every method.
     A real table is an array. Here it is a dictionary of the filled entries, and `cost_bytes` counts the whole array.
     """
 
@@ -170,6 +172,7 @@ class MultiLevelPageTable:
         return frame
 
     def is_mapped(self, page: int) -> bool:
+        """Whether the page has a frame."""
         return self._walk(page) is not None
 
     def frame(self, page: int) -> int:

@@ -8,16 +8,13 @@
 The key of a block hashes the key of the block before it, so one key stands for the whole prefix. K and V of a token
 depend on every token before it: equal tokens behind different prefixes are different blocks, with different keys.
 
-The cache is one more owner of each cached block. That one idea gives the rest. While tables name the block,
-copy-on-write keeps them from writing into it. After its last table is released, the block is still owned, so it is not
-handed out: it is *evictable*. When the free list is empty, the block that has been evictable longest is evicted. An
-operating system's page cache holds its pages in the same way.
+The cache is one more owner of each cached block. While tables name the block, copy-on-write keeps them from writing
+into it. After its last table is released, the block is still owned, so it is not handed out: it is *evictable*. When
+the free list is empty, the block that has been evictable longest is evicted, as in an operating system's page cache.
 
 A block is cached when its tokens are *written*, not when they are planned, so an aborted request leaves nothing behind.
-Two requests with one prefix that are admitted in the same step both compute it, unless the scheduler lets the second
-wait (`block_keys` names the blocks that this step computes). The cache only appends: a block whose key another block
-has stays in its table, uncached, and so do those behind it. So a table never changes because of the cache, and tables
-that name one block name the same blocks before it.
+The cache only appends: a block whose key another block has stays in its table, uncached, and so do those behind it. So
+a table never changes because of the cache, and tables that name one block name the same blocks before it.
 
 H is SHA-256 over fields of fixed width: 32 bytes of parent, 8 bytes a token, and the salt last. With a key of 64 bits,
 as Python's own hash() makes, two prefixes can collide, and one user is answered from another user's text: vLLM had that
@@ -85,23 +82,22 @@ class PrefixCache(BlockAllocator):
         return len(self._evictable)
 
     def is_evictable(self, block: int) -> bool:
+        """Whether the block is one of these."""
         return block in self._evictable
 
     def match(self, tokens: Sequence[int], cache_salt: str | None = None) -> list[int]:
-        """The longest run of cached blocks that holds the first tokens of a prompt. O(1) a block; changes nothing.
+        """The longest run of cached blocks that holds the first tokens of a prompt. O(1) a block. Changes nothing, and
+        takes no reference.
 
         Name them with `BlockTable.append_shared` before anything is allocated, which could evict them.
         Never the whole prompt: at least one token is left to compute, since its logits give the first new token.
         """
-        blocks = []
-        for key in block_keys(tokens[:-1], self.block_size, cache_salt):
-            if key not in self._block_of:
-                break
-            blocks.append(self._block_of[key])
-        return blocks
+        keys = block_keys(tokens[:-1], self.block_size, cache_salt)
+        return [self._block_of[key] for key in takewhile(self._block_of.__contains__, keys)]
 
     def cache_blocks(self, table: BlockTable, tokens: Sequence[int], cache_salt: str | None = None) -> None:
-        """Cache the full blocks of a table whose tokens are written: `tokens`, from position 0 on.
+        """Cache the full blocks of a table whose tokens are written: `tokens`, from position 0 on. The cache takes one
+        reference to each block that was not cached.
 
         Blocks that are cached already cost nothing, so a decode step passes all its tokens. At a key that another
         block has, caching ends. Raises ValueError, changing nothing, for a table of another pool or shorter than its
@@ -139,12 +135,14 @@ class PrefixCache(BlockAllocator):
         return super().allocate()
 
     def share(self, block: int) -> None:
-        """One more table names a block in use, or an evictable one, which is in use from now on."""
+        """One more table names a block in use, or an evictable one, which is in use from now on. Raises ValueError for
+        any other."""
         super().share(block)
         self._evictable.pop(block, None)
 
     def free(self, block: int) -> None:
-        """One table fewer names the block; after the last one it is evictable if it is cached, and else free."""
+        """One table fewer names the block; after the last one it is evictable if it is cached, and else free. Raises
+        ValueError for a block that no table names."""
         if block in self._evictable:
             raise ValueError(f"no table names block {block}, only the cache does: freed twice?")
         super().free(block)

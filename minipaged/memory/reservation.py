@@ -35,7 +35,7 @@ class BuddyAllocator:
     Invariant: a block of size 2^k starts at a multiple of 2^k, and no two free blocks are buddies (they are merged).
 
     A pool whose size is no power of two is cut into arenas, largest first: 24 slots are an arena of 16 and one of 8.
-    An arena has no buddy, so blocks of two arenas never merge.
+    An arena has no buddy, so blocks of two arenas never merge. Raises ValueError for a pool of less than one slot.
     """
 
     num_free: int  # slots, wherever they lie
@@ -57,7 +57,8 @@ class BuddyAllocator:
                 start += 1 << order
 
     def num_free_for(self, size: int) -> int:
-        """Free slots that lie in a free block large enough for `size` slots: 0 means that allocate(size) is refused."""
+        """Free slots that lie in a free block large enough for `size` slots: 0 means that allocate(size) is refused.
+        Raises ValueError as allocate does."""
         order = self._order_for(size)
         return sum(len(self._free[k]) << k for k in range(order, len(self._free)))
 
@@ -82,7 +83,8 @@ class BuddyAllocator:
         return start
 
     def free(self, start: int) -> None:
-        """Free the block that starts at `start`, and merge it with its buddy as long as that one is free too."""
+        """Free the block that starts at `start`, and merge it with its buddy as long as that one is free too.
+        Raises ValueError where no block in use starts there."""
         if start not in self._order:
             raise ValueError(f"no block in use starts at slot {start}: freed twice, or the middle of a block?")
         order = self._order.pop(start)
@@ -131,6 +133,7 @@ class ReservationPool:
     `policy` is "max", "pow2" or "oracle": see `reservation`. `output_len` is the real one, known from the workload:
     pow2, oracle and the account need the future.
     Invariant, for each request: tokens stored <= final length <= slots asked for <= slots of its block.
+    Raises ValueError for an unknown policy or request, and where a length or number of tokens is out of its range.
     """
 
     def __init__(self, num_slots: int, policy: str, max_model_len: int):

@@ -9,7 +9,7 @@ after. (The paper moves all sequences of a request together. The scheduler of ch
 sample that moves back names the blocks of the prompt that another sample still has on the device.) The last block
 moves whole, also when it is partly empty. A block that a table outside the group names too is copied like the others,
 and the other table keeps it. This class decides, and the caller copies the tensors.
-Source: the PagedAttention paper, section 4.5, which compares this with dropping the blocks and computing them anew.
+Source: the PagedAttention paper, section 4.5, which compares this with recomputation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,8 @@ class Swap:
     def swap_in(self, tables: Sequence[BlockTable], known: Mapping[int, int] | None = None) -> list[tuple[int, int]]:
         """Move a group back. Returns the copies to make, (host_block, device_block). Raises as swap_out does.
 
-        known: host block -> a block in use on the device with the same tokens. It is named, and nothing is copied.
+        known: host block -> a block in use on the device with the same tokens. It is named, with a reference for each
+        table, and nothing is copied.
         """
         return self._move(tables, self.host, self.device, known or {})
 

@@ -8,15 +8,12 @@ A trace is JSON Lines. The first line is the header, each further line one event
     {"event": "allocate", "step": 1, "seq": "A", "logical": 1, "block": 2}
     {"event": "write", "step": 1, "seq": "A", "start": 0, "count": 6}
 
-`block` is a physical block, `logical` its place in the table of `seq`. An event says what has already happened, in
-order: replaying the events from an empty pool gives the state after each of them. A table is a list of physical
-blocks: `allocate` and `share` append an entry, `copy` and the swaps change one, `free` removes the last one, and
-`reset` removes all tables. `fork` says of which sequence the shares before it are, and how many tokens it has.
+`block` is a physical block, `logical` its place in the table of `seq`. Replaying the events from an empty pool gives
+the state after each of them: `allocate` and `share` append an entry to a table, `copy` and the swaps change one, `free`
+removes the last one, and `reset` removes all tables.
 
-What records which: a BlockTable allocate, share, copy, fork and free; a PrefixCache cache and evict; a Swap swap_out
-and swap_in; a BlockManager reset. These know which table names a block, and nothing of its contents. `write` is
-recorded by the code that stores K and V, after it did, like `schedule`, `preempt` and `finish`: the engine, or the
-script runner of `minipaged trace`. Where no trace is wanted, none is passed, and a caller pays one `is not None`.
+Block tables, prefix cache, swap and block manager record what they change. The engine, or the script runner of
+`minipaged trace`, records `write` after K and V are stored, and `schedule`, `preempt` and `finish`.
 """
 
 import json

@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """What the model and its cache are told of a step. Names and shapes are vLLM's (docs/design.md, section 3)."""
+    """The input of one step, for the model and its cache. Names and shapes: docs/design.md, section 3."""
 
     token_ids: Tensor  # int64 [num_tokens]
     positions: Tensor  # int64 [num_tokens]
@@ -37,13 +37,7 @@ class KVCache(Protocol):
     """Where K and V live. The model calls `attend` and nothing else, so it cannot tell one cache from another."""
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        batch: ForwardBatch,
-        sliding_window: int | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
         """Store the batch's key and value; return causal attention of its queries over each sequence's whole context.
 
@@ -62,11 +56,10 @@ def make_batch(
     sampled: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
 ) -> ForwardBatch:
-    """Lay the tokens of all sequences end to end and translate every position to its slot, in bulk, with NumPy.
+    """Lay the tokens of all sequences end to end and translate every position to its slot (chapter 6), in bulk.
 
     Sequence i brings token_ids[i], which stand at positions starts[i], starts[i] + 1, ...; block_tables[i] is its block
     table, and without tables nothing is kept. sampled: the sequences whose next token is due, all where it is None.
-    Slot of position p: blocks[p // block_size] * block_size + p % block_size, the address translation of chapter 6.
     Raises ValueError where a sequence brings no token, or has too few blocks for its tokens.
     """
     counts = np.array([len(tokens) for tokens in token_ids], dtype=np.int64)

@@ -6,11 +6,9 @@
     silu(gate) * up                                     2                       silu_and_multiply
 
 At a decode step's few rows an operation takes as long to begin as to do, and each writes a tensor that the next one
-reads. Numba compiles the loops below for this processor. They change a tensor where it lies: `hidden`, the residual
-stream, is added to in place, and q and k are turned in the output of their linear layer. Threads share the rows of a
-long prompt. With NUMBA_DISABLE_JIT=1 the same functions run as Python, slowly, and can be stepped through.
-
-Halves are read as float32 and computed with in float32. A result is rounded once, to the nearest, ties to even.
+reads. The loops below, compiled by Numba, work in place: `hidden`, the residual stream, is added to, and q and k are
+turned in the output of their linear layer. Threads share the rows of a long prompt. Halves are computed in float32, and
+a result is rounded once, to the nearest, ties to even.
 """
 
 from collections.abc import Iterable
@@ -61,12 +59,9 @@ class CompiledTransformer(Transformer):
 
 
 def use_compiled_ops(transformer: Transformer) -> None:
-    """Make a `Transformer` a `CompiledTransformer`, in place. It goes on by the formulas wherever these are needed."""
+    """Make a `Transformer` a `CompiledTransformer`, in place. Where a gradient is wanted, it runs the formulas."""
     if type(transformer) is Transformer:
         transformer.__class__ = CompiledTransformer
-
-
-# ---- the operations --------------------------------------------------------------------------------------------------
 
 
 def add_rms_norm(hidden: Tensor, added: Tensor, norm: nn.RMSNorm) -> Tensor:
@@ -97,9 +92,6 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
 def _rows(numbers: int) -> int:
     """How many rows of so many numbers are worth another thread."""
     return cdiv(_PIECE, numbers)
-
-
-# ---- the loops -------------------------------------------------------------------------------------------------------
 
 
 @compiled

@@ -8,15 +8,18 @@
     smollm3     every fourth layer has no positions             if self.has_rope
 
 Hugging Face's config.json calls a family by its model_type, GGUF by its architecture. Mistral's GGUF files say llama.
-Sources: Peng et al., "YaRN" (2023), section 3; llama.cpp's src/llama-model.cpp; transformers' modeling_rope_utils.py.
+What a file asks for is applied as llama.cpp and transformers apply it, or refused by its name, and never passed over.
+Sources: llama.cpp's src/llama-model.cpp; transformers' configuration_*.py of each family.
 """
 
-import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from minipaged.model.folder import read_json
 from minipaged.model.gguf_file import GGUFFile, ModelFileError, gguf_field
+from minipaged.model.rope_scaling import rope_scaling
 from minipaged.model.transformer import MAX_POSITION, ModelConfig
 
 FAMILIES: dict[str, dict[str, bool]] = {
@@ -36,7 +39,21 @@ _NOT_SUPPORTED = {
     "qwen3_moe": "it has experts",
     "qwen3moe": "it has experts",
 }
+# Fields of other families that change what a model computes, in config.json and GGUF -> values that change nothing.
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("attention_bias", "mlp_bias", "expert_count", "attention.max_alibi_bias"), (0,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attention.clamp_kqv"), (0,)),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (0, 1)),
+    **dict.fromkeys(("embedding_scale", "residual_scale", "attention.output_scale"), (0, 1)),
+    **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"), (0, 1)),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "partial_rotary_factor": (1,),
+    "attention.causal": (1,),
+    "hidden_act": ("silu",),
+}
 GGUF_ROPE_FACTORS = "rope_freqs.weight"  # a tensor of all layers, and no weight
+_DEFAULT_WINDOW, _DEFAULT_FULL_LAYERS = 4096, 28  # of Mistral and Qwen, where config.json does not say
+_QWEN3_HEAD_DIM = 128  # the same
 _SMOLLM3_INTERVAL = 4  # each fourth layer has no positions; its GGUF files do not say so
 
 
@@ -49,8 +66,10 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     def get(name: str, default: Any = None) -> Any:
         return gguf_field(file, f"{family}.{name}", default)
 
-    if get("expert_count", 0):
-        raise ModelFileError(f"architecture {family!r} with experts is not supported")
+    if (count := gguf_field(file, "split.count", 0)) not in (0, 1):
+        number = gguf_field(file, "split.no", 0)
+        raise ModelFileError(f"it is part {number} (from 0) of {count}: join them first, with llama.cpp's gguf-split")
+    _check_no_effect(lambda name: file.field(f"{family}.{name}"))
     tokens = gguf_field(file, "tokenizer.ggml.tokens")
     names = ("attention.head_count", "embedding_length", "block_count", "context_length")
     num_heads, hidden_size, num_layers, context = (_counted(name, get(name)) for name in names)
@@ -58,18 +77,26 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     for name, dims in (("rope.dimension_count", "turns"), ("attention.value_length", "keeps as values")):
         if (found := get(name, head_dim)) != head_dim:
             raise ModelFileError(f"the model {dims} {found} of {head_dim} dimensions of a head: only all are supported")
+    if (scale := get("attention.scale", 0.0)) and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-6):
+        raise ModelFileError(f"attention.scale {scale} is not supported: {head_dim**-0.5} is")
     theta = get("rope.freq_base", 10_000.0)
+    kind, factor = get("rope.scaling.type", "linear"), get("rope.scaling.factor", get("rope.scale_linear", 0.0)) or 1.0
     scaling = {
-        "rope_type": get("rope.scaling.type", "none"),
-        "factor": get("rope.scaling.factor", 1.0),
+        "rope_type": "none" if factor == 1.0 and kind in ("linear", "yarn") else kind,
+        "factor": factor,
         "original_max_position_embeddings": get("rope.scaling.original_context_length", context),
         "beta_fast": get("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": get("rope.scaling.yarn_beta_slow", 1.0),
     }
     factors, attention_factor = rope_scaling(scaling, theta, head_dim)
     if GGUF_ROPE_FACTORS in file.tensors:
+        if factors:
+            raise ModelFileError(f"{GGUF_ROPE_FACTORS} beside a scaling of type {kind!r} is not supported")
         factors = tuple(file.tensor(GGUF_ROPE_FACTORS).ravel().tolist())
-    window = get("attention.sliding_window", 0)
+    window = get("attention.sliding_window", 0) or None
+    slides = get("attention.sliding_window_pattern", [True] * num_layers)  # of each layer, where not all do
+    if not isinstance(slides, list) or len(slides) != num_layers:
+        raise ModelFileError(f"attention.sliding_window_pattern must be {num_layers} flags, got {slides!r:.80}")
     return ModelConfig(
         vocab_size=len(tokens) if isinstance(tokens, list) else 0,
         hidden_size=hidden_size,
@@ -83,9 +110,9 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
         rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in file.tensors,
         rope_factors=factors,
-        rope_attention_factor=attention_factor * get("rope.scaling.yarn_attn_factor", 1.0),
+        rope_attention_factor=attention_factor,
         no_rope_layers=_each_nth(num_layers, _SMOLLM3_INTERVAL) if family == "smollm3" else (),
-        sliding_windows=(window,) * num_layers if window else (),
+        sliding_windows=_windows(window, slides),
         **FAMILIES[family],
     )
 
@@ -101,13 +128,20 @@ def config_from_json(path: Path) -> ModelConfig:
 
     try:
         _check_family("model_type", family := get("model_type"))
-        if fields.get("attention_bias") or fields.get("mlp_bias") or fields.get("hidden_act", "silu") != "silu":
-            raise ModelFileError("further biases, and activations other than silu, are not supported")
+        if quantised := fields.get("quantization_config") or fields.get("quantization"):
+            kind = quantised.get("quant_method", "MLX") if isinstance(quantised, dict) else quantised
+            raise ModelFileError(f"the weights are quantised ({kind}): folders of floats are supported, and GGUF files")
+        _check_no_effect(fields.get)
         names = ("num_attention_heads", "hidden_size", "num_hidden_layers", "max_position_embeddings")
         heads, hidden, layers, context = (_counted(name, get(name)) for name in names)
-        head_dim = hidden // heads if (head_dim := fields.get("head_dim")) is None else head_dim
-        rope = {**(fields.get("rope_parameters") or {}), **(fields.get("rope_scaling") or {})}
-        theta = rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
+        head_dim = fields.get("head_dim", _QWEN3_HEAD_DIM if family == "qwen3" else None)
+        head_dim = hidden // heads if head_dim is None else head_dim
+        scaling, parameters = fields.get("rope_scaling"), fields.get("rope_parameters")
+        if scaling and parameters and scaling != parameters:  # transformers would take the first, and its base alone
+            raise ModelFileError(f"rope_scaling {scaling} and rope_parameters {parameters} differ: leave one of them")
+        rope = dict(scaling or parameters or {})
+        default_theta = 2_000_000.0 if family == "smollm3" else 10_000.0
+        theta = rope.get("rope_theta", fields.get("rope_theta", default_theta))
         rope["original_max_position_embeddings"] = original = rope.get("original_max_position_embeddings") or context
         factors, attention_factor = rope_scaling(rope, theta, head_dim)
         if rope.get("rope_type", rope.get("type")) == "yarn":  # some files give the context without the scaling
@@ -136,49 +170,6 @@ def config_from_json(path: Path) -> ModelConfig:
         raise ModelFileError(f"{path} describes no model that could be built: {error}") from error
 
 
-def rope_scaling(rope: dict[str, Any], theta: float, head_dim: int) -> tuple[tuple[float, ...], float]:
-    """What each frequency is divided by (nothing where none is scaled), and what cos and sin are multiplied by.
-
-    linear divides all by one factor. llama3 and yarn divide slow frequencies, which make less than some number of turns
-    within the context of the first training, and leave fast ones; between them lies a ramp, over turns (llama3) or over
-    the index of the pair (yarn).
-    """
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0 or kind not in ("default", "none", "linear", "llama3", "yarn"):
-        raise ModelFileError(f"scaling {kind!r} of rotary positions is not supported, or not of a part: {rope}")
-    if kind in ("default", "none"):
-        return (), 1.0
-    factor: float = float(rope["factor"])
-    attention_factor: Any = 1.0
-    if kind == "linear":
-        return (factor,) * (head_dim // 2), 1.0
-    context, pairs = rope["original_max_position_embeddings"], range(head_dim // 2)
-    if kind == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = [context * theta ** (-2 * i / head_dim) / (2 * math.pi) for i in pairs]
-        kept = [(n - low) / (high - low) for n in turns]  # 1: as it is, 0: divided
-    else:
-        fast, slow = (
-            head_dim * math.log(context / (n * 2 * math.pi)) / (2 * math.log(theta))  # the pair that makes n turns
-            for n in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
-        )
-        if rope.get("truncate", True):
-            fast, slow = math.floor(fast), math.ceil(slow)
-        fast, slow = max(fast, 0), min(slow, head_dim - 1)
-        kept = [1 - (i - fast) / (slow - fast or 0.001) for i in pairs]
-        attention_factor = rope.get("attention_factor")
-        if attention_factor is None:
-            scales: list[Any] = [rope.get("mscale"), rope.get("mscale_all_dim")]
-            above, below = scales if all(scales) else (1.0, 0.0)
-            attention_factor = _mscale(factor, above) / _mscale(factor, below)
-    kept = [min(1.0, max(0.0, share)) for share in kept]
-    return tuple(1.0 / ((1.0 - share) / factor + share) for share in kept), attention_factor
-
-
-def _mscale(factor: float, weight: float) -> float:
-    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
 def _check_family(what: str, family: Any) -> None:
     if str(family) not in FAMILIES:
         why = f" ({_NOT_SUPPORTED[family]})" if str(family) in _NOT_SUPPORTED else ""
@@ -203,25 +194,30 @@ def _each_nth(num_layers: int, interval: int) -> tuple[int, ...]:
 
 
 def _sliding_windows(fields: dict[str, Any], family: str, num_layers: int) -> tuple[int | None, ...]:
-    window = fields.get("sliding_window")
-    if family == "llama" or window is None or not fields.get("use_sliding_window", family == "mistral"):
-        return ()
-    if family == "mistral":
-        return (window,) * num_layers
-    kinds = fields.get("layer_types")
-    if kinds is None:
-        first = fields.get("max_window_layers", num_layers)
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return windows if any(windows) else ()
+    """Of each layer. Where a field is missing, it is what transformers' class of the family takes."""
+    window = fields.get("sliding_window", _DEFAULT_WINDOW if family in ("mistral", "qwen2", "qwen3") else None)
+    if family != "mistral" and not fields.get("use_sliding_window", False):
+        window = None
+    if family in ("llama", "mistral"):
+        slides = [family == "mistral" and window is not None] * num_layers
+    elif family == "smollm3":
+        slides = [i in _no_rope_layers(fields, num_layers) for i in range(num_layers)]
+    else:
+        slides = [i >= fields.get("max_window_layers", _DEFAULT_FULL_LAYERS) for i in range(num_layers)]
+    if (kinds := fields.get("layer_types")) is not None:
+        if len(kinds) != num_layers or not {*kinds} <= {"sliding_attention", "full_attention"}:
+            raise ModelFileError(f"layer_types must name {num_layers} layers, sliding_ or full_attention, got {kinds}")
+        if family in ("llama", "mistral") and slides != [kind == "sliding_attention" for kind in kinds]:
+            raise ModelFileError(f"layer_types {kinds} of a {family} model with a window of {window} are not supported")
+        slides = [kind == "sliding_attention" for kind in kinds]
+    return _windows(window, slides)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object. Raises ModelFileError where it does not."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number without end, brackets without end
-        raise ModelFileError(f"{path} ({path.stat().st_size:,} bytes) is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ModelFileError(f"{path} must hold one JSON object, got a {type(fields).__name__}")
-    return fields
+def _windows(window: int | None, slides: list[bool]) -> tuple[int | None, ...]:
+    return tuple(window if slide else None for slide in slides) if window is not None and any(slides) else ()
+
+
+def _check_no_effect(get: Callable[[str], Any]) -> None:
+    for name, values in _NO_EFFECT.items():
+        if (found := get(name)) is not None and found not in values:
+            raise ModelFileError(f"{name} is {found!r}, which is not supported")

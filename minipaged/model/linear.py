@@ -1,10 +1,9 @@
 """Chapter 2. Linear layers at a decode step's few rows, as fast as memory allows: weights packed once.
 
 A decode step multiplies a handful of rows by every weight of the model, so it takes as long as reading the weights
-does. A plain `linear` takes longer: the library that does the product wants the weight in tiles of its own shape, and
-lays it out anew at every call. Both libraries that torch brings for it can lay it out once and keep it: MKL and oneDNN.
-Which is the quicker depends on the processor. All linear layers of SmolLM2-135M but the head, on two cores each, in
-milliseconds:
+does. A plain `linear` takes longer: its library wants the weight in tiles of its own shape, and lays it out at every
+call. MKL and oneDNN, which torch brings, can lay it out once and keep it. Which is the faster depends on the processor.
+All linear layers of SmolLM2-135M but the head, on two cores each, in milliseconds:
 
     rows                                    1      8     32    256
     Intel, AMX     float32     plain     15.9   33.0   45.8    172
@@ -18,11 +17,9 @@ milliseconds:
                    bfloat16    plain                   369
 
 A processor without bfloat16 instructions (the last line) multiplies a bfloat16 model in float32, over weights packed in
-float32; the model's numbers, K and V stay bfloat16. `trial.py` measures which way is the fastest on this machine. One
-packing serves every number of rows, and results differ by rounding alone (4e-6).
-
-The operators have no public name: torch's compiler writes them into CPU code (`torch/_inductor/mkldnn_lowerings.py`).
-Whatever they do not take (another device, float64, a torch without them, a gradient) goes the plain way.
+float32; K and V stay bfloat16. `trial.py` measures which way is the fastest on this machine. Results differ by rounding
+alone (4e-6). The operators have no public name: torch's compiler writes them into CPU code
+(`torch/_inductor/mkldnn_lowerings.py`). Another device, float64 and a wanted gradient take the plain way.
 """
 
 from contextlib import suppress
@@ -50,11 +47,11 @@ class Way(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A weight as a way wants it. The numbers it was made of are not needed for the product."""
+    """A weight in the layout of a way. The product does not need the parameter."""
 
     way: Way
     numbers: Tensor
-    shape: Tensor  # [out_features, in_features], without memory: MKL's product asks a weight for its shape
+    shape: Tensor  # [out_features, in_features], without memory: MKL's product reads only its shape
 
 
 class PackedLinear(nn.Linear):
@@ -69,11 +66,11 @@ class PackedLinear(nn.Linear):
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self._packed: Packed | None = packed
-        self._packed_of = stamp(linear.weight)
+        self._packed_of = weight_version(linear.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias, packed = self.weight, self.bias, self._packed
-        is_stale = self._packed_of != stamp(weight)
+        is_stale = self._packed_of != weight_version(weight)
         if packed is None or is_stale or input.dtype != weight.dtype or is_learning(input, weight, bias):
             return F.linear(input, weight, bias)
         if 0 < input.numel() <= packed.way.plain_rows * self.in_features:
@@ -84,18 +81,17 @@ class PackedLinear(nn.Linear):
         """Give up the parameter's memory. One NaN stands for all of its numbers: a use of them would show."""
         nothing = torch.full((1, 1), torch.nan, dtype=self.weight.dtype).expand(self.weight.shape)
         self.weight = nn.Parameter(nothing, requires_grad=False)
-        self._packed_of = stamp(self.weight)
+        self._packed_of = weight_version(self.weight)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # a packed copy cannot be copied or saved; the parameter can
 
 
 def pack_linears(model: nn.Module, way: Way, keep: bool = True) -> None:
-    """Put a PackedLinear in the place of every linear layer whose weight is large enough and can be packed, in place.
+    """Replace every linear layer whose weight is large enough and can be packed by a PackedLinear.
 
-    Names, parameters and state_dict stay as they are, and cost a second copy of the weights (none of the process's own
-    where they are a mapped file: `weight_cache.py`). keep=False: the parameters are given up, except where few rows are
-    multiplied by them.
+    Names, parameters and state_dict stay as they are, beside the packed copy. keep=False: the parameters are given up,
+    except where few rows are multiplied by them.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -124,10 +120,7 @@ def ways(dtype: torch.dtype) -> list[Way]:
 
 
 def pack(weight: Tensor, way: Way) -> Packed | None:
-    """The weight as the way wants it: None where it cannot be packed, or not be multiplied by, or needs no packing.
-
-    Not every torch has both libraries, and not every processor has products of every type.
-    """
+    """The weight in the layout of a way. None where it needs no packing, or this torch or processor cannot do it."""
     if not is_packing(way, weight.dtype) or weight.device.type != "cpu":
         return None
     numbers = weight.detach().to(way.dtype)
@@ -162,6 +155,6 @@ def is_learning(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def stamp(weight: Tensor) -> tuple[int, int]:
-    """Changes when the parameter moves (another device or dtype) and when it is written to: a copy of it is stale."""
+def weight_version(weight: Tensor) -> tuple[int, int]:
+    """Changes when the parameter moves (another device or dtype) and when it is written to."""
     return weight.data_ptr(), weight._version

@@ -84,7 +84,7 @@ def load_model(name: str | Path | Model, dtype: str | None = None, seed: int = 0
             model = read_model(source, torch_dtype, device, keep=False)
         except ValueError as error:
             raise ModelFileError(f"{name}: {error}") from error
-    quicken(model.transformer)
+    optimize_for_cpu(model.transformer)
     return model
 
 
@@ -95,8 +95,8 @@ def named_dtype(dtype: str, device: str) -> str:
     return fastest_dtype(device) if dtype == "auto" else dtype
 
 
-def quicken(transformer: Transformer) -> None:
-    """Put the quicker forms of its parts in their places, once its weights lie where they will be used."""
+def optimize_for_cpu(transformer: Transformer) -> None:
+    """Pack the linear layers and use the compiled operations, in place. Does nothing on another device."""
     weights = transformer.embed_tokens.weight
     if weights.device.type != "cpu":
         return

@@ -1,7 +1,7 @@
 """Chapter 2. Generating without a cache: every step computes the whole of every text, and keeps nothing.
 
-Token n then costs n tokens' worth of work, and a text of n tokens costs 1 + 2 + ... + n: O(n^2). It is the baseline of
-the course for one more reason: with nothing kept, there is nothing that could be kept wrongly.
+A text of n tokens then costs 1 + 2 + ... + n: O(n^2). The course measures and tests every cache against this loop:
+nothing is kept, so nothing can be kept wrongly.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,7 @@ class RecomputeCache:
     """Invariant: nothing is remembered between two calls."""
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        batch: ForwardBatch,
-        sliding_window: int | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
         """Causal attention of each sequence over itself. Raises ValueError where a sequence does not come whole."""
         starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()

@@ -7,8 +7,10 @@ in the model's files.
 import json
 import re
 from codecs import getincrementaldecoder
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from typing import Any, NotRequired, TypedDict
 
 import jinja2
 from jinja2 import nodes
@@ -19,12 +21,34 @@ from tokenizers import Tokenizer, decoders
 
 Message = dict[str, str]
 
+
+class TokenPrompt(TypedDict):
+    """A prompt as tokens. prompt: their text, for the answer to repeat. cache_salt: prompts of unequal salts share no
+    block (one for each tenant, say)."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
+
+
 # Byte-level BPE writes each byte as one printable character: the printable ones of Latin-1 as they are, the others from
 # U+0100 on, in order (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2).
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
 _SPELT_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """The package's Rust code panics where a pattern of tokenizer.json explodes, say. That is no Exception, and would
+    pass for a Ctrl-C: here it becomes a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer does not get through this text: {error}") from error
 
 
 class TextTokenizer:
@@ -47,7 +71,7 @@ class TextTokenizer:
         self.bos_token_id = bos_token_id  # put before every text, where the model was trained so
         self.special_token_ids = {i for i, added in tokenizer.get_added_tokens_decoder().items() if added.special}
         self.is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        self.special_tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
+        self.special_tokens = dict(special_tokens or {})
 
     @property
     def largest_token_id(self) -> int:
@@ -55,10 +79,10 @@ class TextTokenizer:
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         return max([*ids, -1 if self.bos_token_id is None else self.bos_token_id])
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """The tokens of a text. Raises ValueError where it is not Unicode text (half of a surrogate pair).
 
-        The token that begins a text is put before it, unless it stands there: chat templates write it themselves.
+        add_bos: put the token that begins a text before it, unless it stands there. A chat template writes it itself.
         Special tokens that stand in the text as words (<|im_end|>) are read as such: a chat template writes them so. A
         byte that the vocabulary lacks is left out, as elsewhere: SmolLM2's lacks a few, of control characters and of
         planes of Unicode that are hardly in use.
@@ -67,12 +91,15 @@ class TextTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode: {error.reason}, at character {error.start}") from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids if self.bos_token_id is None or ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
+        with panics_are_errors():
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        bos = [self.bos_token_id] if add_bos and self.bos_token_id is not None else []
+        return ids if ids[:1] == bos else [*bos, *ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of the tokens, without special tokens. Bytes that are not a whole character read as U+FFFD."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        with panics_are_errors():
+            return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Each token's own text, special tokens included: for pictures of what lies in which slot."""
@@ -103,13 +130,19 @@ class TextTokenizer:
         sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         sandbox.globals["raise_exception"] = _refuse  # what templates call to refuse
         sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        sandbox.filters["tojson"] = _to_json
         try:
+            given = [{key: value for key, value in message.items() if value is not None} for message in messages]
             return sandbox.from_string(self.chat_template).render(
-                messages=list(messages), add_generation_prompt=True, tools=None, documents=None, **self.special_tokens
+                messages=given, add_generation_prompt=True, tools=None, documents=None, **self.special_tokens
             )
         except Exception as error:  # the template is a program: any exception may be its own
             raise ValueError(f"the model's chat template does not take these messages: {error}") from error
+
+    def chat_prompt(self, messages: Sequence[Message]) -> TokenPrompt:
+        """A conversation as tokens. The template writes itself what begins a text. Raises as `apply_chat_template`."""
+        written = self.apply_chat_template(messages)
+        return TokenPrompt(prompt_token_ids=self.encode(written, add_bos=False), prompt=written)
 
 
 class TextStream:
@@ -160,6 +193,11 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, **how: Any) -> str:
+    """With the arguments of transformers' filter, and without jinja2's escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **how)
 
 
 def _refuse(message: str) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from minipaged.model.families import read_json
+from minipaged.model.folder import file_in, read_json
 from minipaged.model.gguf_file import GGUFFile, ModelFileError, gguf_field
-from minipaged.model.tokenizer import TextTokenizer
+from minipaged.model.tokenizer import TextTokenizer, panics_are_errors
 
 _UNKNOWN_TOKEN, _CONTROL_TOKEN, _USER_TOKEN = 2, 3, 4  # llama.cpp's token types; 1 is an ordinary token
 
@@ -34,6 +34,8 @@ _SPLITTERS: dict[str, list[str]] = {
     ],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
 }
+_SETTINGS = ("special_tokens_map.json", "tokenizer_config.json", "config.json", "generation_config.json")
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is taken as it is, though no merges lead there
 _ADD_BOS = ("llama-bpe", "tekken")  # where the file does not say
 
@@ -86,22 +88,24 @@ def tokenizer_from_gguf(file: GGUFFile) -> TextTokenizer:
 
 
 def tokenizer_from_folder(folder: Path) -> TextTokenizer:
-    """The tokenizer of a Hugging Face folder: tokenizer.json, with config.json and tokenizer_config.json beside it."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
+    """The tokenizer of a Hugging Face folder: tokenizer.json, with config.json and tokenizer_config.json beside it.
+
+    Raises ModelFileError, with its name, for a file that is damaged, and for an id that is none.
+    """
+    if (path := file_in(folder, "tokenizer.json")) is None:
         raise ModelFileError(f"{folder} holds no tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_padding()
-        before: list[int] = tokenizer.encode("").ids  # what the file puts before every text, if anything
+        with panics_are_errors():
+            tokenizer = Tokenizer.from_file(str(path))
+            bos = _first_of_a_text(tokenizer)
     except Exception as error:  # the package raises a bare Exception
         raise ModelFileError(f"{path} is not a usable tokenizer.json: {error}") from error
     settings: dict[str, Any] = {}
-    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):  # the last word counts
-        if (folder / name).exists():
-            settings.update(read_json(folder / name))
+    for name in _SETTINGS:  # the last word counts, and null is none
+        if file := file_in(folder, name):
+            settings |= {key: value for key, value in read_json(file).items() if value is not None}
     special_tokens = {}
-    for name in ("bos_token", "eos_token"):
+    for name in _NAMED_TOKENS:
         token = settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
@@ -109,19 +113,26 @@ def tokenizer_from_folder(folder: Path) -> TextTokenizer:
     eos = settings.get("eos_token_id")
     if eos is None and "eos_token" in special_tokens:
         eos = tokenizer.token_to_id(special_tokens["eos_token"])
+    ends = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    for token_id in (*ends, settings.get("bos_token_id", 0)):
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            raise ModelFileError(f"{folder}: bos_token_id and eos_token_id must be tokens, 0 or more, got {token_id!r}")
     template = settings.get("chat_template")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if file := file_in(folder, "chat_template.jinja"):
+        template = file.read_text(encoding="utf-8")
     if isinstance(template, list):  # of several, one is for plain conversations
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-    bos = before[0] if before else settings.get("bos_token_id") if settings.get("add_bos_token") else None
-    return TextTokenizer(
-        tokenizer,
-        eos_token_ids=eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else [],
-        chat_template=template if isinstance(template, str) else None,
-        bos_token_id=bos if isinstance(bos, int) else None,
-        special_tokens=special_tokens,
-    )
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return TextTokenizer(tokenizer, ends, template if isinstance(template, str) else None, bos, special_tokens)
+
+
+def _first_of_a_text(tokenizer: Tokenizer) -> int | None:
+    """The token that the file puts before every text, if any. (What it puts behind one would end a prompt.)"""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+    ids: list[int] = tokenizer.encode("a").ids
+    return ids[0] if ids[:1] != plain[:1] else None
 
 
 def byte_tokenizer() -> TextTokenizer:

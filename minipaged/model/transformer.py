@@ -2,11 +2,10 @@
 
     token ids -> embedding -> [RMSNorm -> attention -> +  ->  RMSNorm -> SwiGLU -> +] x num_layers -> RMSNorm -> linear
 
-Every operation but attention treats each token by itself. So the tokens of many sequences are laid end to end, and
-only `cache.attend` needs to know where one sequence ends. There is no batch dimension and no padding.
-
-Llama, Mistral, Qwen 2.5 and 3 and SmolLM3 are this one model. Where they differ, a field of `ModelConfig` says so, and
-one line below reads it; `families.py` fills the fields from a model's files.
+Every operation but attention treats each token by itself. So the tokens of many sequences are laid end to end, with no
+batch dimension and no padding, and only `cache.attend` depends on where one sequence ends. Llama, Mistral, Qwen 2.5 and
+3 and SmolLM3 are this one model: where they differ, one line below reads a field of `ModelConfig`, which `families.py`
+fills from a model's files.
 
 Sources: Vaswani et al. 2017 (the decoder); Touvron et al., "LLaMA" (2023), section 2.2 (RMSNorm, SwiGLU, rotary
 positions); Su et al., "RoFormer" (2021), section 3.4 (rotary positions); Ainslie et al., "GQA" (2023); Jiang et al.,

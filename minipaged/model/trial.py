@@ -4,9 +4,9 @@
     the fastest:    the smallest geometric mean over the four numbers of rows, where the smallest of these are left to
                     the plain way if that is clearly faster there
 
-A trial takes some tenths of a second. Its figures are kept in MINIPAGED_HOME, in a file for each processor, torch,
-number of threads and dtype, which may be deleted. Where nothing can be kept, or other programs took the processor
-meanwhile, a rule decides (`_by_rule`): two starts of one program must choose alike, and add in the same order.
+A trial takes some tenths of a second. Its figures are kept in MINIPAGED_HOME, a file for each processor, torch, number
+of threads and dtype. Where nothing can be kept, or other programs took the processor meanwhile, a rule decides
+(`_by_rule`): two starts of one program must choose alike, and add in the same order.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minipaged.model.fetch import home
+from minipaged.home import home
 from minipaged.model.linear import Packed, Way, pack, product, ways
 from minipaged.processor import processor
 
@@ -112,7 +112,7 @@ def measure(dtype: torch.dtype, possible: list[Way]) -> tuple[Times, float]:
 
 
 def _best(times: Times) -> tuple[Way, float]:
-    """The fastest way, helped by the plain one at few rows where that is clearly faster, and its mean milliseconds."""
+    """The fastest way, with the plain one at few rows where that is clearly faster, and its mean milliseconds."""
     plain = next(iter(times.values()))
     best: list[tuple[float, Way]] = []
     for way, own in times.items():
@@ -129,8 +129,8 @@ def _best(times: Times) -> tuple[Way, float]:
 def _by_rule(possible: list[Way]) -> Way:
     """Without a trial: in the model's own type where that can be packed; on an Intel processor MKL, else oneDNN."""
     own = [way for way in possible[1:] if way.dtype == possible[0].dtype] or possible[1:] or possible
-    liked = "MKL" if "Intel" in processor() else "oneDNN"
-    return next((way for way in own if way.library == liked), own[0])
+    library = "MKL" if "Intel" in processor() else "oneDNN"
+    return next((way for way in own if way.library == library), own[0])
 
 
 def _read(path: Path, about: dict[str, object], possible: list[Way]) -> Times | None:

@@ -8,7 +8,7 @@ stacked already, with configuration and tokenizer in its header. It is mapped, n
 when they are touched, and the system may drop them again, since it knows where to find them.
 
 Invariant: a copy is used only if it says it was made of exactly this source, by this version of ours, and everything in
-it adds up to the checksum it carries. Any other is ignored and made anew, and where none can be kept, all goes on
+it adds up to the checksum it carries. Any other is ignored and made again, and where none can be kept, all goes on
 without. A copy is written beside its place and moved there in one step, so that there is never half of one.
 """
 

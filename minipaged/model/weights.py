@@ -7,6 +7,7 @@ opened: they can run code.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minipaged.model.families import GGUF_ROPE_FACTORS, config_from_gguf, config_from_json, read_json
+from minipaged.model.families import GGUF_ROPE_FACTORS, config_from_gguf, config_from_json
+from minipaged.model.folder import INDEX, file_in, weight_files
 from minipaged.model.gguf_file import ModelFileError, gguf_field, open_gguf
 from minipaged.model.tokenizer import TextTokenizer
 from minipaged.model.tokenizer_files import tokenizer_from_folder, tokenizer_from_gguf
@@ -40,6 +42,8 @@ _GGUF_LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _PERMUTED = ("llama", "smollm3")  # families whose GGUF files hold rows of W^Q and W^K in another order
+_FLOATS = ("F64", "F32", "F16", "BF16")  # what a tensor of a folder may hold
+_ROWS = 4096  # of two tables that are compared at once
 
 ALL = slice(None)
 Cut = tuple[slice, slice]  # rows, columns
@@ -60,7 +64,7 @@ def source_from_gguf(path: Path) -> Source:
     try:
         config = config_from_gguf(file)
         names = {hugging_face_name(name): name for name in file.tensors if name != GGUF_ROPE_FACTORS}
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:  # a field that is odd, or missing
         raise ModelFileError(f"{path}: {error}") from error
     is_permuted = gguf_field(file, "general.architecture") in _PERMUTED
 
@@ -76,42 +80,38 @@ def source_from_gguf(path: Path) -> Source:
 
 
 def source_from_folder(path: Path) -> Source:
-    """Of config.json, *.safetensors and tokenizer.json. Raises ModelFileError as `source_from_gguf` does."""
-    if not (path / "config.json").is_file():
-        raise ModelFileError(f"{path} holds no config.json: a model is config.json, *.safetensors and tokenizer.json")
+    """Of config.json, safetensors and tokenizer.json. Raises ModelFileError as `source_from_gguf` does."""
+    if file_in(path, "config.json") is None:
+        raise ModelFileError(f"{path} holds no config.json: a model is config.json, safetensors and tokenizer.json")
     config = config_from_json(path / "config.json")
     shapes, slices = {}, {}
-    for part in _weight_files(path):
+    for part, named in weight_files(path).items():
         try:
             file = safe_open(part, framework="pt")
-            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+            there = set(file.keys())
+            for name in there if named is None else named:
+                if name not in there:
+                    raise ModelFileError(f"{part} lacks the tensor {name}, which {INDEX} says it holds")
                 slices[name] = file.get_slice(name)
                 shapes[name] = tuple(slices[name].get_shape())
+                if (kind := slices[name].get_dtype()) not in _FLOATS:
+                    raise ModelFileError(f"{part}: tensor {name} is {kind}: quantised weights are not supported")
+        except ModelFileError:
+            raise
         except (SafetensorError, ValueError, TypeError) as error:
             raise ModelFileError(f"{part} ({part.stat().st_size:,} bytes) is damaged or cut short: {error}") from error
-    if not shapes:
-        raise ModelFileError(f"{path} holds no *.safetensors file")
 
     def read(name: str, cut: Cut) -> Tensor:
         numbers: Tensor = slices[name][cut[: len(shapes[name])]]
         return numbers.contiguous()
 
+    tables = ["model.embed_tokens.weight", "lm_head.weight"]
+    if config.tie_embeddings and set(tables) <= set(shapes):  # tied if they are equal, as in transformers
+        is_whole = all(shapes[name] == (config.vocab_size, config.hidden_size) for name in tables)
+        cuts = [(slice(first, first + _ROWS), ALL) for first in range(0, config.vocab_size, _ROWS)]
+        is_tied = is_whole and all((read(tables[0], cut) == read(tables[1], cut)).all() for cut in cuts)
+        config = replace(config, tie_embeddings=is_tied)
     return Source(config, shapes, read, lambda: tokenizer_from_folder(path))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The parts that an index names, or all there are. Others may lie beside the parts: older copies, say."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        single = folder / "model.safetensors"
-        return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    parts = read_json(index).get("weight_map")
-    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
-        raise ModelFileError(f"{index} names no parts: its weight_map is {parts!r}")
-    files = [folder / Path(part).name for part in sorted(set(parts.values()))]
-    if missing := [file.name for file in files if not file.exists()]:
-        raise ModelFileError(f"{folder} lacks {len(missing)} of {len(files)} parts: {missing[0]}")
-    return files
 
 
 def source_from_transformer(transformer: Transformer, tokenizer: Callable[[], TextTokenizer]) -> Source:

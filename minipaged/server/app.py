@@ -17,7 +17,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.applications import Starlette
@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
@@ -37,7 +37,6 @@ from minipaged.server.engine_loop import Call, EngineLoop, Piece
 from minipaged.server.live import Watcher
 from minipaged.server.protocol import Answer, ApiError, ChatRequest, CompletionRequest, _Asked, parsed
 
-Result = TypeVar("Result")
 PAGE = Path(__file__).parent / "page"
 PLAYER = Path(viz.__file__).parent / "player"
 BODY_SECONDS = 30.0  # for a body to come in
@@ -166,8 +165,8 @@ class Server:
             raise ApiError(429, f"the server is busy: {busy}", "rate_limit_exceeded", headers={"Retry-After": "1"})
         answer = Answer(body, self.llm.tokenizer, self.model, sum(len(tokens) for tokens, _ in prompts))
         if body.stream:
-            return _Events(self._chunks(call, answer), self.limits.seconds)
-        return await _unless_gone(request.receive, self._whole(call, answer), self.limits.seconds)
+            return _Events(self._chunks(call, answer), self.limits.seconds + 5.0)
+        return await _unless_gone(request.receive, self._whole(call, answer))
 
     def _prompts(self, body: CompletionRequest | ChatRequest) -> list[Any]:
         """Tokens and parameters of each prompt. Raises ValueError where one can never run."""
@@ -193,12 +192,12 @@ class Server:
                     pieces = await call.inbox.get()
                 call.open -= sum(piece.finish_reason is not None for piece in pieces)
                 if any(piece.finish_reason in ("error", "abort") for piece in pieces):
-                    raise ApiError(
-                        500, f"the request failed: {call.error or 'the engine gave it up'}", headers=_DO_NOT_RETRY
-                    )
+                    said = f"the request failed: {call.error or 'the engine gave it up'}"
+                    raise ApiError(500, said, headers=_DO_NOT_RETRY)
                 yield pieces
         except TimeoutError:
-            raise _too_long(self.limits.seconds) from None
+            said = f"the request took longer than {self.limits.seconds:g} s, and was ended"
+            raise ApiError(504, said, headers=_DO_NOT_RETRY) from None
         finally:
             self.load -= num_choices
             if call.open:
@@ -272,39 +271,27 @@ class Server:
 _DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would, and it would take as long again
 
 
-def _too_long(seconds: float) -> ApiError:
-    return ApiError(504, f"the request took longer than {seconds:g} s, and was ended", headers=_DO_NOT_RETRY)
-
-
 def _event(data: Any) -> str:
     return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
-class _Events(Response):
-    """Server-sent events. They end when the client goes."""
+class _Events(StreamingResponse):
+    """Server-sent events. They end when the client goes, and where it does not read them within `seconds`."""
 
     media_type = "text/event-stream"
 
     def __init__(self, chunks: AsyncGenerator[str, None], seconds: float | None):
-        super().__init__(headers={"Cache-Control": "no-cache"})
-        del self.headers["content-length"]
+        super().__init__(chunks, headers={"Cache-Control": "no-cache"})
         self.chunks, self.seconds = chunks, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientDisconnect, ApiError):
-            await _unless_gone(receive, self._send(send), self.seconds)
-
-    async def _send(self, send: Send) -> None:
-        async with aclosing(self.chunks) as chunks:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for chunk in chunks:
-                await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        with suppress(TimeoutError):
+            async with aclosing(self.chunks), asyncio.timeout(self.seconds):
+                await super().__call__(scope, receive, send)
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result], seconds: float | None) -> Result:
-    """What the work returns or raises. Raises ClientDisconnect, with the work cancelled, when the client goes, and
-    ApiError where it does not read its answer in the time."""
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
+    """What the work returns or raises. Raises ClientDisconnect, with the work cancelled, when the client goes."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -312,11 +299,10 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result], seco
 
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
-        limit = None if seconds is None else seconds + 5.0
-        await asyncio.wait({task, watch}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientDisconnect if watch.done() else _too_long(seconds or 0.0)
+        raise ClientDisconnect
     finally:
         watch.cancel()
         if not task.done():

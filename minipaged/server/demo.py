@@ -20,18 +20,7 @@ def ask(url: str, subject: str) -> str:
 
 
 def main() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "minipaged",
-        "serve",
-        "--num-blocks",
-        "48",
-        "--max-model-len",
-        "256",
-        "--port",
-        "8000",
-    ]
+    command = [sys.executable, "-m", "minipaged", "serve", "--num-blocks", "48", "--max-model-len", "256"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
         line = server.stdout.readline()

@@ -20,7 +20,7 @@ from minipaged.viz.export import SCHEMA, VERSION, maps_of
 from minipaged.viz.state import State
 from minipaged.viz.words import in_words, visible
 
-BACKLOG = 1_000  # messages that a page may be behind, before it is given the state anew
+BACKLOG = 1_000  # messages that a page may be behind, before it is given the state again
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 

@@ -20,22 +20,18 @@ class ServerMetrics:
     def __init__(self, model: str):
         self.model, self._engine = model, None  # type: tuple[str, Metrics | None]
         self.registry = CollectorRegistry()
-        self.first, self.between, self.whole = (
-            Histogram(f"vllm:{name}_seconds", what, ["model_name"], buckets=SECONDS, registry=self.registry).labels(
-                model
-            )
-            for name, what in (
-                ("time_to_first_token", "From a request's arrival to its first token."),
-                ("inter_token_latency", "From one token of a sequence to its next."),
-                ("e2e_request_latency", "From a request's arrival to its last token."),
-            )
-        )
-        self.prompt_tokens = Counter(
-            "vllm:prompt_tokens", "Tokens of prompts.", ["model_name"], registry=self.registry
-        ).labels(model)
-        self.success = Counter(
-            "vllm:request_success", "Requests that ended.", ["model_name", "finished_reason"], registry=self.registry
-        )
+
+        def histogram(name: str, what: str) -> Histogram:
+            family = Histogram(f"vllm:{name}_seconds", what, ["model_name"], buckets=SECONDS, registry=self.registry)
+            return family.labels(model)
+
+        self.first = histogram("time_to_first_token", "From a request's arrival to its first token.")
+        self.between = histogram("inter_token_latency", "From one token of a sequence to its next.")
+        self.whole = histogram("e2e_request_latency", "From a request's arrival to its last token.")
+        labels = ["model_name", "finished_reason"]
+        prompts = Counter("vllm:prompt_tokens", "Tokens of prompts.", labels[:1], registry=self.registry)
+        self.prompt_tokens = prompts.labels(model)
+        self.success = Counter("vllm:request_success", "Requests that ended.", labels, registry=self.registry)
         self.registry.register(self)
 
     def token(self, request: Request, seq: Sequence, number: int) -> None:
@@ -66,11 +62,7 @@ class ServerMetrics:
             ("vllm:num_requests_running", "Sequences that run.", engine.num_running),
             ("vllm:num_requests_waiting", "Sequences that wait.", engine.num_waiting),
             ("vllm:kv_cache_usage_perc", "Share of the blocks in use.", engine.num_blocks_used / engine.num_blocks),
-            (
-                "minipaged:num_blocks_cached",
-                "Blocks of the prefix cache that no table names.",
-                engine.num_blocks_cached,
-            ),
+            ("minipaged:num_blocks_cached", "Cached blocks that no table names.", engine.num_blocks_cached),
             ("minipaged:num_host_blocks_used", "Blocks in use in the host's memory.", engine.num_host_blocks_used),
         ]
         counters = [
@@ -78,11 +70,7 @@ class ServerMetrics:
             ("vllm:generation_tokens", "Tokens generated.", engine.num_tokens_generated),
             ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", engine.prefix_tokens_looked_up),
             ("vllm:prefix_cache_hits", "Tokens found there.", engine.prefix_tokens_found),
-            (
-                "minipaged:requests_aborted",
-                "Requests whose client went away, or whose time was up.",
-                engine.num_aborted,
-            ),
+            ("minipaged:requests_aborted", "Requests whose client, or time, was gone.", engine.num_aborted),
             ("minipaged:steps", "Steps of the engine.", engine.num_steps),
         ]
         for kind, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):

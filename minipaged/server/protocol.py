@@ -33,6 +33,10 @@ NOTHING: dict[str, Any] = {
 }
 
 
+SAMPLING = {"n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "stop_token_ids"}
+SAMPLING |= {"ignore_eos", "seed"}  # fields that the engine takes as they are
+
+
 class ApiError(Exception):
     """An answer in OpenAI's form of an error."""
 
@@ -96,20 +100,7 @@ class _Body(_Asked):
 
     def params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """Raises ValueError, naming the field that is out of range."""
-        return SamplingParams(
-            n=self.n,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            max_tokens=max_tokens,
-            stop=self.stop,
-            stop_token_ids=self.stop_token_ids,
-            ignore_eos=self.ignore_eos,
-            seed=self.seed,
-            logprobs=logprobs,
-        )
+        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **self.model_dump(include=SAMPLING))
 
 
 Tokens = Annotated[list[int], Field(fail_fast=True)]
@@ -175,7 +166,7 @@ class ChatRequest(_Body):
 
     def prompts(self, tokenizer: TextTokenizer) -> list[list[int]]:
         """The conversation in the model's format, as tokens. Raises ValueError where the model has none."""
-        return [tokenizer.encode(tokenizer.apply_chat_template([message.message() for message in self.messages]))]
+        return [tokenizer.chat_prompt([message.message() for message in self.messages])["prompt_token_ids"]]
 
 
 def parsed(body: bytes, kind: type[Kind]) -> Kind:
@@ -237,11 +228,7 @@ class Answer:
 
     def usage(self) -> dict[str, int]:
         total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
 
     def _choice(self, pieces: list[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)

@@ -7,6 +7,7 @@ Figures 18 and 19 of the paper, and what block tables cost beside the pool, whic
 """
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from minipaged.cdiv import cdiv
 from minipaged.memory.kv_cache_size import (
@@ -20,7 +21,7 @@ from minipaged.memory.kv_cache_size import (
 from minipaged.memory.page_table import AddressLayout
 from minipaged.simulator import paper
 from minipaged.simulator.cost import CostModel
-from minipaged.simulator.memory_use import Experiment, Job
+from minipaged.simulator.memory_use import Experiment, by_case, jobs_of
 from minipaged.simulator.report import Lines, Report, Row, row
 from minipaged.simulator.servers import Server
 from minipaged.simulator.simulate import simulate
@@ -37,12 +38,10 @@ MOVED = 256  # tokens that are swapped or recomputed, as a microbenchmark: one b
 
 def block_sizes(seeds: Sequence[int]) -> Experiment:
     """(f) Latency at the rates of Figure 13, for blocks of 1 to 256 tokens."""
-    cases = [(trace, size) for trace in SECONDS for size in BLOCK_SIZES]
-    jobs: list[Job] = [(latency, (trace, size, "recompute", seed)) for trace, size in cases for seed in seeds]
-    results = yield jobs
-    values = {case: results[i * len(seeds) : (i + 1) * len(seeds)] for i, case in enumerate(cases)}
-    rows = [row(f"{trace}, blocks of {size}", "s/token", values[trace, size]) for trace, size in cases]
-    series = {t: [(float(s), sum(values[t, s]) / len(seeds)) for s in BLOCK_SIZES] for t in SECONDS}
+    cases = [(trace, size, "recompute") for trace in SECONDS for size in BLOCK_SIZES]
+    values = by_case(cases, (yield jobs_of(latency, cases, seeds)))
+    rows = [row(f"{trace}, blocks of {size}", "s/token", each) for (trace, size, _), each in values.items()]
+    series = {t: [(float(s), fmean(values[t, s, "recompute"])) for s in BLOCK_SIZES] for t in SECONDS}
     chart = Lines("Latency by block size", "tokens in a block", "seconds a token", series, log_x=True, log_y=True)
     setting = "OPT-13B, ShareGPT at 2 requests/s for 100 s, Alpaca at 30 requests/s for 30 s."
     notes = ["The paper prints no numbers: 16 to 128 are best for ShareGPT, 16 and 32 for Alpaca (section 7.2)."]
@@ -51,10 +50,8 @@ def block_sizes(seeds: Sequence[int]) -> Experiment:
 
 def recovery(seeds: Sequence[int]) -> Experiment:
     """(g) Swap or recompute: the seconds of one sequence, and the latency of a server that is short of memory."""
-    cases = [(mode, size) for mode in ("recompute", "swap") for size in SERVED_SIZES]
-    jobs: list[Job] = [(latency, ("sharegpt", size, mode, seed)) for mode, size in cases for seed in seeds]
-    results = yield jobs
-    values = {case: results[i * len(seeds) : (i + 1) * len(seeds)] for i, case in enumerate(cases)}
+    cases = [("sharegpt", size, mode) for mode in ("recompute", "swap") for size in SERVED_SIZES]
+    values = by_case(cases, (yield jobs_of(latency, cases, seeds)))
     rows, out_and_in, recompute = [], [], []
     for size in BLOCK_SIZES:
         cost = CostModel(block_size=size)
@@ -62,17 +59,12 @@ def recovery(seeds: Sequence[int]) -> Experiment:
         recompute.append((float(size), 1e3 * cost.recompute(MOVED)))
         rows.append(Row(f"{MOVED} tokens out and in, blocks of {size}", "ms", out_and_in[-1][1]))
     rows.append(Row(f"{MOVED} tokens computed again", "ms", recompute[-1][1]))
-    rows += [row(f"server, {mode}, blocks of {size}", "s/token", values[mode, size]) for mode, size in cases]
-    ends = {m: [(float(s), sum(values[m, s]) / len(seeds)) for s in SERVED_SIZES] for m in ("swap", "recompute")}
+    rows += [row(f"server, {mode}, blocks of {size}", "s/token", each) for (_, size, mode), each in values.items()]
+    ends = {m: [(float(s), fmean(values["sharegpt", s, m])) for s in SERVED_SIZES] for m in ("swap", "recompute")}
+    back, x = {"swap out and in": out_and_in, "recompute": recompute}, "tokens in a block"
     charts = [
-        Lines(
-            f"To bring back {MOVED} tokens",
-            "tokens in a block",
-            "ms",
-            {"swap out and in": out_and_in, "recompute": recompute},
-            log_x=True,
-        ),
-        Lines("ShareGPT, 2 requests/s", "tokens in a block", "seconds a token", ends, log_x=True),
+        Lines(f"To bring back {MOVED} tokens", x, "ms", back, log_x=True),
+        Lines("ShareGPT, 2 requests/s", x, "seconds a token", ends, log_x=True),
     ]
     setting = "OPT-13B, A100 of 40 GB, PCIe 4.0 x16, 4 GiB of host memory; ShareGPT at 2 requests/s for 100 s."
     notes = ["The paper prints no numbers: swap is worse for small blocks, both are alike from 16 to 64 (section 7.3)."]

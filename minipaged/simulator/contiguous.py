@@ -10,7 +10,9 @@ its whole run from its first step to its last. Growing costs nothing, so nothing
 of what is wasted, know the future. No real server does.
 """
 
-from minipaged.memory.block_manager import NO_PREFIX, BlockManager, Copies, Prefix
+from collections.abc import Sequence
+
+from minipaged.memory.block_manager import BlockManager, Copies
 from minipaged.memory.reservation import MemoryAccount, ReservationPool
 
 
@@ -63,7 +65,7 @@ class ReservedMemory(BlockManager):
         return True
 
     def allocate_slots(
-        self, seq_id: str, num_tokens: int, prefix: Prefix = NO_PREFIX, reserve: int = 0
+        self, seq_id: str, num_tokens: int, prefix: Sequence[int] = (), reserve: int = 0
     ) -> Copies | None:
         """A run for the sequence that is first in the queue, or None if none is free; then slots inside it, at no cost.
         `reserve` has no meaning here: what runs has its slots."""

@@ -6,7 +6,7 @@
 Decoding reads all weights to make one token a sequence, so a batch of 30 takes hardly longer than a batch of 1: that is
 why room for a larger batch is throughput. Prompts go in a pass of their own, as in the paper's system: vLLM ran either
 prompts or decodes in a step, by default, until its version 1 (2025). The engine of chapter 10 mixes them into one
-pass; `prompts_apart=False` says what that saves.
+pass.
 
 Nothing here is fitted: each constant has a source. The largest doubt is `utilisation`, which others measured with
 another model and another engine. It stretches all seconds alike, so ratios between servers hardly depend on it.
@@ -78,13 +78,9 @@ class CostModel:
     parameters: float = OPT_13B_PARAMETERS
     block_size: int = 16
     attention: float = PAGED_ATTENTION  # 1.0: contiguous memory
-    prompts_apart: bool = True
 
     def step(self, work: StepCost) -> float:
         seconds = self.swap(work.swapped) + 2 * work.copied * self._block_bytes / self._bandwidth
-        if not self.prompts_apart and work.decodes and work.prompt_tokens:
-            tokens, context = work.decodes + work.prompt_tokens, work.decode_context + work.prompt_context
-            return seconds + self.one_pass(tokens, context, work.decode_context + work.prompt_pairs)
         if work.decodes:
             seconds += self.one_pass(work.decodes, work.decode_context, work.decode_context)
         if work.prompt_tokens:

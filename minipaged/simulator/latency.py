@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import count
 
 from minipaged.simulator import paper
-from minipaged.simulator.memory_use import LABELS, Experiment, Job, measure
+from minipaged.simulator.memory_use import LABELS, Experiment, Job, by_case, jobs_of, measure
 from minipaged.simulator.report import Lines, Report, row
 from minipaged.simulator.servers import SERVERS, Server
 from minipaged.simulator.simulate import simulate
@@ -32,18 +32,11 @@ def sustained_rates(seeds: Sequence[int]) -> Experiment:
     """(c) Requests finished a second with a full queue, and curves of latency against rate, of the first seed."""
     cases = [(trace, server) for trace in FIRST for server in SERVERS]
     curves_first: list[Job] = [(curve, (*case, seeds[0])) for case in reversed(cases)]  # the longest jobs of all
-    full: list[Job] = [
-        (measure, (trace, FULL_RATE[trace], server, seed, FULL_SECONDS[trace]))
-        for trace, server in cases
-        for seed in seeds
-    ]
-    results = yield curves_first + full
+    full = [(trace, FULL_RATE[trace], server, FULL_SECONDS[trace]) for trace, server in cases]
+    results = yield curves_first + jobs_of(measure, full, seeds)
     curves: dict[tuple[str, str], Curve] = dict(zip(reversed(cases), results, strict=False))
-    results = results[len(cases) :]
-    rates = {
-        case: [totals.throughput for totals in results[i * len(seeds) : (i + 1) * len(seeds)]]
-        for i, case in enumerate(cases)
-    }
+    found = by_case(cases, results[len(cases) :])
+    rates = {case: [totals.throughput for totals in each] for case, each in found.items()}
     rows = [row(f"{trace}, {LABELS[server]}", "requests/s", rates[trace, server]) for trace, server in cases]
     factors: list[tuple[str, str, paper.Value]] = [
         ("sharegpt", "oracle", paper.RATE_OVER_ORACLE),
@@ -53,16 +46,11 @@ def sustained_rates(seeds: Sequence[int]) -> Experiment:
     for trace, server, printed in factors:
         pairs = zip(rates[trace, "paged"], rates[trace, server], strict=True)
         rows.append(row(f"{trace}: paged over {LABELS[server]}", "x", [a / b for a, b in pairs], printed, 0.30))
-    charts = [
-        Lines(
-            f"Normalised latency: {trace}",
-            "requests/s",
-            "seconds a token",
-            {LABELS[server]: curves[trace, server] for server in SERVERS},
-            y_max=HIGHEST,
-        )
-        for trace in FIRST
-    ]
+    charts = []
+    for trace in FIRST:
+        series = {LABELS[server]: curves[trace, server] for server in SERVERS}
+        title = f"Normalised latency: {trace}"
+        charts.append(Lines(title, "requests/s", "seconds a token", series, y_max=HIGHEST))
     setting = "OPT-13B on an A100 of 40 GB; requests finished a second with a queue that is never empty."
     lasts = " and ".join(f"{trace} {seconds:g} s" for trace, seconds in SECONDS.items())
     notes = [f"Curves: one seed; requests come for so long: {lasts}."]

@@ -17,7 +17,7 @@ import random
 from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate
 
 MAX_MODEL_LEN = 2048  # tokens: OPT's context
@@ -74,6 +74,7 @@ def fit_spread() -> float:
     return _root(lambda spread: replace(SHAREGPT, spread=spread).output_moment() - wanted, 0.8, 1.0)
 
 
+_MOST_OUTPUT = MAX_MODEL_LEN - MIN_LEN
 _LOGARITHMS = [math.log(n) for n in range(MIN_LEN, MAX_MODEL_LEN)]
 
 
@@ -102,23 +103,14 @@ def _weights(lengths: Lengths) -> tuple[list[float], list[float]]:
     sigma = lengths.spread
     prompt_mu = math.log(lengths.prompt_mean) - sigma * sigma / 2
     output_mu = math.log(lengths.output_mean) - sigma * sigma / 2
+
+    def fit(mean: float, most: int, others: list[float], guess: float) -> float:
+        return _root(lambda mu: _moments(_curve(mu, sigma, most), others)[0] - mean, guess, guess + 0.1)
+
     for _ in range(3):  # the cut of the sum couples the two, weakly
-        outputs = _curve(output_mu, sigma, _MOST_OUTPUT)
-        prompt_mu = _root(
-            partial(_excess, lengths.prompt_mean, sigma, MAX_PROMPT_LEN, outputs), prompt_mu, prompt_mu + 0.1
-        )
-        prompts = _curve(prompt_mu, sigma, MAX_PROMPT_LEN)
-        output_mu = _root(
-            partial(_excess, lengths.output_mean, sigma, _MOST_OUTPUT, prompts), output_mu, output_mu + 0.1
-        )
+        prompt_mu = fit(lengths.prompt_mean, MAX_PROMPT_LEN, _curve(output_mu, sigma, _MOST_OUTPUT), prompt_mu)
+        output_mu = fit(lengths.output_mean, _MOST_OUTPUT, _curve(prompt_mu, sigma, MAX_PROMPT_LEN), output_mu)
     return _curve(prompt_mu, sigma, MAX_PROMPT_LEN), _curve(output_mu, sigma, _MOST_OUTPUT)
-
-
-_MOST_OUTPUT = MAX_MODEL_LEN - MIN_LEN
-
-
-def _excess(mean: float, sigma: float, most: int, others: list[float], mu: float) -> float:
-    return _moments(_curve(mu, sigma, most), others)[0] - mean
 
 
 @cache

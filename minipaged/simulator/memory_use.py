@@ -5,6 +5,7 @@ the cost model decides only how fast a queue builds up at a given rate.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from statistics import fmean
 from typing import Any
 
 from minipaged.simulator import paper
@@ -16,6 +17,7 @@ from minipaged.simulator.workloads import stream
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
 # Yields its jobs, once, is sent what they return, in their order, and returns its report.
 Experiment = Generator[list[Job], list[Any], Report]
+Case = tuple[Any, ...]  # arguments of a job, all but the seed, which is the last one
 
 LABELS = {"max": "Orca (Max)", "pow2": "Orca (Pow2)", "oracle": "Orca (Oracle)", "paged": "paged (ours)"}
 
@@ -24,32 +26,37 @@ FULL_SECONDS = (100.0, 400.0)  # from when we look, and until when
 RATE_SECONDS = {"sharegpt": (200.0, 600.0), "alpaca": (50.0, 150.0)}
 
 
+def jobs_of(function: Callable[..., Any], cases: Sequence[Case], seeds: Sequence[int]) -> list[Job]:
+    """The function for each case and each seed."""
+    return [(function, (*case, seed)) for case in cases for seed in seeds]
+
+
+def by_case(cases: Sequence[Case], results: list[Any]) -> dict[Case, list[Any]]:
+    """What the jobs of each case returned: a result a seed."""
+    size = len(results) // len(cases)
+    return {case: results[i * size : (i + 1) * size] for i, case in enumerate(cases)}
+
+
+PARTS = {"reserved": "reserved", "internal fragmentation": "internal", "external and others": "external"}
+
+
 def memory_use(seeds: Sequence[int]) -> Experiment:
     """(a) The share of the KV memory that holds tokens, with a queue that is never empty."""
-    jobs: list[Job] = [
-        (measure, ("sharegpt", FULL_RATE, server, seed, FULL_SECONDS)) for server in SERVERS for seed in seeds
-    ]
-    results = yield jobs
-    by_server = {s: results[i * len(seeds) : (i + 1) * len(seeds)] for i, s in enumerate(SERVERS)}
-    rows = [
-        row(f"{LABELS[s]}: holds tokens", "%", [totals.shares.held for totals in each], paper.MEMORY_HELD[s], 3.0)
-        for s, each in by_server.items()
-    ]
+    cases = [("sharegpt", FULL_RATE, server, FULL_SECONDS) for server in SERVERS]
+    results = by_case(cases, (yield jobs_of(measure, cases, seeds)))
+    shares = {case[2]: [totals.shares for totals in each] for case, each in results.items()}
+
+    def of(server: str, part: str) -> list[float]:
+        return [getattr(bar, part) for bar in shares[server]]
+
+    rows = [row(f"{LABELS[s]}: holds tokens", "%", of(s, "held"), paper.MEMORY_HELD[s], 3.0) for s in SERVERS]
     for server, bar in paper.MEMORY.items():
-        shares = [totals.shares for totals in by_server[server]]
-        parts = [
-            ("reserved", bar.reserved, [s.reserved for s in shares]),
-            ("internal fragmentation", bar.internal, [s.internal for s in shares]),
-            ("external and others", bar.external, [s.external for s in shares]),
+        rows += [
+            row(f"{LABELS[server]}: {name}", "%", of(server, part), getattr(bar, part), 3.0)
+            for name, part in PARTS.items()
         ]
-        rows += [row(f"{LABELS[server]}: {name}", "%", vs, p, 3.0) for name, p, vs in parts]
-    means = {server: _mean([t.shares for t in each]) for server, each in by_server.items()}
-    series = {
-        "holds a token": [means[s].held for s in SERVERS],
-        "reserved": [means[s].reserved for s in SERVERS],
-        "internal fragmentation": [means[s].internal for s in SERVERS],
-        "external and others": [means[s].external for s in SERVERS],
-    }
+    parts = {"holds a token": "held", **PARTS}
+    series = {name: [fmean(of(server, part)) for server in SERVERS] for name, part in parts.items()}
     marks: dict[str, list[float | None]] = {"holds a token": [paper.MEMORY_HELD[s] for s in SERVERS]}
     chart = Bars("Where the KV memory is", "% of slots", [LABELS[s] for s in SERVERS], series, marks, stacked=True)
     setting = f"OPT-13B, 15,728 slots, ShareGPT lengths, a queue that is never empty; seconds {_span(FULL_SECONDS)}."
@@ -58,37 +65,28 @@ def memory_use(seeds: Sequence[int]) -> Experiment:
 
 def batch_sizes(seeds: Sequence[int]) -> Experiment:
     """(b) Mean number of requests that run at once, at the paper's rates."""
-    cases = [(trace, server) for trace in paper.BATCH for server in SERVERS]
-    jobs: list[Job] = [
-        (measure, (trace, paper.BATCH_RATES[trace], server, seed, RATE_SECONDS[trace]))
-        for trace, server in cases
-        for seed in seeds
+    cases = [(t, paper.BATCH_RATES[t], server, RATE_SECONDS[t]) for t in paper.BATCH for server in SERVERS]
+    results = by_case(cases, (yield jobs_of(measure, cases, seeds)))
+    batches = {(case[0], case[2]): [totals.batch for totals in each] for case, each in results.items()}
+    rows = [
+        row(f"{trace}, {LABELS[server]}", "", values, paper.BATCH[trace][server], 0.10)
+        for (trace, server), values in batches.items()
     ]
-    results = yield jobs
-    rows, charts = [], []
-    means: dict[tuple[str, str], float] = {}
-    for place, (trace, server) in enumerate(cases):
-        batches = [totals.batch for totals in results[place * len(seeds) : (place + 1) * len(seeds)]]
-        means[trace, server] = sum(batches) / len(batches)
-        rows.append(row(f"{trace}, {LABELS[server]}", "", batches, paper.BATCH[trace][server], 0.10))
-    for trace, values in paper.BATCH.items():
+    charts = []
+    for trace, printed in paper.BATCH.items():
         title = f"Requests in a batch: {trace}, {paper.BATCH_RATES[trace]:g} requests/s"
-        ours, theirs = [means[trace, s] for s in SERVERS], [values[s] for s in SERVERS]
+        ours, theirs = [fmean(batches[trace, s]) for s in SERVERS], [printed[s] for s in SERVERS]
         charts.append(Bars(title, "requests", [LABELS[s] for s in SERVERS], {"ours": ours, "paper": theirs}))
     spans = ", ".join(f"{trace} {_span(span)}" for trace, span in RATE_SECONDS.items())
     setting = f"OPT-13B, 15,728 slots, A100 of 40 GB; seconds: {spans}."
     return Report("b", "Mean number of requests in a batch", "Figure 13", setting, rows, charts)
 
 
-def measure(trace: str, rate: float, server: str, seed: int, seconds: tuple[float, float]) -> Totals:
+def measure(trace: str, rate: float, server: str, seconds: tuple[float, float], seed: int) -> Totals:
     """A server under a load, looked at between two moments."""
     end = seconds[1]
     requests = stream(trace, rate, int(2 * rate * end) + 100, seed)
     return simulate(requests, Server(server), window=seconds, until=end, account_every=4).totals
-
-
-def _mean(shares: list[paper.Bar]) -> paper.Bar:
-    return paper.Bar(*(sum(parts) / len(shares) for parts in zip(*shares, strict=True)))
 
 
 def _span(seconds: tuple[float, float]) -> str:

@@ -10,11 +10,8 @@ stand in one queue, so no core waits for the last job of one before the next beg
 for is run once.
 """
 
-import gc
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +24,7 @@ from minipaged.simulator.figures import draw
 from minipaged.simulator.latency import sustained_rates
 from minipaged.simulator.memory_use import Experiment, Job, batch_sizes, memory_use
 from minipaged.simulator.report import Report, to_csv, to_json, to_markdown
-from minipaged.simulator.scale import scale
+from minipaged.simulator.scale import begin, scale
 from minipaged.simulator.sharing import memory_saved, shared_prefix
 
 EXPERIMENTS: dict[str, Callable[[Sequence[int]], Experiment]] = {
@@ -113,7 +110,7 @@ def write(report: Report, seeds: Sequence[int], folder: Path, figures: bool = Tr
 def _workers(number: int) -> Iterator[ProcessPoolExecutor]:
     """Processes for jobs. None of them outlives the block, however it ends."""
     others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(number, initializer=_begin)
+    pool = ProcessPoolExecutor(number, initializer=begin)
     try:
         yield pool
     except BaseException:
@@ -123,17 +120,3 @@ def _workers(number: int) -> Iterator[ProcessPoolExecutor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _begin() -> None:
-    """A worker leaves Ctrl-C to its parent, which ends it; should the parent be killed, it ends itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    gc.disable()  # a simulation leaves no cycles: what is finished is freed by its count of references
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has a parent"
-    parent.join()
-    os._exit(1)

@@ -1,19 +1,21 @@
 """Chapter 11. What a simulation costs: seconds and memory, from 10^3 to 10^5 requests in one run.
 
-    python -m minipaged.simulator.scale 100000
+    minipaged reproduce scale
 
 Both should be linear in the number of requests: no list of requests is made, a prompt's text is shared by all of its
 length, and what stays of a finished request is one number. Each run is a process of its own, so that its memory is its
 own too.
 """
 
-import json
+import gc
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from minipaged.simulator.memory_use import Experiment
@@ -42,22 +44,31 @@ def scale(seeds: Sequence[int]) -> Experiment:
 
 
 def in_a_process(num_requests: int, seed: int) -> tuple[float, float, int]:
-    """(processor seconds, MB above an idle process, requests answered)."""
-    command = [sys.executable, "-m", "minipaged.simulator.scale", str(num_requests), str(seed), str(os.getpid())]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    seconds, megabytes, answered = json.loads(out)
-    return seconds, megabytes, answered
+    """(processor seconds, MB that the run added, requests answered)."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=begin) as pool:
+        return pool.submit(one_run, num_requests, seed).result()
 
 
-def main() -> None:
-    num_requests, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    if len(sys.argv) > 3:
-        threading.Thread(target=_end_with, args=(int(sys.argv[3]),), daemon=True).start()
+def one_run(num_requests: int, seed: int) -> tuple[float, float, int]:
     simulate(stream("alpaca", RATE, 200, seed), Server("paged"))  # what a first run builds is not counted
     before, start = _forget_peak(), time.process_time()
     result = simulate(stream("alpaca", RATE, num_requests, seed), Server("paged"))
     seconds = time.process_time() - start
-    print(json.dumps([seconds, _peak_megabytes() - before, len(result.latencies)]))
+    return seconds, _peak_megabytes() - before, len(result.latencies)
+
+
+def begin() -> None:
+    """A worker leaves Ctrl-C to its parent, which ends it; should the parent be killed, it ends itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    gc.disable()  # a simulation leaves no cycles: what is finished is freed by its count of references
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    parent.join()
+    os._exit(1)
 
 
 def _forget_peak() -> float:
@@ -77,14 +88,3 @@ def _peak_megabytes() -> float:
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)  # bytes there, KiB elsewhere
-
-
-def _end_with(parent: int) -> None:
-    """End with the process that asked for the numbers."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ stepped by the client of the pool that `LLM.beam_search` uses. Elsewhere each be
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import repeat
 from typing import Literal
 
@@ -155,15 +156,10 @@ def paged_account(memory: BlockManager, running: list[Sequence], num_slots: int)
     )
 
 
-_ZEROS: dict[int, list[int]] = {}
-_PARAMS: dict[tuple[int, int], SamplingParams] = {}
-
-
+@cache
 def _zeros(n: int) -> list[int]:
     """A prompt whose text does not matter, one for all of its length: a prompt is never written."""
-    if n not in _ZEROS:
-        _ZEROS[n] = [0] * n
-    return _ZEROS[n]
+    return [0] * n
 
 
 def _prompt(request: Request, number: int) -> list[int]:
@@ -171,7 +167,6 @@ def _prompt(request: Request, number: int) -> list[int]:
     return [*range(request.prefix_len), *repeat(-1 - number, request.prompt_len - request.prefix_len)]
 
 
+@cache
 def _params(output_len: int, n: int) -> SamplingParams:
-    if (output_len, n) not in _PARAMS:
-        _PARAMS[output_len, n] = SamplingParams(n, temperature=1.0, max_tokens=output_len, ignore_eos=True)
-    return _PARAMS[output_len, n]
+    return SamplingParams(n, temperature=1.0, max_tokens=output_len, ignore_eos=True)

@@ -5,10 +5,11 @@ the last one until a token is written into it (copy-on-write), and whatever beam
 """
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from minipaged.simulator import paper
 from minipaged.simulator.lengths import Lengths
-from minipaged.simulator.memory_use import Experiment, Job
+from minipaged.simulator.memory_use import Experiment, by_case, jobs_of
 from minipaged.simulator.report import Bars, Report, row
 from minipaged.simulator.servers import Server
 from minipaged.simulator.simulate import simulate
@@ -35,13 +36,11 @@ def memory_saved(seeds: Sequence[int]) -> Experiment:
         ("sharegpt", "beam"): dict.fromkeys(WIDTHS, paper.SAVED_BEAM_SHAREGPT),
     }
     cases = [(trace, mode, width) for trace, mode in printed for width in WIDTHS]
-    jobs: list[Job] = [(saved, (*case, seed)) for case in cases for seed in seeds]
-    results = yield jobs
-    rows = []
-    means: dict[tuple[str, str], list[float]] = {key: [] for key in printed}
-    for place, (trace, mode, width) in enumerate(cases):
-        values = [100 * value for value in results[place * len(seeds) : (place + 1) * len(seeds)]]
-        means[trace, mode].append(sum(values) / len(values))
+    results = by_case(cases, (yield jobs_of(saved, cases, seeds)))
+    rows, means = [], {key: list[float]() for key in printed}
+    for (trace, mode, width), each in results.items():
+        values = [100 * value for value in each]
+        means[trace, mode].append(fmean(values))
         name = f"{trace}, {'beam width' if mode == 'beam' else 'samples'} {width}"
         value = printed[trace, mode][width]
         near = 0.30 * (value if isinstance(value, float) else value[0])
@@ -71,19 +70,16 @@ def saved(trace: str, mode: str, width: int, seed: int) -> float:
 def shared_prefix(seeds: Sequence[int]) -> Experiment:
     """(e) Requests a second with a prefix that all share, against a server that stores it once for each."""
     cases = [(prefix, server) for prefix in paper.PREFIX_FACTOR for server in ("oracle", "paged")]
-    jobs: list[Job] = [(prefix_throughput, (*case, seed)) for case in cases for seed in seeds]
-    results = yield jobs
-    rates = {case: results[i * len(seeds) : (i + 1) * len(seeds)] for i, case in enumerate(cases)}
+    rates = by_case(cases, (yield jobs_of(prefix_throughput, cases, seeds)))
     rows = []
     for prefix, printed in paper.PREFIX_FACTOR.items():
         pairs = zip(rates[prefix, "paged"], rates[prefix, "oracle"], strict=True)
         rows.append(row(f"prefix of {prefix}: paged over Orca (Oracle)", "x", [a / b for a, b in pairs], printed, 0.3))
     for (prefix, server), values in rates.items():
         rows.append(row(f"prefix of {prefix}: {server}", "requests/s", values))
-    means = {case: sum(values) / len(values) for case, values in rates.items()}
     series = {
-        "Orca (Oracle)": [means[prefix, "oracle"] for prefix in paper.PREFIX_FACTOR],
-        "paged, prefix cache": [means[prefix, "paged"] for prefix in paper.PREFIX_FACTOR],
+        name: [fmean(rates[prefix, server]) for prefix in paper.PREFIX_FACTOR]
+        for name, server in (("Orca (Oracle)", "oracle"), ("paged, prefix cache", "paged"))
     }
     groups = [f"{prefix} tokens" for prefix in paper.PREFIX_FACTOR]
     chart = Bars("Throughput with a shared prefix", "requests/s", groups, series)

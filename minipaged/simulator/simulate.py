@@ -37,7 +37,6 @@ class Totals:
     tables: float = 0.0  # blocks that tables name, shared ones once for each table
     distinct: float = 0.0  # blocks in use
     finished: int = 0  # requests
-    steps: int = 0
 
     @property
     def batch(self) -> float:
@@ -161,7 +160,6 @@ def cost_of(output: SchedulerOutput) -> StepCost:
 
 def _look(server: Server, totals: Totals, seconds: float, account: bool, count_blocks: bool) -> None:
     totals.seconds += seconds
-    totals.steps += 1
     running = server.running
     totals.sequences += seconds * len(running)
     if account:

@@ -4,5 +4,5 @@
                                --to_svg--> a notebook        (svg.py)
                                --to_json-> the site          (export.py)
 
-Only terminal.py and show.py need anything outside the standard library and minipaged.memory.
+Only terminal.py needs anything outside the standard library and minipaged.memory.
 """

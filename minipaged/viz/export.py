@@ -50,13 +50,7 @@ def to_json(trace: Trace) -> str:
         if not sequences:
             shades = colours(snapshot)
             sequences = [{"name": seq, "label": snapshot.labels[seq], "colour": shades[seq]} for seq in shades]
-    document = {
-        "schema": SCHEMA,
-        "version": VERSION,
-        "trace": trace.header(),
-        "sequences": sequences,
-        "events": events,
-    }
+    document = {"schema": SCHEMA, "version": VERSION, "trace": trace.header(), "sequences": sequences, "events": events}
     return json.dumps(document, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
 
 

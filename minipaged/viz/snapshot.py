@@ -47,6 +47,7 @@ class Snapshot:
     cached: Collection[int] = frozenset()  # in the prefix cache; one with no owner is kept until it is evicted
     cached_texts: Mapping[int, Sequence[str]] = field(default_factory=dict)  # words of cached blocks, owned or not
     copies: Sequence[tuple[int, int]] = ()  # (source, target) made last: drawn as arrows
+    taken: Mapping[int, str] = field(default_factory=dict)  # no table names them, and they are not free: why not
     events: Sequence[Event] = ()  # what led here since the picture before
     step: int = 0
     names: Sequence[str] = ()  # every sequence there is to be, in order of arrival: keeps letters and colours the same
@@ -134,8 +135,8 @@ class Snapshot:
 
     @property
     def num_free(self) -> int:
-        """Blocks of the pool that no table names and the prefix cache does not hold."""
-        return self.num_blocks - len(self.by_block())
+        """Blocks of the pool that no table names, that the prefix cache does not hold, and that are not taken else."""
+        return self.num_blocks - len(self.by_block()) - len(self.taken)
 
     @cached_property
     def _named(self) -> dict[int, list[Owner]]:

@@ -15,7 +15,7 @@ from minipaged.viz.colours import PALETTE, colours
 from minipaged.viz.snapshot import Owner, Snapshot
 from minipaged.viz.svg_map import to_map
 from minipaged.viz.svg_parts import MARGIN
-from minipaged.viz.words import columns, describe, joined, visible
+from minipaged.viz.words import columns, joined, visible
 
 ROWS_UP_TO = 64  # blocks in use: more of them are drawn as a map
 FREE_ROWS_UP_TO = 24  # blocks in the pool: in a larger one, free blocks are counted and not drawn
@@ -33,19 +33,6 @@ def to_svg(snapshot: Snapshot) -> str:
     if len(snapshot.by_block()) + len(snapshot.by_host_block()) > ROWS_UP_TO:
         return to_map(snapshot)
     return _Page(snapshot).svg()
-
-
-class Picture:
-    """Shows a snapshot in a notebook: `Picture(snapshot)` as the last line of a cell."""
-
-    def __init__(self, snapshot: Snapshot):
-        self.snapshot = snapshot
-
-    def _repr_svg_(self) -> str:
-        return to_svg(self.snapshot)
-
-    def __repr__(self) -> str:
-        return describe(self.snapshot)
 
 
 class _Page:

@@ -6,8 +6,8 @@ pool         0   [A][A][A][+][B][.] ...       +: shared, #: no owner but kept, e
 
 from minipaged.cdiv import cdiv
 from minipaged.viz import svg_parts as parts
-from minipaged.viz.colours import SHARED, colours
-from minipaged.viz.snapshot import Owner, Snapshot
+from minipaged.viz.colours import colours, sign
+from minipaged.viz.snapshot import Snapshot
 from minipaged.viz.svg_parts import MARGIN
 from minipaged.viz.words import visible
 
@@ -45,7 +45,11 @@ def to_map(snapshot: Snapshot) -> str:
             continue
         drawn.append(parts.words(LEFT - 10, y + 16, str(start), "mp-soft", "end"))
         for column, block in enumerate(row_of_blocks):
-            drawn += _square(LEFT + column * POOL_CELL, y, blocks.get(block), labels, shades)
+            x, (letter, shade) = LEFT + column * POOL_CELL, sign(blocks.get(block), labels, shades)
+            if block in blocks:
+                drawn.append(parts.filled(x, y, POOL_CELL, ROW, [shade] if shade else []))
+                drawn.append(parts.words(x + POOL_CELL / 2, y + 16, letter, "mp-on" if shade else "", "middle"))
+            drawn.append(parts.box(x, y, POOL_CELL, ROW, "mp-edge", 0))
         y += ROW
     legend = "a letter: its owner, +: shared, #: no owner but kept, empty: free; rows with no block in use are left out"
     drawn.append(parts.words(MARGIN, y + 20, legend, "mp-soft"))
@@ -54,17 +58,3 @@ def to_map(snapshot: Snapshot) -> str:
         y += ROW
         drawn.append(parts.words(MARGIN, y + 20, hosts, "mp-strong"))
     return parts.page(snapshot, WIDTH, y + 20 + MARGIN, drawn)
-
-
-def _square(
-    x: float, y: float, owners: list[Owner] | None, labels: dict[str, str], shades: dict[str, str]
-) -> list[str]:
-    if owners is None:
-        return [parts.box(x, y, POOL_CELL, ROW, "mp-edge", 0)]
-    shade = [SHARED if len(owners) > 1 else shades[owners[0].seq]] if owners else []
-    letter = "+" if len(owners) > 1 else labels[owners[0].seq] if owners else "#"
-    return [
-        parts.filled(x, y, POOL_CELL, ROW, shade),
-        parts.box(x, y, POOL_CELL, ROW, "mp-edge", 0),
-        parts.words(x + POOL_CELL / 2, y + 16, letter, "mp-on" if owners else "", "middle"),
-    ]

@@ -12,20 +12,35 @@ Many blocks are drawn as a map, one sign a block.
 """
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
 from rich.text import Text
 
-from minipaged.viz.colours import SHARED, colours
+from minipaged.memory.trace import Trace
+from minipaged.viz.colours import colours, sign
+from minipaged.viz.replay import at_step, steps
 from minipaged.viz.snapshot import Snapshot
 from minipaged.viz.terminal_rows import Rows
 from minipaged.viz.words import in_words, visible
-
-__all__ = ["Drawing", "draw", "in_words"]
 
 TWO_COLUMNS_FROM = 68  # characters of width: below, the physical view stands under the logical one
 GAP = 3  # characters between the columns
 ROWS_UP_TO = 40  # blocks in use: with more of them, the pool is drawn as a map
 
 _IN_ASCII = str.maketrans("│→█░·…⏎⇥␣", "|>#-.~/>_")
+
+
+def show(trace: Trace, console: Console, step: int | None = None) -> None:
+    """Print each step of a trace, or that one alone: its events as sentences, and the drawing of the state after it.
+
+    Raises ValueError where the trace has no such step, or at an event that contradicts the state.
+    """
+    for snapshot in steps(trace) if step is None else [at_step(trace, step)]:
+        console.print(Text(f"Step {snapshot.step}", style="bold"))
+        for event in snapshot.events:
+            console.print(Padding(Text(in_words(event)), (0, 0, 0, 2), expand=False))
+        console.print()
+        console.print(draw(snapshot))
+        console.print()
 
 
 def draw(snapshot: Snapshot, width: int | None = None) -> "Drawing":
@@ -84,7 +99,8 @@ def _map(snapshot: Snapshot, width: int) -> list[Text]:
         for logical in range(snapshot.num_logical(seq)):
             line.append(f" {snapshot.place(seq, logical)}", style="not bold")
         lines += line.wrap(Console(width=width), width)
-    title = f"PHYSICAL: {len(blocks)} of {snapshot.num_blocks} in use, {snapshot.num_free} free"
+    in_use = len(blocks) + len(snapshot.taken)
+    title = f"PHYSICAL: {in_use} of {snapshot.num_blocks} in use, {snapshot.num_free} free"
     lines += [Text(), Text(title, style="bold")]
     number_width = len(str(snapshot.num_blocks - 1))
     per_row = max(1, min(64, width - number_width - 1))
@@ -94,16 +110,8 @@ def _map(snapshot: Snapshot, width: int) -> list[Text]:
             continue
         line = Text(f"{start:>{number_width}} ")
         for block in row:
-            owners = blocks.get(block)
-            if owners is None:
-                line.append("·", style="dim")
-            elif not owners:
-                line.append("#", style="dim")
-            elif len(owners) > 1:
-                line.append("+", style=f"#111111 on {SHARED}")
-            else:
-                label = labels[owners[0].seq]
-                line.append(label if len(label) == 1 else "?", style=f"#111111 on {shades[owners[0].seq]}")
+            letter, shade = sign(blocks.get(block), labels, shades)
+            line.append(letter if len(letter) == 1 else "?", style=f"#111111 on {shade}" if shade else "dim")
         lines.append(line)
     legend = (
         "a letter: its owner, ?: one of two letters, +: shared, #: no owner but kept, ·: free; free rows are left out"

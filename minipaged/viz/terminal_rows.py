@@ -69,12 +69,16 @@ class Rows:
     def physical(self) -> list[Text]:
         """The pool, the copies just made, the host pool, and what the signs mean."""
         snapshot = self.snapshot
-        title = f"PHYSICAL: {len(self.blocks)} of {snapshot.num_blocks} in use, {snapshot.num_free} free"
+        in_use = len(self.blocks) + len(snapshot.taken)
+        title = f"PHYSICAL: {in_use} of {snapshot.num_blocks} in use, {snapshot.num_free} free"
         lines = [Text(title, style="bold")]
         before = self.number_width + 1 + self.owners_width + 1
         lines.append(self._heading("block, owners", "tables", before + self._slots_width() + 3))
-        for block in range(snapshot.num_blocks) if snapshot.num_blocks <= FREE_ROWS_UP_TO else self.blocks:
-            if block in self.blocks:
+        shown = sorted({*self.blocks, *snapshot.taken})
+        for block in range(snapshot.num_blocks) if snapshot.num_blocks <= FREE_ROWS_UP_TO else shown:
+            if block in snapshot.taken:
+                row = Text(f"{block:>{self.number_width}} {'':{self.owners_width}} │ {snapshot.taken[block]}")
+            elif block in self.blocks:
                 cached, words = block in snapshot.cached, snapshot.block_words(block)
                 row = self._physical_row(str(block), self.blocks[block], snapshot.block_fill(block), words, cached)
             else:

@@ -61,53 +61,45 @@ def fit_columns(text: str, width: int) -> str:
     return text.rstrip() + "…" * (width > 0)
 
 
+_SENTENCES = {
+    "allocate": "{seq} takes physical block {block} for its logical block {logical}",
+    "share": "{seq} names physical block {block} too, as its logical block {logical}",
+    "copy": "physical block {source} is shared: {seq} copies it to block {target}, its logical block {logical} "
+    "from now on (copy-on-write)",
+    "fork": "{seq} is a fork of {parent}: it has the same first {tokens} in the same blocks",
+    "write": "{seq} {stores}",
+    "free": "{seq} lets go of block {block}, its logical block {logical}",
+    "cache": "physical block {block} is full: it can be found by its tokens from now on",
+    "evict": "physical block {block} has no owner and is needed: its tokens are forgotten, it is free",
+    "swap_out": "{seq} moves its logical block {logical} from physical block {block} to host block {host_block}",
+    "swap_in": "{seq} moves its logical block {logical} from host block {host_block} back to physical block {block}",
+    "reset": "the memory is reset: no block table is left, every block is free, and nothing is cached",
+    "schedule": "this step computes {scheduled}",
+    "preempt": "{seq} must wait ({mode}): there are too few free blocks",
+    "finish": "{seq} is done ({reason})",
+}
+
+
 def in_words(event: Event) -> str:
     """One event as a sentence, such as "A takes physical block 5 for its logical block 1"."""
     kind = event["event"]
-    seq = shorten(visible(str(event.get("seq", ""))), 40)
-    if kind == "allocate":
-        return f"{seq} takes physical block {event['block']} for its logical block {event['logical']}"
-    if kind == "share":
-        return f"{seq} names physical block {event['block']} too, as its logical block {event['logical']}"
-    if kind == "copy":
-        what = f"physical block {event['source']} is shared: {seq} copies it to block {event['target']}"
-        return f"{what}, its logical block {event['logical']} from now on (copy-on-write)"
-    if kind == "fork":
-        parent = shorten(visible(str(event["parent"])), 40)
-        return f"{seq} is a fork of {parent}: it has the same first {_tokens(event['count'])} in the same blocks"
+    fields = {name: shorten(visible(str(value)), 40) for name, value in event.items() if isinstance(value, str | int)}
     if kind == "write":
-        return _write_in_words(event, seq)
-    if kind == "free":
-        return f"{seq} lets go of block {event['block']}, its logical block {event['logical']}"
-    if kind == "cache":
-        return f"physical block {event['block']} is full: it can be found by its tokens from now on"
-    if kind == "evict":
-        return f"physical block {event['block']} has no owner and is needed: its tokens are forgotten, it is free"
-    if kind == "swap_out":
-        where = f"from physical block {event['block']} to host block {event['host_block']}"
-        return f"{seq} moves its logical block {event['logical']} {where}"
-    if kind == "swap_in":
-        where = f"from host block {event['host_block']} back to physical block {event['block']}"
-        return f"{seq} moves its logical block {event['logical']} {where}"
-    if kind == "reset":
-        return "the memory is reset: no block table is left, every block is free, and nothing is cached"
-    if kind == "schedule":
-        return f"this step computes {_listed(event['seqs'].items()) or 'nothing'}"
-    if kind == "preempt":
-        return f"{seq} must wait ({shorten(visible(str(event['mode'])), 20)}): there are too few free blocks"
-    if kind == "finish":
-        return f"{seq} is done ({shorten(visible(str(event['reason'])), 20)})"
-    return f"{kind}: {event}"
+        fields["stores"] = _stored(event)
+    elif kind == "fork":
+        fields["tokens"] = _tokens(event["count"])
+    elif kind == "schedule":
+        fields["scheduled"] = _listed(event["seqs"].items()) or "nothing"
+    return _SENTENCES[kind].format_map(fields)
 
 
-def _write_in_words(event: Event, seq: str) -> str:
-    start, count = event["start"], event["count"]
+def _stored(event: Event) -> str:
+    start, count, tokens = event["start"], event["count"], event.get("tokens")
     if count == 0:
-        return f"{seq} ends after {_tokens(start)}"
+        return f"ends after {_tokens(start)}"
     where = f"position {start}" if count == 1 else f"positions {start} to {start + count - 1}"
-    tokens = event.get("tokens")
     text = shorten(joined([str(token) for token in tokens])) if isinstance(tokens, list) else ""
-    return f"{seq} stores {where}" + (f": {text}" if text else "")
+    return f"stores {where}" + (f": {text}" if text else "")
 
 
 def _listed(seqs: Iterable[tuple[str, int]]) -> str:

@@ -33,7 +33,7 @@ class Blocks(kit.Memory):
         if self.blocks.allocate_slots(seq, len(tokens), prefix) is None:
             return None
         self.tokens[seq] = list(tokens), salt
-        return prefix.num_tokens
+        return len(prefix) * self.blocks.block_size
 
     def append(self, seq, token):
         copies = self.blocks.allocate_slots(seq, len(self.tokens[seq][0]) + 1)

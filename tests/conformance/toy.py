@@ -9,7 +9,7 @@ import kit
 from kit import Engine, Output, Table, Work
 
 FAULTS = {
-    "freed_while_used": "a preempted request frees its blocks, whoever else uses them",
+    "freed_while_used": "a preempted request frees its blocks even where others use them",
     "pages_as_tokens": "a request enters if its blocks are fewer than the free slots, not the free blocks",
     "found_before_computed": "a block is found by others as soon as it is allocated",
     "only_a_finish_clears": "after a preemption nothing enters until a request finishes, and an abort does not count",
@@ -84,15 +84,15 @@ class Scheduler:
             if self.found.setdefault(key, block) == block:
                 self.key[block] = key
 
-    def release(self, request, whoever=False):
+    def release(self, request, for_all=False):
         for block in request.blocks:
-            self.owners[block] = 0 if whoever else self.owners[block] - 1
+            self.owners[block] = 0 if for_all else self.owners[block] - 1
             if not self.owners[block]:
                 self.free.append(block)
         request.blocks = request.blocks if self.fault == "freed_twice" else []
 
     def preempt(self, request):
-        self.release(request, whoever=self.fault == "freed_while_used")
+        self.release(request, for_all=self.fault == "freed_while_used")
         self.running.remove(request)
         self.waiting.insert(0, request)
         request.blocks, request.computed, self.held_back = [], 0, True

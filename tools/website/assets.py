@@ -1,6 +1,6 @@
-"""What the playground needs from elsewhere, brought in while the site is built and never committed.
+"""What the site needs from elsewhere, brought in while it is built and never committed.
 
-    pyodide (npm)                                     Python for the browser: four files, 14 MB
+    pyodide, CodeMirror (npm)                         Python for the browser, four files, 14 MB; and an editor
     hypothesis, pytest and what they need (PyPI)      pure-Python wheels, unpacked in the browser
     minipaged.zip (here)                              our own plain-Python modules and the suite of chapter 6
 
@@ -13,14 +13,22 @@ import json
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
 from course import ROOT
 
+sys.path.insert(0, str(ROOT / "docs" / "playground"))
+from playground import run
+
 KEPT = ROOT / "build" / "site"
-PYODIDE = "314.0.7"
+NPM = {
+    "pyodide": "314.0.7",
+    "codemirror": "6.0.2",
+    "@codemirror/lang-python": "6.2.1",
+    "esbuild": "0.28.2",
+    "axe-core": "4.14.1",  # for the tests
+}
 RUNTIME = ("pyodide.mjs", "pyodide.asm.mjs", "pyodide.asm.wasm", "python_stdlib.zip", "pyodide-lock.json")
 # Hypothesis has had a compiled part since 6.156; the last wheel of Python alone runs in the browser.
 WHEELS = (
@@ -40,9 +48,12 @@ OURS = (
     "minipaged/cdiv.py",
     "minipaged/memory/*.py",
     "minipaged/engine/__init__.py",
+    "minipaged/engine/arguments.py",
+    "minipaged/engine/beam_scheduler.py",
     "minipaged/engine/scheduler.py",
     "minipaged/engine/scheduler_output.py",
     "minipaged/engine/sequence.py",
+    "minipaged/simulator/*.py",
     "minipaged/viz/*.py",
     "minipaged/course/*.py",
     "tests/by_chapter.py",
@@ -52,34 +63,30 @@ OURS = (
 )
 
 
-def pyodide() -> dict[str, Path] | str:
-    """Name -> file of the runtime, or the sentence that says why it is not there."""
-    return from_npm("pyodide", PYODIDE, RUNTIME)
-
-
-def from_npm(package: str, version: str, names: tuple[str, ...]) -> dict[str, Path] | str:
-    """Files of an npm package, by name, or the sentence that says why they are not there. No package is run."""
-    folder = KEPT / f"{package}-{version}"
-    if not all((folder / name).is_file() for name in names):
+def from_npm() -> Path | str:
+    """The folder of npm's packages, or the sentence that says why they are not there. No package's script is run."""
+    folder, wanted = KEPT / "npm", [f"{name}@{version}" for name, version in NPM.items()]
+    mark = folder / "complete"
+    if not mark.is_file() or mark.read_text() != "\n".join(wanted):
         npm = shutil.which("npm")
         if npm is None:
-            return f"npm is not on this machine, and brings {package}"
-        folder.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            [npm, "pack", f"{package}@{version}", "--silent"], cwd=folder, capture_output=True, text=True, check=False
-        )
-        packed = folder / f"{package}-{version}.tgz"
-        if done.returncode or not packed.is_file():
-            return (
-                f"npm could not bring {package} {version}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-            )
-        with tarfile.open(packed) as archive:
-            for name in names:
-                member = archive.extractfile(f"package/{name}")
-                assert member is not None, f"{package} {version} has no {name}"
-                (folder / name).write_bytes(member.read())
-        packed.unlink()
-    return {name: folder / name for name in names}
+            return "npm is not on this machine, and brings Python for the browser"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        command = [npm, "install", "--no-save", "--ignore-scripts", "--no-audit", "--silent", *wanted]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return f"npm could not bring {', '.join(wanted)}: {said}"
+        mark.write_text("\n".join(wanted))
+    return folder / "node_modules"
+
+
+def editor(packages: Path) -> bytes:
+    """CodeMirror with what we set, as one file."""
+    source = (Path(__file__).parent / "editor.js").read_bytes()
+    command = [packages / ".bin" / "esbuild", "--bundle", "--minify", "--format=esm"]
+    return subprocess.run(command, cwd=packages.parent, input=source, capture_output=True, check=True).stdout
 
 
 def wheels() -> list[Path] | str:
@@ -116,15 +123,14 @@ def ours() -> bytes:
 
 def playground() -> tuple[dict[str, Path | bytes], str]:
     """(path in the site -> file or bytes, why it cannot run or "")."""
-    runtime, libraries, archive = pyodide(), wheels(), ours()
-    problem = next((each for each in (runtime, libraries) if isinstance(each, str)), "")
-    if isinstance(runtime, str) or isinstance(libraries, str):
-        return {}, problem
-    files: dict[str, Path | bytes] = {f"playground/runtime/{name}": path for name, path in runtime.items()}
+    packages, libraries, archive = from_npm(), wheels(), ours()
+    if isinstance(packages, str) or isinstance(libraries, str):
+        return {}, next(each for each in (packages, libraries) if isinstance(each, str))
+    files: dict[str, Path | bytes] = {f"playground/runtime/{name}": packages / "pyodide" / name for name in RUNTIME}
     files |= {f"playground/wheels/{path.name}": path for path in libraries}
-    files["playground/minipaged.zip"] = archive
+    files |= {"playground/minipaged.zip": archive, "playground/editor.js": editor(packages)}
     manifest = {
-        "pyodide": PYODIDE,
+        "pyodide": NPM["pyodide"],
         "wheels": [path.name for path in libraries],
         "modules": hashlib.sha256(archive).hexdigest()[:16],
         "editable": {
@@ -134,3 +140,9 @@ def playground() -> tuple[dict[str, Path | bytes], str]:
     }
     files["playground/manifest.json"] = json.dumps(manifest, ensure_ascii=True).encode()
     return files, ""
+
+
+def examples() -> dict[str, str]:
+    """The playground's examples, as they were run now: they play before Python is there."""
+    found = json.loads((ROOT / "docs" / "playground" / "examples.json").read_text(encoding="utf-8"))
+    return {f"playground/example{number}.json": run(settings) for number, settings in enumerate(found)}

@@ -13,13 +13,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SITE = Path(os.environ.get("WEBSITE", ROOT / "site"))
 PATIENCE = float(os.environ.get("PATIENCE", "1"))
-TRACES = sorted(path.stem for path in (ROOT / "docs" / "traces").glob("*.json") if path.stem != "fragmentation")
+FILMS = sorted(path.stem for path in (ROOT / "docs" / "traces").glob("*.json"))
+TRACES = [name for name in FILMS if name not in ("fragmentation", "paged_attention")]  # those of whole runs
 PAGES = sorted(path.relative_to(SITE).as_posix().removesuffix("index.html") for path in SITE.rglob("*.html"))
 KINDS = [  # one of each kind of page, and those with a shape of their own
     "",
+    "ten_minutes/",
+    "setup/",
     "course/",
     "course/ch04/",
     "course/ch06/",
+    "course/ch07/",
     "course/ch08/",
     "course/ch10/",
     "playground/",
@@ -52,8 +56,10 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 class Watched:
     """A tab with the network cut. `problems` grows by every request that leaves, every error, every missing file."""
 
-    def __init__(self, browser, base, width=1280, scheme="light"):
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    def __init__(self, browser, base, width=1280, scheme="light", ratio=1):
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, device_scale_factor=ratio
+        )
         self.page, self.base, self.problems, self.sizes = self.context.new_page(), base, [], {}
         self.context.route("**/*", self._route)
         self.page.on("console", lambda m: m.type == "error" and self.problems.append(f"console: {m.text}"))

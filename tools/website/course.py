@@ -1,49 +1,30 @@
-"""The course as the site shows it: its map (minipaged/course/course_map.toml), and the files of each chapter."""
+"""The course as the site shows it: the files of each chapter of its map, and pieces of Markdown for pages."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
-from minipaged.course.course_map import course_map
+from minipaged.course.course_map import ChapterOfCourse, course_map
 
 ROOT = Path(__file__).resolve().parents[2]
+CHAPTERS = course_map()  # number -> chapter
 
 
-@dataclass(frozen=True)
-class Chapter:
-    number: int
-    title: str  # where no notebook gives one yet
-    modules: tuple[str, ...]  # glob patterns from the root; the first file found is shown open
-    players: tuple[str, ...] = ()  # of docs/traces/
-    command: str = ""  # in the place of an exercise
-
-    @property
-    def page(self) -> str:
-        return f"course/ch{self.number:02d}.md"
-
-    @property
-    def notebook(self) -> Path | None:
-        return next(iter(sorted((ROOT / "tutorials").glob(f"{self.number:02d}_*.ipynb"))), None)
-
-    @property
-    def suites(self) -> list[Path]:
-        found = [path for suite in course_map()[self.number].suites for path in sorted((ROOT / "tests").glob(suite))]
-        return list(dict.fromkeys(found))
-
-    def sources(self) -> list[Path]:
-        found = [path for pattern in self.modules for path in sorted(ROOT.glob(pattern))]
-        return [path for path in dict.fromkeys(found) if path.name != "__init__.py" and "bench" not in path.name]
+def page_of(chapter: ChapterOfCourse) -> str:
+    return f"course/ch{chapter.number:02d}.md"
 
 
-CHAPTERS = tuple(
-    Chapter(chapter.number, chapter.title, chapter.modules, chapter.players, chapter.command)
-    for chapter in course_map().values()
-)
+def notebook_of(chapter: ChapterOfCourse) -> Path:
+    return ROOT / "tutorials" / chapter.notebook
 
 
-def questions() -> dict[int, str]:
-    """The question of each chapter, with what it covers."""
-    return {number: chapter.covers for number, chapter in course_map().items()}
+def found(patterns: tuple[str, ...], folder: Path = ROOT) -> list[Path]:
+    """The files of glob patterns, each once, in the order of the patterns."""
+    return list(dict.fromkeys(path for pattern in patterns for path in sorted(folder.glob(pattern))))
+
+
+def sources(chapter: ChapterOfCourse) -> list[Path]:
+    """The chapter's modules; the first one is the one to read."""
+    return [path for path in found(chapter.modules) if path.name != "__init__.py" and "bench" not in path.name]
 
 
 class Repository:
@@ -62,6 +43,20 @@ class Repository:
     def edit(self, path: Path) -> str | None:
         return f"{self.url}/edit/main/{path.relative_to(ROOT).as_posix()}" if self.url else None
 
+    def clone(self) -> str:
+        lines = (
+            [f"git clone {self.url}", f"cd {self.url.rpartition('/')[2]}"]
+            if self.url
+            else ["cd minipaged  # your clone"]
+        )
+        return fenced("\n".join([*lines, "make demo"]))
+
+    def colab(self, path: Path) -> str | None:
+        """Where Google Colab opens a notebook of a repository on GitHub."""
+        _, on_github, name = self.url.partition("https://github.com/")
+        there = path.relative_to(ROOT).as_posix()
+        return f"https://colab.research.google.com/github/{name}/blob/main/{there}" if on_github else None
+
 
 def listing(path: Path, language: str = "python") -> str:
     """A file as a code block, taken from the source now."""
@@ -79,3 +74,9 @@ def folded(title: str, markdown: str, kind: str = "quote") -> str:
     """Markdown behind a title that opens it (pymdownx.details)."""
     inner = "\n".join(f"    {line}" if line.strip() else "" for line in markdown.splitlines())
     return f'??? {kind} "{title}"\n\n{inner}\n'
+
+
+def front_matter(title: str, description: str, boost: float = 1.0) -> str:
+    """boost: of the page among what a search finds; chapters come first."""
+    plain = re.sub(r"[`*$\[\]\\\"]", "", description)
+    return f'---\ntitle: "{title}"\ndescription: "{plain}"\nsearch:\n  boost: {boost}\n---\n\n'

@@ -1,5 +1,5 @@
-"""Charts of "Measured" as SVG inside of the page: black is written as currentColor, so that one picture serves both
-palettes. The table beside a chart holds the same numbers; matplotlib draws, and only where there are numbers to draw.
+"""Charts as SVG inside of the page: black is written as currentColor, so that one picture serves both palettes. The
+table beside a chart holds the same numbers; matplotlib draws, and only where there are numbers to draw.
 """
 
 import html
@@ -12,6 +12,7 @@ INK = "#010203"  # stands for the page's own text colour; no chart uses it for a
 OURS, OTHERS = "#3f83c9", "#8b9099"  # told from both backgrounds at 3:1
 LINES = ("#3f83c9", "#d0741c", "#3d9970")
 MARKS = "os^"
+FOR_BOTH = {"#1b4f72": "#3f83c9", "#922b21": "#c8594a", "#7d8a8c": "#8b9099"}  # of the simulator's charts
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,14 @@ def _svg(drawn: Any, said: str) -> str:
         sink = io.StringIO()
         figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
         pyplot.close(figure)
-    svg = sink.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return in_page(sink.getvalue(), said)
+
+
+def in_page(svg: str, said: str) -> str:
+    """matplotlib's picture as a part of a page, in its colours: what is black there takes the page's ink."""
+    svg = svg[svg.index("<svg") :].replace('style="fill: #ffffff"', 'fill="none"')
+    for colour, shown in {INK: "currentColor", "#000000": "currentColor", **FOR_BOTH}.items():
+        svg = svg.replace(colour, shown)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg)  # axes_1, patch_2; what is referred to has a hash for its id
     svg = re.sub(r' width="([\d.]+)pt" height="[\d.]+pt"', _narrowest, svg, count=1)

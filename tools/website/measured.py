@@ -17,16 +17,16 @@ from course import ROOT, fenced
 
 FOLDER = ROOT / "docs" / "measured"
 COMMANDS = {
-    "bench": ".venv/bin/minipaged bench A B C D S --dtype float32 --dtype bfloat16 --out docs/measured/bench.json",
-    "growth": ".venv/bin/minipaged bench growth --out docs/measured/growth.json",
-    "attention": ".venv/bin/minipaged bench attention --json docs/measured/attention.json",
-    "memory": ".venv/bin/minipaged bench memory | tee docs/measured/memory.txt",
-    "engine": ".venv/bin/minipaged bench engine | tee docs/measured/engine.txt",
+    "bench": "minipaged bench A B C D S --dtype float32 --dtype bfloat16 --out docs/measured/bench.json",
+    "growth": "minipaged bench growth --out docs/measured/growth.json",
+    "attention": "minipaged bench attention --json docs/measured/attention.json",
+    "memory": "minipaged bench memory | tee docs/measured/memory.txt",
+    "engine": "minipaged bench engine | tee docs/measured/engine.txt",
     "kernels-compile": (
-        ".venv/bin/python -m minipaged.bench.kernel_report --targets sm_75,sm_80,sm_90,sm_100,gfx942 "
+        "python -m minipaged.bench.kernel_report --targets sm_75,sm_80,sm_90,sm_100,gfx942 "
         "| tee docs/measured/kernels-compile.txt"
     ),
-    "kernels": ".venv/bin/minipaged bench kernels --json docs/measured/kernels.json",
+    "kernels": "minipaged bench kernels --json docs/measured/kernels.json",
 }
 SHAPES: dict[str, Callable[[Any], str]] = {
     "bench": measured_tables.bench,

@@ -1,68 +1,134 @@
-"""The bug museum as pages, one a bug, from tests/bugs/. The bug itself is folded away: hunt first, then look."""
+"""The bug museum as pages, one a bug, from tests/bugs/ and docs/museum.json: the smallest script of each, drawn.
+
+A page asks before it tells. What is seen stands first, and which lines are to blame is folded away. docs/museum.json is
+what `make bugs` found: of each bug the property that it breaks, and the smallest script, with tables after each call.
+"""
 
 import difflib
+import json
+import re
+import sys
 from collections.abc import Iterator
 from itertools import groupby
 
-from chapters import front_matter
-from course import ROOT, Repository, fenced, folded
+from course import ROOT, Repository, fenced, folded, front_matter
+
+from minipaged.course.generate import source_of
+from minipaged.course.museum import Bug, load_bugs
+
+sys.path.insert(0, str(ROOT / "docs" / "playground"))
+from playground import film_of
+
+REPOSITORIES = {
+    "vLLM": "vllm-project/vllm",
+    "nano-vllm": "GeeeekExplorer/nano-vllm",
+    "sglang": "sgl-project/sglang",
+    "text-generation-inference": "huggingface/text-generation-inference",
+    "llm-d-inference-sim": "llm-d/llm-d-inference-sim",
+}
 
 
-def bugs() -> list:
-    """All bugs, in the order of the chapters; [] while there are none."""
-    folder = ROOT / "tests" / "bugs"
-    if not any(folder.glob("ch*.toml")):
-        return []
-    from minipaged.course.museum import load_bugs
+def numbered() -> dict[str, Bug]:
+    """All bugs by their numbers, "9.4", in the order of the chapters."""
+    bugs = sorted(load_bugs(ROOT / "tests" / "bugs"), key=lambda bug: (bug.chapter, bug.name))
+    return {
+        f"{chapter}.{place}": bug
+        for chapter, group in groupby(bugs, key=lambda bug: bug.chapter)
+        for place, bug in enumerate(group, start=1)
+    }
 
-    return sorted(load_bugs(folder), key=lambda bug: (bug.chapter, bug.name))
+
+def pages(repository: Repository) -> Iterator[tuple[str, str]]:
+    """(path, content): the list, then of each bug its page, and its film where there is something to draw."""
+    rows = json.loads((ROOT / "docs" / "museum.json").read_text(encoding="utf-8"))
+    seen = {row["bug"]: row for row in rows}
+    bugs = numbered()
+    yield "museum/index.md", index(bugs, seen)
+    for number, bug in bugs.items():
+        film = film_of(seen[bug.name])
+        yield f"museum/{bug.name}.md", page(number, bug, seen[bug.name], film is not None, repository)
+        if film is not None:
+            yield f"museum/{bug.name}.json", json.dumps(film)
 
 
-def title(bug) -> str:
+def index(bugs: dict[str, Bug], seen: dict[str, dict]) -> str:
+    about = "Bugs of a paged KV cache, each planted in our code: what is seen, and the smallest script that shows it."
+    real = sum(not is_classic(bug) for bug in bugs.values())
+    text = (
+        f"{len(bugs)} bugs, planted one at a time in a copy of one module. Here is what would be seen of each. Which "
+        "line is it? Each page has the smallest script that shows the bug, and the answer is folded. "
+        f"{real} were seen in a real system, which is named; the others are mistakes that many have made. "
+        "`minipaged hunt` hands you one without saying which, and `make bugs` proves that the suites find every one.\n"
+    )
+    for chapter, group in groupby(bugs.items(), key=lambda item: item[1].chapter):
+        text += f"\n## Chapter {chapter}\n\n| | what is seen | seen in |\n| --- | --- | --- |\n"
+        for number, bug in group:
+            source = "" if is_classic(bug) else linked(bug.source)
+            text += f"| [{number}]({bug.name}.md) | {symptom(seen[bug.name])} | {source} |\n"
+    return front_matter("Bug museum", about) + "# The bug museum\n\n" + text
+
+
+def page(number: str, bug: Bug, row: dict, has_film: bool, repository: Repository) -> str:
+    module = source_of(bug.module)
+    ours, planted = module.read_text(encoding="utf-8"), bug.planted()
+    difference = "\n".join(list(difflib.unified_diff(ours.splitlines(), planted.splitlines(), lineterm="", n=4))[2:])
+    where = ", ".join(f"`{name}`" for name in bug.functions()) or "the module itself"
+    about = " ".join(bug.about.split())
+    parts = [
+        front_matter(
+            f"Bug {number}", f"A planted bug of chapter {bug.chapter}. What fails: {row['property']}", boost=0.5
+        ),
+        f"# Bug {number}\n",
+        f"A module of [chapter {bug.chapter}](../course/ch{bug.chapter:02d}.md) has a wrong line. What fails:\n",
+        f"> {plain(row['property'])}\n",
+        f"**What is seen.** {symptom(row)}\n",
+    ]
+    if row["script"]:
+        script = "\n".join(call["call"] for call in row["script"])
+        parts.append(f"The smallest script that shows it:\n\n{fenced(script, 'python')}")
+    if has_film:
+        parts.append(f"<!-- film: {bug.name} -->\n")
+    answer = f"**{title(bug)}.** {about}\n\n**Seen in:** {linked(bug.source)}.\n\n{fenced(difference, 'diff')}"
+    parts += [
+        "**Before you go on.** In which call does it go wrong, and what should have happened? Which line would you "
+        "look at first?\n",
+        folded("Where it is", f"In {where} of {repository.link(module)}.", "question"),
+        folded("The bug", answer, "bug"),
+        f"`minipaged check {bug.chapter}` runs the suite that finds it. All of them: [the museum](index.md).\n",
+    ]
+    return "\n".join(parts)
+
+
+def title(bug: Bug) -> str:
     words = bug.name.partition("_")[2].replace("_", " ")
     return words[0].upper() + words[1:]
 
 
-def pages(repository: Repository) -> Iterator[tuple[str, str]]:
-    """(path of the page, Markdown): the list, then each bug."""
-    found = bugs()
-    yield "museum/index.md", index(found)
-    for bug in found:
-        yield f"museum/{bug.name}.md", page(bug, repository)
+def symptom(row: dict) -> str:
+    """What the failing property said, on one line."""
+    text = row["message"].removeprefix("assert ")
+    return plain(text if len(text) <= 160 else text[:159] + "…")
 
 
-def index(found: list) -> str:
-    about = "Real bugs of real systems, and classics, each planted in our code and killed by a suite."
-    head = front_matter("Bug museum", about) + "# The bug museum\n\n"
-    if not found:
-        return head + "The museum has no exhibit yet.\n"
-    systems = sum(bug.source != "a classic" for bug in found)
-    text = (
-        f"{len(found)} bugs, {systems} of them seen in a real system, planted one at a time in a copy of one module. A "
-        "test proves that the suite of the chapter kills every one. `minipaged hunt` hands you one without saying "
-        "which: find it from the counterexample.\n"
-    )
-    for chapter, group in groupby(found, key=lambda bug: bug.chapter):
-        lines = [f"- [{title(bug)}]({bug.name}.md): {bug.source}" for bug in group]
-        text += f"\n## Chapter {chapter}\n\n" + "\n".join(lines) + "\n"
-    return head + text
+def plain(text: str) -> str:
+    """Text of which Markdown makes nothing."""
+    return re.sub(r"[\\`*_\[\]<>|&]", lambda sign: f"&#{ord(sign[0])};", text)
 
 
-def page(bug, repository: Repository) -> str:
-    module = ROOT / "kernels" / f"{bug.module.rpartition('.')[2]}.py"
-    if not bug.module.startswith("minipaged.kernels."):
-        module = ROOT / (bug.module.replace(".", "/") + ".py")
-    about = " ".join(bug.about.split())
-    planted = bug.planted()
-    ours = module.read_text(encoding="utf-8")
-    difference = "\n".join(list(difflib.unified_diff(ours.splitlines(), planted.splitlines(), lineterm="", n=4))[2:])
-    where = ", ".join(f"`{name}`" for name in bug.functions()) or "the module itself"
-    shown = f"In {where} of {repository.link(module)}:\n\n" + fenced(difference, "diff")
-    chapter = f"[{bug.chapter}](../course/ch{bug.chapter:02d}.md)"
-    return (
-        front_matter(f"{title(bug)} (chapter {bug.chapter})", about)
-        + f"# {title(bug)}\n\n{about}\n\n**Seen in:** {bug.source}. **Chapter:** {chapter}.\n\n"
-        "Which lines would you look at first? Which property must fail, and on what smallest script?\n\n"
-        f"{folded('The bug', shown, 'bug')}\n"
-        f"`minipaged check {bug.chapter}` runs the suite that kills it. All exhibits: [the museum](index.md).\n"
-    )
+def is_classic(bug: Bug) -> bool:
+    return bug.source.startswith("a classic")
+
+
+def linked(source: str) -> str:
+    """Numbers of issues and pull requests as links to the project that was named before them."""
+    project = ""
+
+    def link(match: re.Match[str]) -> str:
+        nonlocal project
+        if match[1]:
+            project = REPOSITORIES[match[1]]
+            return match[1]
+        return f"{match[2]}[{match[3]}](https://github.com/{project}/issues/{match[3]})" if project else match[0]
+
+    names = "|".join(sorted(REPOSITORIES, key=len, reverse=True))
+    return re.sub(rf"\b({names})\b|((?:issues?|requests?|and) )(\d{{2,6}})\b", link, source)

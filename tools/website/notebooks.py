@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from course import ROOT, fenced
+from course import ROOT, fenced, folded
 
 KEPT = ROOT / "build" / "site" / "notebooks"
 SECONDS = 240.0  # for one notebook while the site is built; `make notebooks` holds them to less
@@ -107,23 +107,21 @@ def _file_of(module: str) -> Path | None:
 # ---- Markdown --------------------------------------------------------------
 
 
-def to_markdown(notebook: dict[str, Any]) -> str:
-    """Cells and outputs as Markdown. Text is kept as it is; HTML that a cell displayed is kept as HTML."""
-    parts = []
-    for cell in notebook["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            parts.append(_prose(source))
-        elif source.strip():
-            parts.append(fenced(source, "python"))
-            parts += [_output(output) for output in cell["outputs"]]
-    return "\n\n".join(parts) + "\n"
+def to_markdown(cell: dict[str, Any]) -> str:
+    """A cell and its outputs as Markdown. Text is kept as it is; HTML that a cell displayed is kept as HTML.
 
-
-def _prose(source: str) -> str:
-    """Answers fold by <details>: Markdown inside of it is asked for, and a chapter that is named becomes a link."""
-    source = source.replace("<details>", '<details markdown="1">')
-    return link_chapters(source)
+    The tag `hide-input` folds the code of a cell that only draws, and `remove-cell` leaves a cell out (the names are
+    Jupyter Book's).
+    """
+    source, tags = "".join(cell["source"]), cell["metadata"].get("tags", [])
+    if "remove-cell" in tags or not source.strip():
+        return ""
+    if cell["cell_type"] == "markdown":  # answers fold by <details>: Markdown inside of it is asked for
+        return link_chapters(source.replace("<details>", '<details markdown="1">'))
+    code = fenced(source, "python")
+    shown = folded("How it is drawn", code, "code") if "hide-input" in tags else code
+    outputs = "".join(_output(output) for output in _merged(cell["outputs"]))
+    return f'{shown}\n<div class="nb-out">{outputs}</div>' if outputs else shown
 
 
 def link_chapters(source: str, folder: str = "") -> str:
@@ -134,35 +132,36 @@ def link_chapters(source: str, folder: str = "") -> str:
         if not in_code and not line.startswith(("#", "    ")):
             pieces = re.split(r"(`[^`]*`|\$[^$]*\$|\[[^\]]*\]\([^)]*\))", line)
             pieces[::2] = [
-                re.sub(r"\b([Cc]hapters?) (\d+)\b", lambda m: _chapter_link(m, folder), piece) for piece in pieces[::2]
+                re.sub(r"\b[Cc]hapters? (1[0-4]|[1-9])\b", lambda m: f"[{m[0]}]({folder}ch{int(m[1]):02d}.md)", piece)
+                for piece in pieces[::2]
             ]
             line = "".join(pieces)
         lines.append(line)
     return "\n".join(lines)
 
 
-def _chapter_link(match: re.Match[str], folder: str) -> str:
-    number = int(match[2])
-    return f"[{match[0]}]({folder}ch{number:02d}.md)" if 1 <= number <= 14 else match[0]
+def _merged(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a cell printed in one piece, although other outputs may have come between."""
+    merged: list[dict[str, Any]] = []
+    for output in outputs:
+        if merged and output["output_type"] == merged[-1]["output_type"] == "stream":
+            merged[-1]["text"] = [*merged[-1]["text"], *output["text"]]
+        else:
+            merged.append(dict(output))
+    return merged
 
 
 def _output(output: dict[str, Any]) -> str:
-    if output["output_type"] == "stream":
-        return _text("".join(output["text"]))
-    data = output.get("data", {})
-    if "text/html" in data:
-        # One line, so that no blank line ends the block of HTML for Markdown.
-        return f'<div class="nb-html">{_one_block("".join(data["text/html"]))}</div>'
-    if "image/svg+xml" in data:
-        return f'<div class="nb-html">{_one_block("".join(data["image/svg+xml"]))}</div>'
-    return _text("".join(data.get("text/plain", "")))
+    """An output as one line, so that no blank line ends the block of HTML for Markdown."""
+    data = output.get("data", {"text/plain": output.get("text", "")})
+    for kind in ("text/html", "image/svg+xml"):
+        if kind in data:
+            return f'<div class="nb-html">{one_block("".join(data[kind]))}</div>'
+    text = html.escape("".join(data.get("text/plain", "")).rstrip())
+    return f'<pre class="nb-text">{text.replace(chr(10), "&#10;")}</pre>' if text.strip() else ""
 
 
-def _text(text: str) -> str:
-    return f'<pre class="nb-text">{html.escape(text.rstrip()).replace(chr(10), "&#10;")}</pre>' if text.strip() else ""
-
-
-def _one_block(text: str) -> str:
+def one_block(text: str) -> str:
     """HTML with no line break: where the break means something (pre), it is written as a character reference."""
     text = re.sub(r"<pre.*?</pre>", lambda m: m[0].replace("\n", "&#10;"), text, flags=re.DOTALL)
     return re.sub(r"\s*\n\s*", " ", text)

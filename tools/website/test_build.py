@@ -15,14 +15,16 @@ from types import SimpleNamespace
 from urllib.parse import unquote, urljoin, urlparse
 
 import assets
+import chapters
 import course
 import hooks
 import measured
 import measured_tables
+import museum
 import pytest
 from built import KINDS, PAGES, ROOT, SITE
 
-FORMS = {  # what the benchmarks write, in small: the fields of minipaged/bench and kernels/bench.py
+FORMS = {  # what the benchmarks write, in small: the fields of minipaged/bench
     "bench": {
         "machine": {"platform": "Linux", "python": "3.11.7", "cores": 2},
         "threads": 2,
@@ -171,7 +173,7 @@ def test_edit_links_name_files_that_exist():
 
 def test_no_module_is_left_out_of_its_chapter():
     """Each of our modules that a chapter owns is shown on its page; those without a chapter are named here."""
-    shown = {path for chapter in course.CHAPTERS for path in chapter.sources()}
+    shown = {path for chapter in course.CHAPTERS.values() for path in course.sources(chapter)}
     for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "minipaged").glob("*/*.py")]:
         text = path.read_text(encoding="utf-8")
         if re.match(r'"""Chapters? \d', text) and path.name != "__init__.py" and "bench" not in path.name:
@@ -221,7 +223,7 @@ def test_a_file_of_another_form_stops_the_build(tmp_path, monkeypatch):
 
 
 def test_make_measured_writes_what_the_page_names():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("@$(BIN)/", ".venv/bin/")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("@$(BIN)/", "")
     recipe = makefile.partition("\nmeasured:")[2].partition("\n\n")[0]
     by_hand = {"bench", "growth"}  # they take up to an hour
     assert {name for name, command in measured.COMMANDS.items() if command not in recipe} <= by_hand
@@ -257,11 +259,44 @@ def test_the_glossary_has_chinese_for_each_term_and_all_chapters():
     assert len({row.split(" | ")[0] for row in rows}) == len(rows)
 
 
+def test_a_chapter_opens_in_colab_where_the_repository_is_on_github():
+    notebook = ROOT / "tutorials" / "06_block_table.ipynb"
+    there = "https://colab.research.google.com/github/someone/minipaged/blob/main/tutorials/06_block_table.ipynb"
+    assert course.Repository("https://github.com/someone/minipaged/").colab(notebook) == there
+    assert course.Repository("https://example.org/minipaged").colab(notebook) is None
+    chapter = course.CHAPTERS[6]
+    assert f"[Open in Colab]({there})" in chapters.ways_in(
+        chapter, course.Repository("https://github.com/someone/minipaged")
+    )
+    assert "[Download the notebook](06_block_table.ipynb)" in chapters.ways_in(chapter, course.Repository(""))
+
+
+def test_the_museum_asks_before_it_tells():
+    """The name of a bug, its text and its lines are folded; what is seen and the smallest script are not."""
+    for number, bug in museum.numbered().items():
+        html = (SITE / "museum" / bug.name / "index.html").read_text(encoding="utf-8")
+        asked = re.sub(
+            r"<details.*?</details>", "", html.partition("<article")[2].partition("</article")[0], flags=re.DOTALL
+        )
+        assert f"Bug {number}" in asked and "What is seen." in asked and "<details" in html
+        assert " ".join(bug.about.split())[:40] not in asked and "@@" not in asked
+    index = (SITE / "museum" / "index.html").read_text(encoding="utf-8")
+    assert "a classic" not in index.partition("<article")[2]
+
+
+def test_every_bug_has_its_smallest_script():
+    seen = json.loads((ROOT / "docs" / "museum.json").read_text(encoding="utf-8"))
+    assert [row["bug"] for row in seen] == sorted(bug.name for bug in museum.load_bugs()), "run: make bugs"
+    assert all(row["killed"] for row in seen)
+    drawn = [row["bug"] for row in seen if museum.film_of(row)]
+    assert len(drawn) > len(seen) // 3
+
+
 def test_without_npm_the_playground_says_why_it_cannot_run(tmp_path, monkeypatch):
     monkeypatch.setattr(assets, "KEPT", tmp_path)
     monkeypatch.setattr(assets.shutil, "which", lambda _: None)
     files, problem = assets.playground()
-    assert files == {} and problem == "npm is not on this machine, and brings pyodide"
+    assert files == {} and problem == "npm is not on this machine, and brings Python for the browser"
 
 
 RUN = """

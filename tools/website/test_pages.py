@@ -12,6 +12,7 @@ PLAYERS = {  # page -> what its players play, in order
     "course/": ["parallel_sampling"],
     "course/ch04/": ["fragmentation"],
     "course/ch06/": ["two_requests"],
+    "course/ch07/": ["paged_attention"],
     "course/ch09/": ["parallel_sampling", "beam_search", "prefix_cache"],
     "course/ch10/": ["preemption_recompute", "preemption_swap"],
     "playground/": ["two_requests"],
@@ -117,10 +118,10 @@ def test_axe_finds_nothing_serious(opened, path, scheme):
 def axe():
     import assets
 
-    found = assets.from_npm("axe-core", "4.14.1", ("axe.min.js",))
+    found = assets.from_npm()
     if isinstance(found, str):
         pytest.skip(found)
-    return found["axe.min.js"].read_text(encoding="utf-8")
+    return (found / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
 
 
 def test_a_keyboard_gets_from_the_top_of_a_page_to_its_text(opened):
@@ -148,7 +149,8 @@ def test_next_leads_through_the_course_in_order(opened):
 def test_listings_are_the_source(opened):
     for number, module in [(1, "minipaged/reference.py"), (6, "minipaged/memory/block_allocator.py")]:
         page = opened(f"course/ch{number:02d}/")
-        shown = page.locator(".highlight", has_text=module).first.locator("code").text_content()
+        shown = page.locator(".highlight:has(.filename)").filter(has=page.get_by_text(module, exact=True))
+        shown = shown.last.locator("code").text_content()
         assert shown.strip() == (ROOT / module).read_text(encoding="utf-8").strip()
 
 
@@ -156,3 +158,45 @@ def test_formulas_are_mathml(opened):
     page = opened("course/ch01/")
     assert page.locator("math").count() > 3
     assert page.locator("math mi").count() > 10 and "\\(" not in page.locator("article").inner_text()
+
+
+@pytest.mark.parametrize("ratio", [1, 1.5, 2])
+@pytest.mark.parametrize("path", ["course/ch01/", "course/ch07/"])
+def test_no_display_formula_is_cut(opened, path, ratio):
+    page = opened(path, ratio=ratio)
+    cut = page.evaluate(
+        """async () => {
+            await document.fonts.ready;
+            return [...document.querySelectorAll('math[display=block]')].filter(m => m.scrollHeight > m.clientHeight)
+                .map(m => m.dataset.latex);
+        }"""
+    )
+    assert cut == []
+    assert page.evaluate("document.fonts.check('16px \"STIX Two Math\"')")
+
+
+@pytest.mark.parametrize("number", range(1, 15))
+def test_a_chapter_opens_with_its_picture_and_the_exercise_comes_before_the_answer(opened, number):
+    page = opened(f"course/ch{number:02d}/")
+    order = """() => { const top = (selector) => [...document.querySelectorAll(selector)].map(e => e.offsetTop)[0];
+        const heading = (words) =>
+            [...document.querySelectorAll('h2')].find(h => h.textContent.includes(words)).offsetTop;
+        return [top('.ways-in'), top('.opening'), heading('1. '), heading('Exercise'), heading('The code'),
+                heading('Its properties')]; }"""
+    places = page.evaluate(order)
+    assert places == sorted(places)
+    assert page.locator(".opening svg").get_attribute("aria-label")
+    assert page.get_by_role("link", name="Download the notebook").get_attribute("download")
+    assert page.locator("details.example[open]").count() == 0, "the answer is folded"
+
+
+def test_the_search_leads_to_chapters_first(opened):
+    page = opened("")
+    for words, chapter in [("block table", "ch06"), ("online softmax", "ch07"), ("copy-on-write", "ch09")]:
+        page.locator(".md-search__input").click()
+        page.locator(".md-search__input").fill("")
+        page.keyboard.type(words, delay=20)
+        page.wait_for_selector(".md-search-result__item")
+        page.wait_for_timeout(500)
+        first = page.locator(".md-search-result__link").first.get_attribute("href")
+        assert "/course/" in first, f"{words}: {first}, not {chapter}"

@@ -1,9 +1,10 @@
 """The player in a browser: what it shows at each moment is what minipaged's own replay of the trace gives."""
 
 import json
+import math
 
 import pytest
-from built import ROOT, TRACES
+from built import FILMS, ROOT, TRACES
 
 from minipaged.memory.trace import Trace
 from minipaged.viz.replay import replay
@@ -186,7 +187,75 @@ def test_fragmentation_shows_each_run_and_loses_no_slot(player):
             assert pool["account"][0] == sum(run[2] for run in pool["runs"])
 
 
-@pytest.mark.parametrize("name", [*TRACES, "fragmentation"])
+LINKS = """() => {
+    const player = document.querySelector('trace-player'), stage = player.stage, frames = [];
+    for (let i = 0; i < player.film.length; i++) {
+        player.go(i);
+        const box = (e) => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; };
+        const lines = [...stage.querySelectorAll('.tp-links path[data-seq]')].map((path) => {
+            const matrix = path.getScreenCTM(), at = (n) => path.getPointAtLength(n).matrixTransform(matrix);
+            const [from, to] = [at(0), at(path.getTotalLength())];
+            return {key: `${path.dataset.seq}:${path.dataset.logical}`, ends: [from.x, from.y, to.x, to.y],
+                    strong: path.classList.contains('tp-strong')};
+        });
+        const rows = [...stage.querySelectorAll('.tp-row')].map((row) => ({
+            key: `${row.dataset.seq}:${row.dataset.logical}`, seq: row.dataset.seq,
+            entry: box(row.querySelector('.tp-entry')), target: row.dataset.target,
+            block: box(stage.querySelector(`.tp-block[data-block="${row.dataset.target}"]`))}));
+        const lefts = [...stage.querySelectorAll('.tp-block')].map((block) => Math.round(box(block)[0]));
+        frames.push({lines, rows, columns: new Set(lefts).size, seq: player.film.event(i)?.seq ?? null});
+    }
+    return frames;
+}"""
+
+
+@pytest.mark.parametrize("width", [360, 768, 1440])
+@pytest.mark.parametrize("name", TRACES)
+def test_a_line_ends_at_the_block_that_its_entry_names(player, name, width):
+    """Every entry of every table has one, at every moment; those of the request that the event is about are strong."""
+    for number, frame in enumerate(player(name, width=width).evaluate(LINKS)):
+        assert frame["columns"] == 1, "the pool is one column"
+        lines = {line["key"]: line for line in frame["lines"]}
+        assert len(lines) == len(frame["lines"]) == len(frame["rows"]), f"frame {number}"
+        for row in frame["rows"]:
+            x1, y1, x2, y2 = lines[row["key"]]["ends"]
+            left, top, right, bottom = row["entry"]
+            assert abs(x1 - right) < 1 and top < y1 < bottom, f"frame {number}: {row['key']} begins elsewhere"
+            left, top, right, bottom = row["block"]
+            assert abs(x2 - left) < 1 and top < y2 < bottom, f"frame {number}: {row['key']} ends elsewhere"
+            assert lines[row["key"]]["strong"] == (row["seq"] == frame["seq"])
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_a_film_has_marks_that_lead_to_the_moments_that_matter(player, name):
+    page, marks = player(name), document(name)["marks"]
+    assert 3 <= len(marks) <= 5 and marks == sorted(marks)
+    for number, (frame, caption) in enumerate(marks, start=1):
+        page.get_by_role("button", name=f"Moment {number}: ").click()
+        assert page.evaluate("document.querySelector('trace-player').frame") == frame
+        assert page.locator(".tp-caption.tp-now").text_content() == caption
+
+
+def test_the_sums_of_paged_attention_are_those_of_all_scores_at_once(player):
+    film, seen = document("paged_attention"), {}
+    page = player("paged_attention")
+    for frame, item in enumerate(film["events"], start=1):
+        event = item["event"]
+        if event["event"] != "read":
+            continue
+        assert event["block"] == film["base"]["tables"][event["seq"]][event["logical"]]
+        scores = seen.setdefault(event["seq"], [])
+        scores += event["scores"]
+        assert event["m"] == max(scores)
+        assert event["l"] == pytest.approx(sum(math.exp(score - max(scores)) for score in scores), rel=0.03)
+        page.evaluate(f"document.querySelector('trace-player').go({frame})")
+        shown = page.locator(".tp-new .tp-on").all_text_contents()
+        assert shown == [f"{score:g}" for score in event["scores"]]
+    lengths = {seq: film["base"]["num_tokens"][seq] + 1 for seq in seen}
+    assert {seq: len(scores) for seq, scores in seen.items()} == lengths, "each query reads the whole context"
+
+
+@pytest.mark.parametrize("name", FILMS)
 def test_the_player_fits_a_narrow_page(player, name):
     page = player(name, width=360)
     page.evaluate("document.querySelector('trace-player').go(20)")

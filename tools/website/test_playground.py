@@ -55,7 +55,7 @@ def test_what_cannot_run_is_said_in_one_line(opened):
 
 
 def graded(page, source):
-    page.locator("#pg-check textarea").fill(source)
+    page.evaluate("source => document.querySelector('#pg-check').write(source)", source)
     page.get_by_role("button", name="Try the properties").click()
     page.wait_for_function("document.querySelector('#pg-result').dataset.wrong !== undefined", timeout=SECONDS)
     return page.locator("#pg-status").text_content()
@@ -104,6 +104,50 @@ def test_what_is_no_python_is_said(opened):
     page = opened("playground/")
     assert graded(page, "class BlockAllocator(:\n") == "The module could not be imported."
     assert "SyntaxError" in page.locator("#pg-result").text_content()
+
+
+@needs_python
+def test_an_example_plays_before_python_is_there(opened):
+    page = opened("playground/")
+    page.wait_for_function("document.querySelector('#pg-film').film?.length > 10")
+    assert page.evaluate("performance.getEntriesByType('resource').filter(e => e.name.includes('wasm')).length") == 0
+
+
+@needs_python
+def test_code_that_raises_is_shown_with_its_smallest_script(opened):
+    page = opened("playground/")
+    source = page.locator("#pg-check textarea").input_value()
+    assert graded(page, source.replace("self._free.popleft()", "self._free.pop_left()")).startswith("Caught")
+    assert "AttributeError" in page.locator("#pg-result").text_content()
+    assert "pool.allocate()  raises AttributeError" in page.locator(".pg-script").text_content()
+
+
+@needs_python
+def test_a_lost_block_is_drawn_as_lost(opened):
+    from minipaged.course.museum import load_bugs
+
+    planted = next(each for each in load_bugs() if each.name == "ch06_truncate_leaks")
+    page = opened("playground/")
+    page.locator("#pg-check select[name=file]").select_option("block_table.py")
+    graded(page, planted.planted())
+    assert page.locator("#pg-counterexample .tp-lost .tp-owners").first.text_content() == "lost"
+
+
+@needs_python
+def test_a_link_carries_the_code(opened):
+    page = opened("playground/")
+    page.locator("#pg-check select[name=file]").select_option("block_table.py")
+    source = "# mine: \u00e9\nclass BlockTable:\n    pass\n"
+    page.evaluate("source => document.querySelector('#pg-check').write(source)", source)
+    page.get_by_role("button", name="A link to this code").click()
+    page.wait_for_function("location.hash.length > 10")
+    other = opened("playground/" + page.evaluate("location.hash"))
+    other.wait_for_function("document.querySelector('#pg-check textarea').value.startsWith('# mine')")
+    assert other.locator("#pg-check textarea").input_value() == source
+    assert other.locator("#pg-check select[name=file]").input_value() == "block_table.py"
+    assert (
+        other.locator(".cm-lineNumbers").count() == 1 and other.locator(".tok-keyword").first.text_content() == "class"
+    )
 
 
 def test_recorded_runs_are_chosen_from_a_list(opened):

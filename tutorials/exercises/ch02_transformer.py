@@ -2,11 +2,10 @@
 
     token ids -> embedding -> [RMSNorm -> attention -> +  ->  RMSNorm -> SwiGLU -> +] x num_layers -> RMSNorm -> linear
 
-Every operation but attention treats each token by itself. So the tokens of many sequences are laid end to end, and
-only `cache.attend` needs to know where one sequence ends. There is no batch dimension and no padding.
-
-Llama, Mistral, Qwen 2.5 and 3 and SmolLM3 are this one model. Where they differ, a field of `ModelConfig` says so, and
-one line below reads it; `families.py` fills the fields from a model's files.
+Every operation but attention treats each token by itself. So the tokens of many sequences are laid end to end, with no
+batch dimension and no padding, and only `cache.attend` depends on where one sequence ends. Llama, Mistral, Qwen 2.5 and
+3 and SmolLM3 are this one model: where they differ, one line below reads a field of `ModelConfig`, which `families.py`
+fills from a model's files.
 
 Sources: Vaswani et al. 2017 (the decoder); Touvron et al., "LLaMA" (2023), section 2.2 (RMSNorm, SwiGLU, rotary
 positions); Su et al., "RoFormer" (2021), section 3.4 (rotary positions); Ainslie et al., "GQA" (2023); Jiang et al.,
@@ -25,6 +24,29 @@ positions); Su et al., "RoFormer" (2021), section 3.4 (rotary positions); Ainsli
 #   7. Transformer.forward
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
+# Given: ForwardBatch, in minipaged/model/batch.py.
+#
+#   token_ids: Tensor  # int64 [num_tokens]
+#   positions: Tensor  # int64 [num_tokens]
+#   query_start_loc: Tensor  # int32 [num_seqs + 1]
+#   seq_lens: Tensor  # int32 [num_seqs]
+#   block_tables: Tensor  # int32 [num_seqs, max_blocks], -1 past the end of a table
+#   slot_mapping: Tensor  # int64 [num_tokens], -1 where nothing is kept
+#   logits_rows: Tensor  # int64 [num_sampled], rows of the hidden states
+#   max_query_len: int  # the most tokens that one sequence brings, known here without asking the device
+#
+# Given: KVCache, in minipaged/model/batch.py.
+#
+#   attend(layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int |
+#       None) -> Tensor
+#       Store the batch's key and value; return causal attention of its queries over each sequence's whole
+#       context. query [num_tokens, num_heads, head_dim]; key, value [num_tokens, num_kv_heads, head_dim].
+#       Returns query's shape. sliding_window: of the layer, the newest tokens that a query sees, itself among
+#       them; None: all.
+#
 # Made from minipaged/model/transformer.py by minipaged/course/generate.py.
 
 from dataclasses import dataclass

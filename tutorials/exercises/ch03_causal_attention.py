@@ -13,7 +13,11 @@ value  [num_kv_heads, num_keys, head_dim]
 #   3. first_seen
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # A query with a sliding_window of w sees the last w positions, its own included (minipaged/reference.py).
+#
 # Made from minipaged/attention/contiguous.py by minipaged/course/generate.py.
 
 import torch

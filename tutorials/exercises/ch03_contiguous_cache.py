@@ -6,7 +6,7 @@
 
 K and V of past tokens are needed at every step and never change, so they are kept. Q is not: the query of a token is
 used once, in the step that computes the token. Attention reads a view of the slab: no table, no copy.
-A row of the step's `block_tables` has one entry here, the number of the slab. Chapter 6 will need more of them.
+A row of the step's `block_tables` has one entry here, the number of the slab.
 """
 
 # Exercise ch03_contiguous_cache, about 30 minutes. Write what raises
@@ -16,9 +16,32 @@ A row of the step's `block_tables` has one entry here, the number of the slab. C
 #   2. ContiguousCache.attend
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # A batch (minipaged/model/batch.py): sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1
 # of query, key and value; its context, these tokens included, has seq_lens[s] tokens; its slab is
 # block_tables[s, 0]. The scale is head_dim ** -0.5.
+#
+# Given: ForwardBatch, in minipaged/model/batch.py.
+#
+#   token_ids: Tensor  # int64 [num_tokens]
+#   positions: Tensor  # int64 [num_tokens]
+#   query_start_loc: Tensor  # int32 [num_seqs + 1]
+#   seq_lens: Tensor  # int32 [num_seqs]
+#   block_tables: Tensor  # int32 [num_seqs, max_blocks], -1 past the end of a table
+#   slot_mapping: Tensor  # int64 [num_tokens], -1 where nothing is kept
+#   logits_rows: Tensor  # int64 [num_sampled], rows of the hidden states
+#   max_query_len: int  # the most tokens that one sequence brings, known here without asking the device
+#
+# Given, in minipaged/attention/contiguous.py:
+#
+#   causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, sliding_window: int |
+#       None=None) -> Tensor
+#       softmax(Q K^T * scale + M) V, with M aligned at the end of the context. Returns the shape of query.
+#       The heads of a group share one key/value head: K and V are *viewed* once per query head and never
+#       copied.
+#
 # Made from minipaged/kvcache/contiguous.py by minipaged/course/generate.py.
 
 import torch
@@ -47,13 +70,7 @@ class ContiguousCache:
         raise NotImplementedError("ch03: ContiguousCache.__init__")
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        batch: ForwardBatch,
-        sliding_window: int | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
         """Store the new K and V behind the old ones in each slab, then attend over the slab."""
         raise NotImplementedError("ch03: ContiguousCache.attend")

@@ -34,6 +34,9 @@ Orca (Oracle, Pow2, Max), over a buddy allocator. The buddy system itself: Knuth
 #   12. ReservationPool.account
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Made from minipaged/memory/reservation.py by minipaged/course/generate.py.
 
 from collections.abc import Hashable
@@ -54,7 +57,7 @@ class BuddyAllocator:
     Invariant: a block of size 2^k starts at a multiple of 2^k, and no two free blocks are buddies (they are merged).
 
     A pool whose size is no power of two is cut into arenas, largest first: 24 slots are an arena of 16 and one of 8.
-    An arena has no buddy, so blocks of two arenas never merge.
+    An arena has no buddy, so blocks of two arenas never merge. Raises ValueError for a pool of less than one slot.
     """
 
     num_free: int  # slots, wherever they lie
@@ -64,7 +67,8 @@ class BuddyAllocator:
         raise NotImplementedError("ch04: BuddyAllocator.__init__")
 
     def num_free_for(self, size: int) -> int:
-        """Free slots that lie in a free block large enough for `size` slots: 0 means that allocate(size) is refused."""
+        """Free slots that lie in a free block large enough for `size` slots: 0 means that allocate(size) is refused.
+        Raises ValueError as allocate does."""
         raise NotImplementedError("ch04: BuddyAllocator.num_free_for")
 
     def allocate(self, size: int) -> int:
@@ -76,7 +80,8 @@ class BuddyAllocator:
         raise NotImplementedError("ch04: BuddyAllocator.allocate")
 
     def free(self, start: int) -> None:
-        """Free the block that starts at `start`, and merge it with its buddy as long as that one is free too."""
+        """Free the block that starts at `start`, and merge it with its buddy as long as that one is free too.
+        Raises ValueError where no block in use starts there."""
         raise NotImplementedError("ch04: BuddyAllocator.free")
 
 
@@ -111,6 +116,7 @@ class ReservationPool:
     `policy` is "max", "pow2" or "oracle": see `reservation`. `output_len` is the real one, known from the workload:
     pow2, oracle and the account need the future.
     Invariant, for each request: tokens stored <= final length <= slots asked for <= slots of its block.
+    Raises ValueError for an unknown policy or request, and where a length or number of tokens is out of its range.
     """
 
     def __init__(self, num_slots: int, policy: str, max_model_len: int):

@@ -26,6 +26,24 @@ A frame is cleared before it is handed out, so that no process reads what anothe
 #   12. Process.store
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
+# Given: MultiLevelPageTable, in minipaged/memory/page_table.py.
+#
+#   map(page: int, frame: int) -> None
+#       Write the page's entry, and make the tables on the way that do not exist yet. Raises ValueError,
+#       changing nothing, if the page has a frame already, or if page or frame do not exist.
+#   unmap(page: int) -> int
+#       Clear the page's entry, and return its frame. A table that is left empty is removed; the top one
+#       stays. Raises ValueError if the page has no frame.
+#   frame(page: int) -> int
+#       The frame of a page: one table read for each level. Raises PageFault if it has none.
+#   translate(address: int) -> int
+#       Virtual address -> physical address: frame * page_bytes + offset. Raises PageFault.
+#   check_unmapped(page: int) -> None
+#       Raises ValueError if the page has a frame.
+#
 # Made from minipaged/memory/address_space.py by minipaged/course/generate.py.
 
 from collections import deque
@@ -62,7 +80,7 @@ class PhysicalMemory:
         raise NotImplementedError("ch05: PhysicalMemory.num_mappings")
 
     def take(self) -> int:
-        """A free frame, all bytes 0, with one mapping. Raises OutOfFrames, changing nothing."""
+        """A free frame, all bytes 0, with one mapping: its entry. Raises OutOfFrames, changing nothing."""
         raise NotImplementedError("ch05: PhysicalMemory.take")
 
     def share(self, frame: int) -> None:
@@ -90,18 +108,20 @@ class Process:
         self.table = table
 
     def map(self, page: int) -> int:
-        """Give a page a frame, and return it. Raises OutOfFrames or ValueError, changing nothing."""
+        """Give a page a frame, and return it. Raises OutOfFrames where none is free, and ValueError for a page that has
+        one or does not exist, changing nothing."""
         raise NotImplementedError("ch05: Process.map")
 
     def share(self, page: int, owner: "Process", owner_page: int) -> int:
         """Map a page to the frame of a page of `owner`, and return the frame. No byte is copied.
 
-        Raises PageFault if the owner's page has no frame, ValueError if ours has one or the memories differ.
+        Raises PageFault if the owner's page has no frame, ValueError if ours has one, a page does not exist, or the
+        memories differ.
         """
         raise NotImplementedError("ch05: Process.share")
 
     def unmap(self, page: int) -> None:
-        """Take the page away. Its frame is free if no other entry names it."""
+        """Take the page away. Its frame is free if no other entry names it. Raises ValueError if it has none."""
         raise NotImplementedError("ch05: Process.unmap")
 
     def load(self, address: int) -> int:
@@ -109,5 +129,5 @@ class Process:
         raise NotImplementedError("ch05: Process.load")
 
     def store(self, address: int, byte: int) -> None:
-        """Write a byte. Every process that shares the frame reads it."""
+        """Write a byte, 0 to 255, else ValueError. Every process that shares the frame reads it."""
         raise NotImplementedError("ch05: Process.store")

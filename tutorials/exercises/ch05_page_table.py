@@ -39,6 +39,9 @@ x86 are those of Intel's Software Developer's Manual, volume 3A, chapter "Paging
 #   15. MultiLevelPageTable.translate
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Made from minipaged/memory/page_table.py by minipaged/course/generate.py.
 
 from dataclasses import dataclass, replace
@@ -104,7 +107,8 @@ class AddressLayout:
         raise NotImplementedError("ch05: AddressLayout.flat_bytes")
 
     def dense_bytes(self, num_pages: int) -> int:
-        """The least that tables of all levels cost when num_pages are mapped: pages 0, 1, 2, ... with no hole."""
+        """The least that tables of all levels cost when num_pages are mapped: pages 0, 1, 2, ... with no hole.
+        Raises ValueError for a number of pages that the space does not have, as sparse_bytes does."""
         raise NotImplementedError("ch05: AddressLayout.dense_bytes")
 
     def sparse_bytes(self, num_pages: int) -> int:
@@ -124,6 +128,7 @@ class MultiLevelPageTable:
     """A table for each level of the layout: a page directory's entry names a table one level down, the last a frame.
 
     Invariant: a table below the top exists as long as a page under it is mapped, and no longer.
+    Raises ValueError for a page or an address outside the space, in every method.
     A real table is an array. Here it is a dictionary of the filled entries, and `cost_bytes` counts the whole array.
     """
 
@@ -152,6 +157,7 @@ class MultiLevelPageTable:
         raise NotImplementedError("ch05: MultiLevelPageTable.unmap")
 
     def is_mapped(self, page: int) -> bool:
+        """Whether the page has a frame."""
         raise NotImplementedError("ch05: MultiLevelPageTable.is_mapped")
 
     def frame(self, page: int) -> int:

@@ -3,11 +3,9 @@
     free:    3 1 6                      blocks that no table names
     owners:  0 -> 2   2 -> 1   ...      how many block tables name each block in use
 
-A block is in exactly one of the two, always. That one sentence is the allocator, and the suite of this chapter
-checks it after every call. The allocator handles block numbers only; the tensors are in kvcache/.
-
-Every block has the same size, so any free block serves any request: external fragmentation cannot happen.
-The operating-systems textbook calls these blocks page frames, and this list the free-frame list.
+A block is in exactly one of the two, always: the suite of this chapter checks it after every call. The allocator
+handles block numbers only; the tensors are in kvcache/. Every block has the same size, so any free block serves any
+request: external fragmentation cannot happen. Operating systems call these blocks page frames.
 Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", section 4.2.
 """
 
@@ -23,6 +21,9 @@ Source: Kwon et al., "Efficient Memory Management for Large Language Model Servi
 #   7. BlockAllocator.free
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Made from minipaged/memory/block_allocator.py by minipaged/course/generate.py.
 
 from collections import deque

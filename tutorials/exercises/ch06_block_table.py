@@ -5,8 +5,8 @@
     slot                      ->  3 * 4 + 1 = 13
 
 This is the page table of an operating system with one level: a page is a block of tokens, a process is a sequence,
-and an address is a position. Logical blocks are filled in order, so only the last one may be partly empty: a
-sequence never wastes more than block_size - 1 slots. Source: the PagedAttention paper, sections 4.2 and 4.3.
+and an address is a position. Blocks are filled in order, so only the last one may be partly empty: a sequence wastes at
+most block_size - 1 slots. Source: the PagedAttention paper, sections 4.2 and 4.3.
 
 Chapter 9 extends the same class: a block that two tables name is shared, and it is never written.
 
@@ -25,8 +25,27 @@ Chapter 9 extends the same class: a block that two tables name is shared, and it
 #   6. BlockTable.release
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Nothing is shared before chapter 9, so nothing is copied yet: append_tokens returns [].
 # Events need not be recorded here: `minipaged check` watches the calls by itself.
+#
+# Given: BlockAllocator, in minipaged/memory/block_allocator.py.
+#
+#   num_blocks -> int
+#   num_free -> int
+#   ref_count(block: int) -> int
+#       How many tables name the block; 0 means that it is free. Raises ValueError for a block outside the
+#       pool.
+#   allocate() -> int
+#       Take a block from the free list, with a reference count of 1. Raises OutOfBlocks, changing nothing.
+#   share(block: int) -> None
+#       Add one reference to a block in use. A free block is refused: the next allocate() may return it.
+#       Raises ValueError for a block that is free or not in the pool, changing nothing.
+#   free(block: int) -> None
+#       Drop one reference. The last one puts the block back on the free list. Raises ValueError like share.
+#
 # Left out here, and met in a later chapter: fork, append_shared, move.
 # Made from minipaged/memory/block_table.py by minipaged/course/generate.py.
 

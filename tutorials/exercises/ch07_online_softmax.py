@@ -18,9 +18,25 @@ Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax" (20
 #   1. paged_attention_online
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Shapes: docs/design.md, section 3. Sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1 of
 # query, perhaps none; its last query stands at position seq_lens[s] - 1. What no token owns is never read.
 # The promised errors: call check_write_kv or check_paged_attention (minipaged/attention/checks.py) first.
+#
+# Given, in minipaged/attention/contiguous.py:
+#
+#   visible(num_queries: int, num_keys: int, sliding_window: int | None=None, device: torch.device |
+#       str='cpu') -> Tensor
+#       True where query i, at position num_keys - num_queries + i, may see key j. Shape [num_queries,
+#       num_keys].
+#
+# Given, in minipaged/attention/contiguous.py:
+#
+#   first_seen(seq_len: int, num_queries: int, sliding_window: int | None) -> int
+#       The first position that the first of the last num_queries positions sees.
+#
 # Made from minipaged/attention/online_softmax.py by minipaged/course/generate.py.
 
 import torch

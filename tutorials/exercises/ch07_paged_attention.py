@@ -17,9 +17,26 @@ Source: the PagedAttention paper, section 4.1.
 #   3. gather
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Shapes: docs/design.md, section 3. Sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1 of
 # query, perhaps none; its last query stands at position seq_lens[s] - 1. What no token owns is never read.
 # The promised errors: call check_write_kv or check_paged_attention (minipaged/attention/checks.py) first.
+#
+# Given, in minipaged/attention/contiguous.py:
+#
+#   causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, sliding_window: int |
+#       None=None) -> Tensor
+#       softmax(Q K^T * scale + M) V, with M aligned at the end of the context. Returns the shape of query.
+#       The heads of a group share one key/value head: K and V are *viewed* once per query head and never
+#       copied.
+#
+# Given, in minipaged/attention/contiguous.py:
+#
+#   first_seen(seq_len: int, num_queries: int, sliding_window: int | None) -> int
+#       The first position that the first of the last num_queries positions sees.
+#
 # Made from minipaged/attention/gathered.py by minipaged/course/generate.py.
 
 import torch

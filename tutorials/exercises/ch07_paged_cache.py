@@ -4,10 +4,9 @@
 
     A: [0, 2]     B: [1]
 
-memory/ decides, in plain Python, which sequence owns which block. The decision arrives as two tensors of the step:
-`slot_mapping` says where to write, `block_tables` says where to read. The compiled loop and Triton have the same two
-functions under the same names. All layers of a step have the same tables, so the numbers in them are checked at the
-first layer only.
+memory/ decides, in plain Python, which sequence owns which block. `slot_mapping` then holds where to write, and
+`block_tables` where to read. The compiled loop and Triton have the same two functions under the same names. All layers
+of a step have the same tables, so the numbers in them are checked at the first layer only.
 """
 
 # Exercise ch07_paged_cache, about 15 minutes. Write what raises
@@ -17,8 +16,39 @@ first layer only.
 #   2. PagedCache.copy_blocks
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
-# attend: write_kv, then paged_attention of minipaged.attention, on the caches of the layer, with the scale
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
+# attend: compiled.write_kv, then compiled.paged_attention, on the caches of the layer, with the scale
 # head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None.
+# A step is refused before anything is written: call check_write_kv and check_paged_attention of this module first,
+# and once for all layers of a step (self._checked is the batch that was checked last); then check=False.
+#
+# Given: ForwardBatch, in minipaged/model/batch.py.
+#
+#   token_ids: Tensor  # int64 [num_tokens]
+#   positions: Tensor  # int64 [num_tokens]
+#   query_start_loc: Tensor  # int32 [num_seqs + 1]
+#   seq_lens: Tensor  # int32 [num_seqs]
+#   block_tables: Tensor  # int32 [num_seqs, max_blocks], -1 past the end of a table
+#   slot_mapping: Tensor  # int64 [num_tokens], -1 where nothing is kept
+#   logits_rows: Tensor  # int64 [num_sampled], rows of the hidden states
+#   max_query_len: int  # the most tokens that one sequence brings, known here without asking the device
+#
+# Given, in minipaged/attention/compiled.py:
+#
+#   write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor, *,
+#       check: bool=True) -> None
+#       Arguments and errors of `gathered.write_kv`. check=False: the caller has checked the arguments.
+#
+# Given, in minipaged/attention/compiled.py:
+#
+#   paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, seq_lens:
+#       Tensor, query_start_loc: Tensor, *, scale: float, sliding_window: int | None=None, check: bool=True)
+#       -> Tensor
+#       Arguments, answer and errors of `paged_attention_gathered`. check=False: the caller has checked the
+#       arguments.
+#
 # Made from minipaged/kvcache/paged.py by minipaged/course/generate.py.
 
 import os
@@ -59,13 +89,7 @@ class PagedCache:
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        batch: ForwardBatch,
-        sliding_window: int | None = None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables."""
         raise NotImplementedError("ch07: PagedCache.attend")

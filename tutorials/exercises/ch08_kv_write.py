@@ -17,14 +17,17 @@ The caches are written through their strides, so a pool in FlashAttention's orde
 #   1. write_kv_kernel
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Made from minipaged/kernels/kv_write.py by minipaged/course/generate.py.
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.attention.checks import check_write_kernel
-from minipaged.kernels.launch import strides
+from minipaged.attention.checks import check_write_kv
+from minipaged.kernels.launch import check_memory, strides
 
 
 def write_kv(
@@ -34,7 +37,8 @@ def write_kv(
 
     Slots outside the pool are refused only with `check`, which has to wait for the device.
     """
-    check_write_kernel(key, value, key_cache, value_cache, slot_mapping, numbers=check)
+    check_write_kv(key, value, key_cache, value_cache, slot_mapping, numbers=check)
+    check_memory(key_cache, value_cache, key=key, value=value, slot_mapping=slot_mapping)
     num_tokens, num_kv_heads, head_dim = key.shape
     if num_tokens > 0:
         write_kv_kernel[(num_tokens,)](

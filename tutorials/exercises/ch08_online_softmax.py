@@ -22,6 +22,9 @@ into the scale.
 #   3. attend_context
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Made from minipaged/kernels/online_softmax.py by minipaged/course/generate.py.
 
 import triton

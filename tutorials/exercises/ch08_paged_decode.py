@@ -16,6 +16,9 @@ one read, and the tensor cores, which take 16 rows at least, work on padding tha
 #   1. paged_decode_kernel
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Made from minipaged/kernels/paged_decode.py by minipaged/course/generate.py.
 
 import torch
@@ -23,8 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipaged.attention.checks import check_attention_kernel
-from minipaged.kernels.launch import LOG2_E, decode_constants, strides
+from minipaged.kernels.launch import LOG2_E, check_attention, decode_constants, strides
 from minipaged.kernels.online_softmax import attend_context, finish_softmax, locate_context, locate_rows, start_softmax
 
 
@@ -39,14 +41,13 @@ def paged_decode(
     sliding_window: int | None = None,
     out: Tensor | None = None,
     tile: int | None = None,
-    check: bool = False,
 ) -> Tensor:
     """`paged_attention` of one query a sequence, at position seq_lens - 1: query [num_seqs, num_heads, head_dim].
 
     `tile` is the number of tokens a step of the loop takes, a power of two from 16; None: what fits the head size.
     """
     tensors = query, key_cache, value_cache, block_tables, seq_lens
-    check_attention_kernel(*tensors, None, sliding_window, out=out, tile=tile, numbers=check)
+    check_attention(*tensors, None, sliding_window, out=out, tile=tile)
     out = torch.empty_like(query) if out is None else out
     if len(query) > 0:
         places = strides(out, query, key_cache, block_tables)

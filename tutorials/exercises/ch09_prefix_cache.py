@@ -8,16 +8,13 @@
 The key of a block hashes the key of the block before it, so one key stands for the whole prefix. K and V of a token
 depend on every token before it: equal tokens behind different prefixes are different blocks, with different keys.
 
-The cache is one more owner of each cached block. That one idea gives the rest. While tables name the block,
-copy-on-write keeps them from writing into it. After its last table is released, the block is still owned, so it is not
-handed out: it is *evictable*. When the free list is empty, the block that has been evictable longest is evicted. An
-operating system's page cache holds its pages in the same way.
+The cache is one more owner of each cached block. While tables name the block, copy-on-write keeps them from writing
+into it. After its last table is released, the block is still owned, so it is not handed out: it is *evictable*. When
+the free list is empty, the block that has been evictable longest is evicted, as in an operating system's page cache.
 
 A block is cached when its tokens are *written*, not when they are planned, so an aborted request leaves nothing behind.
-Two requests with one prefix that are admitted in the same step both compute it, unless the scheduler lets the second
-wait (`block_keys` names the blocks that this step computes). The cache only appends: a block whose key another block
-has stays in its table, uncached, and so do those behind it. So a table never changes because of the cache, and tables
-that name one block name the same blocks before it.
+The cache only appends: a block whose key another block has stays in its table, uncached, and so do those behind it. So
+a table never changes because of the cache, and tables that name one block name the same blocks before it.
 
 H is SHA-256 over fields of fixed width: 32 bytes of parent, 8 bytes a token, and the salt last. With a key of 64 bits,
 as Python's own hash() makes, two prefixes can collide, and one user is answered from another user's text: vLLM had that
@@ -39,6 +36,27 @@ Sources: vLLM's design page "Automatic Prefix Caching"; the PagedAttention paper
 #   9. PrefixCache.free
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
+# A table has allocator, block_size, num_tokens and blocks (a copy). Where self.trace is not None, record
+# "cache" (block) and "evict" (block) behind the change, as in self.trace.record("cache", block=3).
+#
+# Given: BlockAllocator, in minipaged/memory/block_allocator.py.
+#
+#   num_blocks -> int
+#   num_free -> int
+#   ref_count(block: int) -> int
+#       How many tables name the block; 0 means that it is free. Raises ValueError for a block outside the
+#       pool.
+#   allocate() -> int
+#       Take a block from the free list, with a reference count of 1. Raises OutOfBlocks, changing nothing.
+#   share(block: int) -> None
+#       Add one reference to a block in use. A free block is refused: the next allocate() may return it.
+#       Raises ValueError for a block that is free or not in the pool, changing nothing.
+#   free(block: int) -> None
+#       Drop one reference. The last one puts the block back on the free list. Raises ValueError like share.
+#
 # Made from minipaged/memory/prefix_cache.py by minipaged/course/generate.py.
 
 import struct
@@ -94,10 +112,12 @@ class PrefixCache(BlockAllocator):
         raise NotImplementedError("ch09: PrefixCache.num_evictable")
 
     def is_evictable(self, block: int) -> bool:
+        """Whether the block is one of these."""
         raise NotImplementedError("ch09: PrefixCache.is_evictable")
 
     def match(self, tokens: Sequence[int], cache_salt: str | None = None) -> list[int]:
-        """The longest run of cached blocks that holds the first tokens of a prompt. O(1) a block; changes nothing.
+        """The longest run of cached blocks that holds the first tokens of a prompt. O(1) a block. Changes nothing, and
+        takes no reference.
 
         Name them with `BlockTable.append_shared` before anything is allocated, which could evict them.
         Never the whole prompt: at least one token is left to compute, since its logits give the first new token.
@@ -105,7 +125,8 @@ class PrefixCache(BlockAllocator):
         raise NotImplementedError("ch09: PrefixCache.match")
 
     def cache_blocks(self, table: BlockTable, tokens: Sequence[int], cache_salt: str | None = None) -> None:
-        """Cache the full blocks of a table whose tokens are written: `tokens`, from position 0 on.
+        """Cache the full blocks of a table whose tokens are written: `tokens`, from position 0 on. The cache takes one
+        reference to each block that was not cached.
 
         Blocks that are cached already cost nothing, so a decode step passes all its tokens. At a key that another
         block has, caching ends. Raises ValueError, changing nothing, for a table of another pool or shorter than its
@@ -122,9 +143,11 @@ class PrefixCache(BlockAllocator):
         raise NotImplementedError("ch09: PrefixCache.allocate")
 
     def share(self, block: int) -> None:
-        """One more table names a block in use, or an evictable one, which is in use from now on."""
+        """One more table names a block in use, or an evictable one, which is in use from now on. Raises ValueError for
+        any other."""
         raise NotImplementedError("ch09: PrefixCache.share")
 
     def free(self, block: int) -> None:
-        """One table fewer names the block; after the last one it is evictable if it is cached, and else free."""
+        """One table fewer names the block; after the last one it is evictable if it is cached, and else free. Raises
+        ValueError for a block that no table names."""
         raise NotImplementedError("ch09: PrefixCache.free")

@@ -1,12 +1,12 @@
-"""Chapter 6. The block table: where the tokens of one sequence lie, logical block by logical block.
+"""Chapter 9 (begun in 6). The block table: where the tokens of one sequence lie, logical block by logical block.
 
     position 9, block_size 4  ->  logical block 9 // 4 = 2, offset 9 % 4 = 1
     blocks [7, 1, 3]          ->  physical block 3
     slot                      ->  3 * 4 + 1 = 13
 
 This is the page table of an operating system with one level: a page is a block of tokens, a process is a sequence,
-and an address is a position. Logical blocks are filled in order, so only the last one may be partly empty: a
-sequence never wastes more than block_size - 1 slots. Source: the PagedAttention paper, sections 4.2 and 4.3.
+and an address is a position. Blocks are filled in order, so only the last one may be partly empty: a sequence wastes at
+most block_size - 1 slots. Source: the PagedAttention paper, sections 4.2 and 4.3.
 
 Chapter 9 extends the same class: a block that two tables name is shared, and it is never written.
 
@@ -24,6 +24,29 @@ Chapter 9 extends the same class: a block that two tables name is shared, and it
 #   5. BlockTable.move
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
+# Where self.trace is not None, record each change behind it, for example
+#     self.trace.record("allocate", seq=self.seq, logical=2, block=7)
+# Events here: copy (seq, logical, source, target), allocate (seq, logical, block), share (seq, logical, block) for
+# each block of a fork or of append_shared, and behind the shares of a fork: fork (seq, parent, count of tokens).
+#
+# Given: BlockAllocator, in minipaged/memory/block_allocator.py.
+#
+#   num_blocks -> int
+#   num_free -> int
+#   ref_count(block: int) -> int
+#       How many tables name the block; 0 means that it is free. Raises ValueError for a block outside the
+#       pool.
+#   allocate() -> int
+#       Take a block from the free list, with a reference count of 1. Raises OutOfBlocks, changing nothing.
+#   share(block: int) -> None
+#       Add one reference to a block in use. A free block is refused: the next allocate() may return it.
+#       Raises ValueError for a block that is free or not in the pool, changing nothing.
+#   free(block: int) -> None
+#       Drop one reference. The last one puts the block back on the free list. Raises ValueError like share.
+#
 # Made from minipaged/memory/block_table.py by minipaged/course/generate.py.
 
 from collections.abc import Sequence
@@ -100,11 +123,13 @@ class BlockTable:
         self.truncate(0)
 
     def fork(self, *, seq: str | None = None) -> "BlockTable":
-        """A second sequence with the same tokens. No block is taken: both tables name the same ones. (Chapter 9.)"""
+        """A second sequence with the same tokens. No block is taken: both tables name the same ones, and the new one
+        has a reference to each. (Chapter 9.)"""
         raise NotImplementedError("ch09: BlockTable.fork")
 
     def append_shared(self, blocks: Sequence[int]) -> None:
-        """Begin with full blocks that are written already: what a prefix cache found. (Chapter 9.)
+        """Begin with full blocks that are written already, with a reference to each: what a prefix cache found.
+        (Chapter 9.)
 
         Raises ValueError, changing nothing, if the table is not empty or one of the blocks is free.
         """
@@ -114,5 +139,6 @@ class BlockTable:
         """Name blocks of another pool instead, one for each, and free the own ones. (Chapter 9: swap.)
 
         The caller took one reference to each of `blocks` for this table, which owns it from now on.
+        Raises ValueError, changing nothing, for another number of blocks.
         """
         raise NotImplementedError("ch09: BlockTable.move")

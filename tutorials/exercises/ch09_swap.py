@@ -9,7 +9,7 @@ after. (The paper moves all sequences of a request together. The scheduler of ch
 sample that moves back names the blocks of the prompt that another sample still has on the device.) The last block
 moves whole, also when it is partly empty. A block that a table outside the group names too is copied like the others,
 and the other table keeps it. This class decides, and the caller copies the tensors.
-Source: the PagedAttention paper, section 4.5, which compares this with dropping the blocks and computing them anew.
+Source: the PagedAttention paper, section 4.5, which compares this with recomputation.
 """
 
 # Exercise ch09_swap, about 30 minutes. Write what raises
@@ -19,6 +19,31 @@ Source: the PagedAttention paper, section 4.5, which compares this with dropping
 #   2. Swap.swap_in
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
+# A table has allocator and num_tokens beside what is listed below. Where table.trace is not None, record, behind the
+# move, table.trace.record("swap_out", seq=table.seq, logical=0, block=DEVICE, host_block=HOST) for each block, or
+# "swap_in" with the same fields.
+#
+# Given: BlockTable, in minipaged/memory/block_table.py.
+#
+#   blocks -> list[int]
+#       Physical block of each logical block (a copy).
+#   move(allocator: BlockAllocator, blocks: Sequence[int]) -> None
+#       Name blocks of another pool instead, one for each, and free the own ones. (Chapter 9: swap.) The
+#       caller took one reference to each of `blocks` for this table, which owns it from now on. Raises
+#       ValueError, changing nothing, for another number of blocks.
+#
+# Given: BlockAllocator, in minipaged/memory/block_allocator.py.
+#
+#   num_free -> int
+#   allocate() -> int
+#       Take a block from the free list, with a reference count of 1. Raises OutOfBlocks, changing nothing.
+#   share(block: int) -> None
+#       Add one reference to a block in use. A free block is refused: the next allocate() may return it.
+#       Raises ValueError for a block that is free or not in the pool, changing nothing.
+#
 # Made from minipaged/memory/swap.py by minipaged/course/generate.py.
 
 from collections.abc import Mapping, Sequence
@@ -52,6 +77,7 @@ class Swap:
     def swap_in(self, tables: Sequence[BlockTable], known: Mapping[int, int] | None = None) -> list[tuple[int, int]]:
         """Move a group back. Returns the copies to make, (host_block, device_block). Raises as swap_out does.
 
-        known: host block -> a block in use on the device with the same tokens. It is named, and nothing is copied.
+        known: host block -> a block in use on the device with the same tokens. It is named, with a reference for each
+        table, and nothing is copied.
         """
         raise NotImplementedError("ch09: Swap.swap_in")

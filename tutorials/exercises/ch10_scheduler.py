@@ -13,7 +13,7 @@ preempted: it moves to the host's memory if there is room, or its blocks are fre
 and recomputation: the PagedAttention paper, section 4.5).
 
 The samples of a request are sequences with one prompt. The first computes it; the others then fork its block table.
-One that enters later, or again, begins with the full blocks of the prompt in the table of a sample that runs.
+One that enters later, or again, begins with the prompt's full blocks in the table of a running sample.
 Plain Python, and no tensor: the simulator of chapter 11 runs this very class.
 """
 
@@ -32,8 +32,82 @@ Plain Python, and no tensor: the simulator of chapter 11 runs this very class.
 #   10. Scheduler._enter
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
-# SchedulerOutput.schedule notes how many tokens of a sequence a step computes, cache_computed moves num_computed
-# after it (minipaged/engine/scheduler_output.py). Delete a private method that your way does not need.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
+# A step: schedule(), the copies of blocks and the forward pass, update_from_output(output), one token appended to
+# the outputs of each sequence in output.sampled, finish(seq) for those that end. So num_computed of a scheduled
+# sequence moves in update_from_output, which calls cache_computed; schedule sets it where a sequence enters (what is
+# found) or is preempted (0, unless it is swapped). Events: allocate_slots, swap_out, swap_in and free
+# of the BlockManager advance the trace by themselves, and the engine counts its steps; the scheduler records none.
+# Delete a private method that your way does not need.
+#
+# Given: BlockManager, in minipaged/memory/block_manager.py.
+#
+#   reset() -> None
+#       Empty pools and no tables: after an exception in a step, the contents of the blocks are undefined.
+#   num_slots -> int
+#       Tokens that the whole pool can hold.
+#   blocks_for(num_tokens: int) -> int
+#       How many blocks hold this many tokens of one sequence.
+#   can_ever_fit(num_tokens: int) -> bool
+#       Whether the empty pool could hold a sequence of this length.
+#   get_computed_blocks(tokens: Sequence[int], cache_salt: str | None=None) -> list[int]
+#       The blocks of the longest cached prefix of these tokens (`PrefixCache.match`). Changes nothing.
+#   prefix_of(seq_id: str, num_tokens: int) -> list[int]
+#       The full blocks that hold the first `num_tokens` tokens of a sequence; none where some were freed.
+#   block_keys(tokens: Sequence[int], cache_salt: str | None=None) -> list[bytes]
+#       The keys of the full blocks of these tokens; none where nothing is cached.
+#   fork(parent: str, child: str) -> None
+#       A second sequence with the same tokens, in the same blocks.
+#   allocate_slots(seq_id: str, num_tokens: int, prefix: Sequence[int]=(), reserve: int=0) -> Copies | None
+#       Slots for the first `num_tokens` tokens of a sequence. One without a table gets one, which begins with
+#       the full blocks of `prefix`. None if fewer than `reserve` blocks would stay free.
+#   free(seq_id: str) -> None
+#       Release the blocks of a sequence, on the device or on the host. Does nothing if it has none.
+#   is_swapped(seq_id: str) -> bool
+#   swap_out(seq_id: str) -> Copies | None
+#       Move a sequence to the host; None also if there is no host pool. The copies are (device, host).
+#   swap_in(seq_id: str, num_tokens: int, prefix: Sequence[int]=(), reserve: int=0) -> Copies | None
+#       Bring a sequence back, if there is room for `num_tokens` tokens. The copies are (host, device).
+#       prefix: blocks in use on the device that hold its first tokens. They are named, and not copied.
+#
+# Given: Sequence, in minipaged/engine/sequence.py.
+#
+#   request_id: str
+#   index: int  # which of the request's samples
+#   prompt_token_ids: list[int]
+#   params: SamplingParams
+#   cache_salt: str | None = None  # sequences of unequal salts share no block
+#   outputs: list[Token]  # state
+#   num_computed: int = 0  # derived
+#   seq_id: str  # request_id.index: names its block table and its events
+#   num_uncomputed_tokens -> int
+#       Tokens whose K and V are not in the cache yet: 1 in decode, more in prefill.
+#   tokens(start: int, end: int) -> list[int]
+#       Tokens at positions start to end - 1, prompt and output as one.
+#
+# Given: SchedulerOutput, in minipaged/engine/scheduler_output.py.
+#
+#   swap_out: Copies  # (device block, host block)
+#   swap_in: Copies  # (host block, device block)
+#   copies: Copies  # (device block, device block): copy-on-write
+#   num_scheduled_tokens: dict[Sequence, int]  # from the sequence's num_computed on
+#   total_num_scheduled_tokens: int = 0
+#   sampled: dict[Sequence, int]  # whose next token is due -> its row of the logits
+#   preempted: dict[Sequence, str]  # how: "recompute" or "swap"
+#   max_num_batched_tokens: int = 0  # tokens that the step may compute
+#   budget -> int
+#       Tokens that the step has room for still.
+#   schedule(seq: Sequence, leave: int=0) -> None
+#       Compute the tokens of a sequence but the last `leave` ones, as many as the budget allows. If they
+#       reach its end, its next token is due.
+#
+# Given, in minipaged/engine/scheduler_output.py:
+#
+#   cache_computed(blocks: BlockManager, output: SchedulerOutput) -> None
+#       The step has run: K and V of its tokens are in the cache, and blocks that they filled can be found.
+#
 # Made from minipaged/engine/scheduler.py by minipaged/course/generate.py.
 
 from collections import Counter, deque
@@ -41,7 +115,7 @@ from collections.abc import Iterable
 
 from minipaged.engine.scheduler_output import SchedulerOutput, cache_computed
 from minipaged.engine.sequence import Sequence
-from minipaged.memory.block_manager import NO_PREFIX, BlockManager
+from minipaged.memory.block_manager import BlockManager
 
 
 class Scheduler:
@@ -87,7 +161,7 @@ class Scheduler:
         raise NotImplementedError("ch10: Scheduler.add")
 
     def finish(self, seq: Sequence) -> None:
-        """Remove a sequence, wherever it stands, and free its blocks."""
+        """Remove a sequence from its queue, and free its blocks, wherever they lie."""
         raise NotImplementedError("ch10: Scheduler.finish")
 
     def reset(self, seqs: Iterable[Sequence]) -> None:

@@ -23,8 +23,19 @@ A column-parallel layer that keeps its outputs to itself is an `nn.Linear` with 
 #   4. parallelise
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # `parts` of ch13_shares.py comes first. In this suite ranks are threads: all_reduce adds up
 # in place and returns the sum, gather returns all tensors on rank 0, and [] elsewhere.
+#
+# Given: Group, in minipaged/distributed/group.py.
+#
+#   all_reduce(tensor: Tensor) -> Tensor
+#       The sum over ranks, in place. Raises CollectiveError.
+#   gather(tensor: Tensor) -> list[Tensor]
+#       At rank 0 the tensors of all ranks, by rank; elsewhere nothing. Raises CollectiveError.
+#
 # Made from minipaged/distributed/layers.py by minipaged/course/generate.py.
 
 import torch

@@ -24,6 +24,9 @@ section 4.6 (one block table, a share of the heads on each GPU).
 #   5. step_traffic
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
+# A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
+# where two errors are due, either is right.
+#
 # Made from minipaged/distributed/shares.py by minipaged/course/generate.py.
 
 from dataclasses import dataclass, replace

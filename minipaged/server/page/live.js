@@ -42,7 +42,7 @@ async function follow() {
     try {
       for await (const message of events(await ask("live"))) {
         if (message.schema) {
-          player.load(message, "-1");
+          player.load(message, -1);
           find("#model").textContent = message.model;
           find("#steps").hidden = !message.stepping;
           say(message.stepping ? "Connected. The engine waits for its step." : "Connected.");

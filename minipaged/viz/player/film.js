@@ -2,7 +2,10 @@
 // test can hold every frame against Python's own replay.
 //
 // The document is what minipaged/viz/export.py writes. An event carries the entries that it changed in five maps
-// (tables, host_tables, num_tokens, texts, cached), and null for an entry that is gone.
+// (tables, host_tables, num_tokens, texts, cached), and null for an entry that is gone. A counterexample has a sixth:
+// `lost`, the blocks that are taken and in no table.
+//
+// `marks` are the moments that matter, [[frame, caption], ...]: a film opens at the middle one.
 
 const KEPT = 2_000; // frames of a live film
 const EMPTY = { tables: {}, host_tables: {}, num_tokens: {}, texts: {}, cached: {} };
@@ -13,6 +16,7 @@ export class BlockFilm {
       throw new Error(`expected minipaged.site version 1, got ${document.schema} version ${document.version}`);
     }
     this.document = document;
+    this.isLive = document.events.length === 0; // a live server's begins with a state, and grows
     this.pool = document.trace;
     this.sequences = document.sequences;
     this.byName = Object.fromEntries(document.sequences.map((seq) => [seq.name, seq]));
@@ -53,8 +57,23 @@ export class BlockFilm {
     return this.states.length;
   }
 
+  get marks() {
+    return this.document.marks ?? [];
+  }
+
+  // Whether the film has such blocks at any moment: "shared", "cached" or "lost". Of a live film all is possible.
+  shows(kind) {
+    if (this.isLive) return kind !== "lost";
+    this.kinds ??= new Set(this.states.flatMap((state, i) => [
+      ...([...this.owners(i).values()].some((named) => named.length > 1) ? ["shared"] : []),
+      ...(Object.keys(state.cached).length ? ["cached"] : []),
+      ...(Object.keys(state.lost ?? {}).length ? ["lost"] : []),
+    ]));
+    return this.kinds.has(kind);
+  }
+
   words(i) {
-    if (i === 0 && this.document.base) return this.document.earlier ?? "The pool as the page found it.";
+    if (i === 0 && this.document.base) return this.document.earlier ?? (this.isLive ? "The pool as the page found it." : "The step begins.");
     return i === 0 ? "The pool is empty." : this.document.events[i - 1].words;
   }
 
@@ -66,12 +85,12 @@ export class BlockFilm {
     return i === 0 ? null : this.document.events[i - 1].event;
   }
 
-  // A counterexample is a script of calls: nobody waits and nobody runs.
+  // A counterexample is a script of calls: it has no queue.
   get hasQueues() {
     return this.document.queues || this.document.events.some((item) => item.event.event !== "call");
   }
 
-  // Who waits, who runs, who is done: told by the events, since a trace records no arrivals.
+  // What waits, runs and is done is told by the events, since a trace records no arrivals.
   #firstQueue() {
     return Object.fromEntries(this.sequences.map((seq) => [seq.name, "waiting"]));
   }
@@ -90,7 +109,7 @@ export class BlockFilm {
     return next;
   }
 
-  // Who names each block of a pool: block -> [{seq, logical, fill}].
+  // The entries that name each block of a pool: block -> [{seq, logical, fill}].
   owners(i, map = "tables") {
     const named = new Map();
     for (const [seq, blocks] of Object.entries(this.states[i][map])) {
@@ -135,7 +154,9 @@ export class BlockFilm {
     }
     const kept = Object.keys(state.cached).filter((block) => !owners.has(Number(block)));
     if (kept.length) lines.push(`Kept with no owner, to be found again: ${kept.map((b) => `block ${b}`).join(", ")}.`);
-    const free = this.pool.num_blocks - owners.size - kept.length;
+    const lost = Object.keys(state.lost ?? {});
+    if (lost.length) lines.push(`Lost, since no table names it: ${lost.map((b) => `block ${b}`).join(", ")}.`);
+    const free = this.pool.num_blocks - owners.size - kept.length - lost.length;
     lines.push(`${owners.size} of ${this.pool.num_blocks} blocks are in use, ${free} are free.`);
     return lines;
   }

@@ -3,12 +3,12 @@
 //   max     [AAA......................][BB.......................]     2 run, 3 wait
 //   pow2    [AAA..--][BB.--][CCC..]                                    the letters are tokens, the rest is waste
 //
-// tools/website/traces.py wrote the document and says what it holds.
+// tools/traces.py wrote the document and says what it holds.
 
 import { element } from "./dom.js";
 import { plural } from "./film.js";
 
-const NAMES = { max: "max: as long as the model allows", pow2: "pow2: the output rounded up", oracle: "oracle: exactly, if one knew" };
+const NAMES = { max: "max: as long as the model allows", pow2: "pow2: the output rounded up", oracle: "oracle: exactly, as if the length were known" };
 const STATE_NAMES = ["held", "reserved", "over-reserved", "rounding", "external", "free"];
 
 export class FragmentationFilm {
@@ -22,6 +22,10 @@ export class FragmentationFilm {
 
   get length() {
     return this.frames.length;
+  }
+
+  get marks() {
+    return this.document.marks ?? [];
   }
 
   words(i) {
@@ -62,7 +66,7 @@ export function drawFragmentation(film, i, stage) {
       bar.append(run);
     }
     const share = Math.round((100 * pool.account[0]) / num_slots);
-    const waiting = pool.waiting.length ? `waiting: ${pool.waiting.join(" ")}` : "nobody waits";
+    const waiting = pool.waiting.length ? `waiting: ${pool.waiting.join(" ")}` : "none waits";
     return element(
       "div",
       { class: "tp-policy" },

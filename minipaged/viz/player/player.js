@@ -2,7 +2,8 @@
 // a slider; arrow keys, Page Up and Page Down, Home, End and the space bar. What stands inside the element (a picture,
 // a link) is what a page without scripts shows.
 //
-// It opens at a moment in the middle (frame="50%"), like a poster; the first press of play begins at the beginning.
+// A film may have marks: moments that matter, each with a caption. It opens at the middle one, like a poster, and play
+// stays there for longer; the first press of play begins at the beginning.
 //
 // The element keeps one number, the frame. The films know what a frame holds and the drawings show it, so going
 // back is not undoing: it is showing an earlier frame.
@@ -13,6 +14,7 @@ import { BlockFilm } from "./film.js";
 import { FragmentationFilm, drawFragmentation } from "./fragmentation.js";
 
 const SPEEDS = { slow: 1600, normal: 800, fast: 250 }; // milliseconds a frame
+const AT_A_MARK = 5; // times as long
 const PATHS = {
   first: "M6 5v14M19 5 9 12l10 7z",
   stepBack: "M12 6 4 12l8 6zM20 6l-8 6 8 6z",
@@ -43,8 +45,8 @@ class TracePlayer extends HTMLElement {
     this.resizing?.disconnect();
   }
 
-  // Show a document. `frame` is where it opens: a number, -1 for the last one, or a share such as "50%".
-  load(document, frame = this.getAttribute("frame") ?? "0") {
+  // Show a document. `frame` is where it opens: a number, -1 for the last one; else at the middle mark.
+  load(document, frame = null) {
     this.pause();
     const blocks = document.schema !== "minipaged.site.fragmentation";
     this.film = blocks ? new BlockFilm(document) : new FragmentationFilm(document);
@@ -53,9 +55,8 @@ class TracePlayer extends HTMLElement {
     this.stage.style.minHeight = "";
     this.draw(this.film, this.film.tallest(), this.stage);
     this.stage.style.minHeight = `${this.stage.offsetHeight}px`;
-    const number = parseInt(frame, 10);
-    const last = this.film.length - 1;
-    this.go(String(frame).endsWith("%") ? Math.round((last * number) / 100) : number < 0 ? last + 1 + number : number);
+    const [middle] = this.film.marks[this.film.marks.length >> 1] ?? [0];
+    this.go(frame === null ? middle : frame < 0 ? this.film.length + frame : frame);
     this.isPoster = true;
     this.resizing?.disconnect();
     this.resizing = new ResizeObserver(() => blocks && drawLinks(this.film, this.frame, this.stage));
@@ -83,6 +84,7 @@ class TracePlayer extends HTMLElement {
     this.slider.setAttribute("aria-valuetext", `${this.frame} of ${this.film.length - 1}: ${words}`);
     this.count.textContent = `${this.frame} / ${this.film.length - 1}`;
     this.moment.replaceChildren(...this.film.sentences(this.frame).map((line) => element("li", {}, line)));
+    this.#showMark();
     const [atStart, atEnd] = [this.frame === 0, this.frame === this.film.length - 1];
     for (const name of ["first", "stepBack", "back"]) this.buttons[name].setAttribute("aria-disabled", atStart);
     for (const name of ["next", "stepNext"]) this.buttons[name].setAttribute("aria-disabled", atEnd);
@@ -101,16 +103,34 @@ class TracePlayer extends HTMLElement {
     this.go(frame);
   }
 
+  // The caption of the last mark that was passed: strong at its own moment.
+  #showMark() {
+    const { marks } = this.film;
+    const last = marks.findLastIndex(([frame]) => frame <= this.frame);
+    this.caption.textContent = last < 0 ? "" : marks[last][1];
+    this.caption.classList.toggle("tp-now", marks[last]?.[0] === this.frame);
+    this.markers.forEach((marker, number) => marker.setAttribute("aria-pressed", marks[number][0] === this.frame));
+  }
+
   play() {
     if (this.isPoster || this.frame === this.film.length - 1) this.go(0);
     this.said.setAttribute("aria-live", "off"); // a reader would be told faster than anyone can listen
-    this.timer = setInterval(() => this.go(this.frame + 1), SPEEDS[this.speed.value]);
+    this.#wait();
     this.#showPlaying(true);
+  }
+
+  // One frame after the other; a mark stays for as long as its caption takes to read.
+  #wait() {
+    const pause = SPEEDS[this.speed.value] * (this.film.marks.some(([frame]) => frame === this.frame) ? AT_A_MARK : 1);
+    this.timer = setTimeout(() => {
+      this.go(this.frame + 1);
+      if (this.timer) this.#wait();
+    }, pause);
   }
 
   pause() {
     if (!this.timer) return;
-    clearInterval(this.timer);
+    clearTimeout(this.timer);
     this.timer = null;
     this.said.setAttribute("aria-live", "polite");
     this.#showPlaying(false);
@@ -157,6 +177,14 @@ class TracePlayer extends HTMLElement {
       }
     });
     this.said = element("p", { class: "tp-said", "aria-live": "polite" });
+    this.markers = this.film.marks.map(([frame, caption], number) => {
+      const marker = element("button", { type: "button", "aria-label": `Moment ${number + 1}: ${caption}`, title: caption }, String(number + 1));
+      marker.addEventListener("click", still(() => this.go(frame)));
+      return marker;
+    });
+    const moments = element("div", { class: "tp-marks", role: "group", "aria-label": "Moments that matter" }, ...this.markers);
+    this.caption = element("p", { class: "tp-caption", "aria-live": "polite" });
+    const marks = this.markers.length ? [moments, this.caption] : [];
     this.count = element("span", { class: "tp-count tp-soft" });
     this.stage = element("div", { class: "tp-stage", role: "img", "aria-label": "The memory at this moment, told in words below" });
     this.moment = element("ul", { class: "tp-moment" });
@@ -169,6 +197,7 @@ class TracePlayer extends HTMLElement {
       about,
       element("div", { class: "tp-controls" }, ...Object.values(this.buttons), this.speed, this.count),
       this.slider,
+      ...marks,
       this.said,
       element("div", { class: "tp-scroll" }, this.stage),
       element("details", {}, element("summary", {}, "This moment in words"), this.moment),

@@ -1,6 +1,6 @@
 """The moving picture of the README: the steps of a request script, one after the other, in one SVG. (make pictures)
 
-    python tools/website/moving.py tutorials/traces/two_requests.json docs/two_requests_moving.svg
+    python tools/moving.py tutorials/traces/two_requests.json docs/two_requests_moving.svg
 
 No script is in it: a style sheet shows one picture after the other, so it moves inside an <img>, too. Who asked their
 system for less motion sees the last step, standing still.

@@ -1,34 +1,35 @@
 """Chapter 8. How fast the kernels are, beside what the machine can do and beside other kernels. Checks come first.
 
-    python -m minipaged.kernels.bench                       everything; --quick for the figures that matter most
-    python -m minipaged.kernels.bench --check-only          no timing
-    python -m minipaged.kernels.bench --peers "torch SDPA"  ours and one peer
+    minipaged bench kernels                               everything; --scale 0.1 for the figures that matter most
+    minipaged bench kernels --system "torch SDPA"         ours and one peer
 
 Decode reads K and V once and does next to nothing with them. So its measure is bytes of K and V a second, and its
 ceiling what a copy on this device reaches, both directions counted. Prefill computes: its measure is the share of the
 rate of a large matrix product in the same type. Both ceilings are measured here, before anything else.
 
-Every call is timed by `triton.testing.do_bench`, which empties the L2 cache in between, and takes its turn on several
-copies of its tensors, so that no cache flatters it: median of 100 ms. A launch from Python takes tens of microseconds,
-and where a call is shorter than that, the time is the launch's.
+A call is timed by `triton.testing.do_bench`, which empties the L2 cache in between, and takes its turn on several
+copies of its tensors, so that no cache flatters it. Ours and its peers take turns; in each, 100 ms are shared out over
+the rounds. A launch from Python takes tens of microseconds, and where a call is shorter than that, the time is the
+launch's.
 
 With no GPU the checks run in Triton's interpreter, at tiny sizes, and no time is taken: it would be the interpreter's.
 """
 
 import gc
-import json
 import os
 import sys
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
-import typer
+from rich.console import Console
 from torch import Tensor
 
-from minipaged.kernels.bench_peers import PEERS, Call, Problem, Shape, minipaged
+from minipaged.bench.kernel_peers import PEERS, Call, Problem, Shape, minipaged
+from minipaged.bench.timing import Settings, numbers_table, save, turns
 from minipaged.reference import masked_attention
 
 LLAMA, SMOLLM2 = Shape("Llama 3 8B", 32, 8, 128), Shape("SmolLM2 135M", 9, 3, 64)
@@ -39,6 +40,7 @@ ROTATE_BYTES = 512 << 20  # the copies of a problem together: several times any 
 SPARE_BYTES = 2 << 30  # left to workspaces
 
 Row = dict[str, Any]
+PICKED: dict[str, Any] = {"ms": median, "best": min, "worst": max}  # of a problem's times
 
 
 def half_type() -> torch.dtype:
@@ -112,34 +114,38 @@ def _error(
     return float((out.double().cpu() - torch.from_numpy(np.concatenate(expected))).abs().max())
 
 
-def milliseconds(calls: list[Call]) -> float:
-    """Median time of a call; the calls take turns."""
+def milliseconds(calls: list[Call], rounds: int = 1) -> list[float]:
+    """Times of calls that take turns: a round's share of 100 ms."""
     from triton.testing import do_bench
 
     turn = cycle(calls)
-    return float(do_bench(lambda: next(turn)(), warmup=25, rep=100, return_mode="median"))
+    times: list[float] = do_bench(lambda: next(turn)(), warmup=25, rep=max(1, 100 // rounds), return_mode="all")
+    return times
 
 
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a copy of 1 GiB."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    return 2 * source.nbytes / milliseconds([lambda: target.copy_(source)]) * 1e3
+    return 2 * source.nbytes / median(milliseconds([lambda: target.copy_(source)])) * 1e3
 
 
 def matmul_rate(dtype: torch.dtype, n: int = 8192) -> float:
     """Operations a second of an n x n x n product."""
     left, right = torch.randn(2, n, n, dtype=dtype, device="cuda")
-    return 2 * n**3 / milliseconds([lambda: left @ right]) * 1e3
+    return 2 * n**3 / median(milliseconds([lambda: left @ right])) * 1e3
 
 
-def measure(problem: Problem, peers: list[str], told: set[str]) -> Row:
-    """Milliseconds of ours and of each peer. A peer that is absent, wrong or too large is left out; it is said once."""
-    row: Row = {"shape": problem.shape.name, "num_seqs": problem.num_seqs, "context": problem.context}
-    row |= {"num_queries": problem.num_queries, "kv_bytes": problem.kv_bytes, "flops": problem.flops, "ms": {}}
+def measure(problem: Problem, peers: list[str], rounds: int, told: set[str]) -> Row:
+    """Milliseconds of ours and of each peer, and the best and worst of them. A peer that is absent, wrong or too large
+    is left out; it is said once."""
     copies = max(1, min(32, -(-ROTATE_BYTES // problem.kv_bytes)))
+    makers = {"minipaged": minipaged, **{name: PEERS[name] for name in peers}}
+    times: dict[str, list[float]] = {name: [] for name in makers}
     ours: Tensor | None = None
-    for name, prepare in {"minipaged": minipaged, **{name: PEERS[name] for name in peers}}.items():
+    for number, name in turns(makers, rounds, f"{problem.shape.name}, {problem.num_seqs} x {problem.context}"):
+        if number and not times[name]:
+            continue  # it failed
         calls: list[Call] = []
         try:
             gc.collect()
@@ -147,81 +153,69 @@ def measure(problem: Problem, peers: list[str], told: set[str]) -> Row:
             free = torch.cuda.mem_get_info()[0]
             if copies * problem.kv_bytes + SPARE_BYTES > free:
                 raise MemoryError(f"{copies * problem.kv_bytes / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB")
-            calls = [prepare(problem, seed) for seed in range(copies)]
-            out = calls[0]().float()
-            if ours is None:
-                ours = out
-            elif not (worst := float((out - ours).abs().max())) <= 0.05 * float(ours.abs().max()):
+            ours = minipaged(problem, 0)().float() if ours is None else ours
+            calls = [makers[name](problem, seed) for seed in range(copies)]
+            if not (worst := float((calls[0]().float() - ours).abs().max())) <= 0.05 * float(ours.abs().max()):
                 raise ArithmeticError(f"its answer differs from ours by {worst:.2g}")
-            row["ms"][name] = milliseconds(calls)
+            found = milliseconds(calls, rounds)
+            times[name] = found if number <= 1 else times[name] + found
         except Exception as error:  # whatever a peer raises, the others are timed
+            times[name] = []
             reason = f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             if reason not in told:
                 told.add(reason)
                 print(f"  skipped at {problem.num_seqs} x {problem.context}: {reason}", file=sys.stderr)
-    return row
+    row: Row = {"shape": problem.shape.name, "num_seqs": problem.num_seqs, "context": problem.context}
+    row |= {"num_queries": problem.num_queries, "kv_bytes": problem.kv_bytes, "flops": problem.flops}
+    return row | {key: {name: pick(found) for name, found in times.items() if found} for key, pick in PICKED.items()}
 
 
-def print_table(rows: list[Row], title: str, ceiling: float, amount: str, unit: str, names: list[str]) -> None:
+def print_table(console: Console, rows: list[Row], title: str, ceiling: float, amount: str, unit: str) -> None:
     """One line a problem: our rate and its share of the ceiling, then the peers' rates. amount: kv_bytes or flops."""
-    from rich.console import Console
-    from rich.table import Table
-
-    scale = 1e9 if unit == "GB/s" else 1e12
-    table = Table(title=f"{title}; ceiling {ceiling / scale:,.0f} {unit}", title_justify="left")
-    for name in ("sequences", "queries", "context", "minipaged, us", unit, "of ceiling", *names[1:]):
-        table.add_column(name, justify="right")
+    scale, names = 1e9 if unit == "GB/s" else 1e12, list(dict.fromkeys(name for row in rows for name in row["ms"]))
+    columns = ("sequences", "queries", "context", "minipaged, us", "best to worst", "of ceiling")
+    table = numbers_table(f"{title}, {unit}; ceiling {ceiling / scale:,.0f}", *columns, *names, words=0)
     for row in rows:
         rate = {name: row[amount] / ms * 1e3 for name, ms in row["ms"].items()}
         cells = [str(row["num_seqs"]), str(row["num_queries"]), str(row["context"]), "-", "-", "-"]
         if "minipaged" in rate:
-            mine, us = rate["minipaged"], row["ms"]["minipaged"] * 1e3
-            cells[3:] = f"{us:,.0f}", f"{mine / scale:,.0f}", f"{mine / ceiling:.0%}"
-        table.add_row(*cells, *(f"{rate[name] / scale:,.0f}" if name in rate else "-" for name in names[1:]))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+            ms, best, worst = (f"{1e3 * row[key]['minipaged']:,.0f}" for key in PICKED)
+            cells[3:] = ms, f"{best} to {worst}", f"{rate['minipaged'] / ceiling:.0%}"
+        table.add_row(*cells, *(f"{rate[name] / scale:,.0f}" if name in rate else "-" for name in names))
+    console.print(table)
 
 
-def main(
-    quick: Annotated[bool, typer.Option("--quick", help="few sizes")] = False,
-    check_only: Annotated[bool, typer.Option("--check-only", help="no timing")] = False,
-    json_out: Annotated[Path | None, typer.Option("--json", help="write every figure here too")] = None,
-    peers: Annotated[str, typer.Option(help="separated by commas")] = ",".join(PEERS),
-) -> None:
+def run(console: Console, out: Path | None, settings: Settings) -> None:
     """Check the kernels, then time decode and prefill against a copy, a matrix product and other kernels."""
-    wanted = [name for name in peers.split(",") if name]
-    for name in wanted:
-        if name not in PEERS:
-            raise typer.BadParameter(f"{name!r} is no peer; there are {', '.join(PEERS)}")
+    peers = list(settings.systems or PEERS)
+    if unknown := [name for name in peers if name not in PEERS]:
+        raise ValueError(f"system must be one of {', '.join(PEERS)}, got {unknown[0]!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # triton is not imported yet: the kernels are, in check()
     elif os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        raise SystemExit("TRITON_INTERPRET is set: unset it, or the interpreter is what is timed")
+        raise ValueError("TRITON_INTERPRET is set: unset it, or the interpreter is what is timed")
     half = half_type()
     check(device, half)
-    if device == "cpu" or check_only:
-        print("no timing was taken" + (": there is no GPU" if device == "cpu" else ""))
+    if device == "cpu":
+        print("no timing was taken: there is no GPU")
         return
     import triton
 
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    machine = f"{torch.cuda.get_device_name()}, {versions}"
+    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
     bandwidth, matmul = copy_bandwidth(), matmul_rate(half)
     print(f"{machine}: copy {bandwidth / 1e9:,.0f} GB/s, {half} matmul {matmul / 1e12:,.0f} TFLOP/s")
     told: set[str] = set()
     rows: list[Row] = []
     for shape in (LLAMA, SMOLLM2):
-        problems = [Problem(shape, n, c, half, device) for n, c in (QUICK_DECODE if quick else DECODE)]
-        decode = [measure(problem, wanted, told) for problem in problems]
-        print_table(decode, f"decode, {shape.name}", bandwidth, "kv_bytes", "GB/s", ["minipaged", *wanted])
-        problems = [Problem(shape, n, c, half, device, q) for n, q, c in PREFILL]
-        prefill = [measure(problem, wanted, told) for problem in problems]
-        print_table(prefill, f"prefill, {shape.name}", matmul, "flops", "TFLOP/s", ["minipaged", *wanted])
-        rows += decode + prefill
-        if json_out:  # after each shape: a run that is cut short leaves what it has
-            figures = {"machine": machine, "copy": bandwidth, "matmul": matmul, "rows": rows}
-            json_out.write_text(json.dumps(figures, indent=1))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        decode = [Problem(shape, n, c, half, device) for n, c in (QUICK_DECODE if settings.scale < 1 else DECODE)]
+        prefill = [Problem(shape, n, c, half, device, q) for n, q, c in PREFILL]
+        for title, problems, ceiling, amount, unit in (
+            ("decode", decode, bandwidth, "kv_bytes", "GB/s"),
+            ("prefill", prefill, matmul, "flops", "TFLOP/s"),
+        ):
+            found = [measure(problem, peers, settings.rounds, told) for problem in problems]
+            print_table(console, found, f"{title}, {shape.name}", ceiling, amount, unit)
+            rows += found
+            # After each table: a run that is cut short leaves what it has.
+            save(out, {"machine": machine, "copy": bandwidth, "matmul": matmul, "rows": rows})

@@ -15,6 +15,7 @@ they never exist twice.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def minipaged(problem: Problem, seed: int) -> Call:
     query, (seq_lens, starts) = problem.query(seed), problem.lengths()
     key_cache, value_cache, tables = problem.paged(seed, 16, "HND")
     arguments = query, key_cache, value_cache, tables, seq_lens, starts
-    known = {"scale": problem.scale, "max_query_len": problem.num_queries, "max_seq_len": problem.context}
+    known = {"scale": problem.scale, "max_query_len": problem.num_queries}
     out = torch.empty_like(query)
     return lambda: paged_attention(*arguments, out=out, **known)
 
@@ -163,24 +164,18 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def flash_attn_2(problem: Problem, seed: int) -> Call:
-    from flash_attn import flash_attn_with_kvcache  # type: ignore[import-not-found]
+def flash_attn(version: int) -> Callable[[Problem, int], Call]:
+    package, table = {2: ("flash_attn", "block_table"), 3: ("flash_attn_interface", "page_table")}[version]
 
-    _only_decode(problem)
-    key_cache, value_cache, tables = problem.paged(seed, 256, "NHD")
-    query, (seq_lens, _) = problem.query(seed)[:, None], problem.lengths()
-    known = {"cache_seqlens": seq_lens, "block_table": tables, "softmax_scale": problem.scale, "causal": True}
-    return lambda: flash_attn_with_kvcache(query, key_cache, value_cache, **known)[:, 0]
+    def prepare(problem: Problem, seed: int) -> Call:
+        attend = import_module(package).flash_attn_with_kvcache
+        _only_decode(problem)
+        key_cache, value_cache, tables = problem.paged(seed, 256, "NHD")
+        query, (seq_lens, _) = problem.query(seed)[:, None], problem.lengths()
+        known = {"cache_seqlens": seq_lens, table: tables, "softmax_scale": problem.scale, "causal": True}
+        return lambda: attend(query, key_cache, value_cache, **known)[:, 0]
 
-
-def flash_attn_3(problem: Problem, seed: int) -> Call:
-    from flash_attn_interface import flash_attn_with_kvcache  # type: ignore[import-not-found]
-
-    _only_decode(problem)
-    key_cache, value_cache, tables = problem.paged(seed, 256, "NHD")
-    query, (seq_lens, _) = problem.query(seed)[:, None], problem.lengths()
-    known = {"cache_seqlens": seq_lens, "page_table": tables, "softmax_scale": problem.scale, "causal": True}
-    return lambda: flash_attn_with_kvcache(query, key_cache, value_cache, **known)[:, 0]
+    return prepare
 
 
 def flashinfer(problem: Problem, seed: int) -> Call:
@@ -222,8 +217,8 @@ def _only_decode(problem: Problem) -> None:
 PEERS: dict[str, Callable[[Problem, int], Call]] = {
     "torch SDPA": torch_sdpa,
     "torch flex": torch_flex,
-    "flash-attn 2": flash_attn_2,
-    "flash-attn 3": flash_attn_3,
+    "flash-attn 2": flash_attn(2),
+    "flash-attn 3": flash_attn(3),
     "flashinfer": flashinfer,
     "vLLM flash-attn": vllm_flash_attn,
 }
