@@ -90,32 +90,32 @@ _BATCH = (
 )
 _SCHEDULING = (
     "A step: schedule(), the copies of blocks and the forward pass, update_from_output(output), one token appended to\n"
-    "# the outputs of each sequence in output.sampled, finish(seq) for those that end. So num_computed of a scheduled\n"
-    "# sequence moves in update_from_output, which calls cache_computed; schedule sets it where a sequence enters (what is\n"
-    "# found) or is preempted (0, unless it is swapped). Events: allocate_slots, swap_out, swap_in and free\n"
-    "# of the BlockManager advance the trace by themselves, and the engine counts its steps; the scheduler records none.\n"
+    "# the outputs of each sequence in output.sampled, finish(seq) for those that end. num_computed of a scheduled\n"
+    "# sequence moves in update_from_output, which calls cache_computed; schedule sets it where a sequence enters\n"
+    "# (what is found) or is preempted (0, unless it is swapped). The BlockManager's methods advance the trace by\n"
+    "# themselves, and the engine counts its steps: the scheduler records no event.\n"
     "# Delete a private method that your way does not need."
 )
 _CACHE = (
     "attend: compiled.write_kv, then compiled.paged_attention, on the caches of the layer, with the scale\n"
     "# head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None.\n"
-    "# A step is refused before anything is written: call check_write_kv and check_paged_attention of this module first,\n"
-    "# and once for all layers of a step (self._checked is the batch that was checked last); then check=False."
+    "# A step is refused before anything is written: call check_write_kv and check_paged_attention of this module,\n"
+    "# first and once for all layers of a step (self._checked is the batch that was checked last); then check=False."
 )
 _EVENTS = (
     "Where self.trace is not None, record each change behind it, for example\n"
     '#     self.trace.record("allocate", seq=self.seq, logical=2, block=7)\n'
-    "# Events here: copy (seq, logical, source, target), allocate (seq, logical, block), share (seq, logical, block) for\n"
-    "# each block of a fork or of append_shared, and behind the shares of a fork: fork (seq, parent, count of tokens)."
+    "# Events here: copy (seq, logical, source, target), allocate (seq, logical, block), share (seq, logical, block)\n"
+    "# for each block of a fork or of append_shared, and behind the shares of a fork: fork (seq, parent, count)."
 )
 _CACHED = (
     "A table has allocator, block_size, num_tokens and blocks (a copy). Where self.trace is not None, record\n"
     '# "cache" (block) and "evict" (block) behind the change, as in self.trace.record("cache", block=3).'
 )
 _SWAPPED = (
-    "A table has allocator and num_tokens beside what is listed below. Where table.trace is not None, record, behind the\n"
-    '# move, table.trace.record("swap_out", seq=table.seq, logical=0, block=DEVICE, host_block=HOST) for each block, or\n'
-    '# "swap_in" with the same fields.'
+    "A table has allocator and num_tokens beside what is listed below. Where table.trace is not None, record behind\n"
+    '# the move, for each block, table.trace.record("swap_out", seq=table.seq, logical=0, block=DEVICE,\n'
+    '# host_block=HOST), or "swap_in" with the same fields.'
 )
 _OF_BLOCK_MANAGERS = ("in_use_exactly", "can_ever_fit", "fork_of_a_slab")  # tests in chapter 3's file
 

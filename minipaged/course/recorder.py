@@ -58,7 +58,7 @@ def is_on() -> bool:
     return REPORT in os.environ
 
 
-# ---- watching ------------------------------------------------------------------------------------------------------------
+# ---- watching ------------------------------------------------------------
 
 
 def watch(module: ModuleType, chapters: Collection[int] | None = None) -> None:
@@ -101,7 +101,8 @@ def _watched_method(method: Callable[..., Any], name: str, read: bool = False) -
                 return made
         elif log.depth or getattr(self, "__dict__", {}).get(_MADE_AS, id(self)) != id(self):  # a copy: a test looks
             return method(self, *arguments, **options)
-        typed.remember(type(self))
+        kind: Any = type(self)
+        typed.remember(kind)
         shown = log.name(self) if name != "__init__" else ""
         if read:
             return _run(method, (self,), {}, f"{shown}.{name}", look=True)
@@ -178,11 +179,11 @@ def _run(
     if log.calls is not current:
         return result
     if new is not None:
-        log.made(new, by_the_test=True)
         log.event(f"{log.name(new)} = {call}", made=True)
+        log.made(new, by_the_test=True)
     elif look:
-        said = typed.given(result, log) if of_function else None  # a test may change an array in place
-        log.look(lambda: call + (typed.given(result, log) if said is None else said), of_function, state)
+        at_once = typed.given(result, log) if of_function else None  # a test may change an array in place
+        log.look(lambda: call + (typed.given(result, log) if at_once is None else at_once), of_function, state)
     else:
         _hold(function.__name__, arguments, result)
         log.event(typed.assigned(call, result, log), made=function.__name__ in NO_EVENTS)

@@ -12,6 +12,7 @@ import math
 import re
 import sys
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,14 @@ def imports(calls: list[str]) -> list[str]:
 
 
 @functools.cache
-def _kind(kind: type, names: tuple[str, ...]) -> str:
+def _kind(kind: Any, names: tuple[str, ...]) -> str:
     return next((base.__name__ for base in kind.__mro__ if base.__name__ in names), kind.__name__)
 
 
 def kind_of(thing: Any, names: Any) -> str:
     """The name of the watched class that an object is of, or else of its own."""
-    return _kind(type(thing), ("BlockTable", "Sequence", "SchedulerOutput", *names))
+    kind: Any = type(thing)
+    return _kind(kind, ("BlockTable", "Sequence", "SchedulerOutput", *names))
 
 
 def renamed(call: str, old: str, new: str) -> str:
@@ -177,7 +179,7 @@ def _rounded(numbers: Any) -> Any:
 def _batch(batch: Any) -> str:
     """The call of make_batch that gives this batch, as far as its numbers say."""
     edges, lens, tokens = batch.query_start_loc.tolist(), batch.seq_lens.tolist(), batch.token_ids.tolist()
-    each = [tokens[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    each = [tokens[a:b] for a, b in pairwise(edges)]
     starts = [length - len(of) for length, of in zip(lens, each, strict=True)]
     tables = [[block for block in row if block >= 0] for row in batch.block_tables.tolist()]
     if not any(tables):

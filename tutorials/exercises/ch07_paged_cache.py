@@ -21,8 +21,8 @@ of a step have the same tables, so the numbers in them are checked at the first 
 #
 # attend: compiled.write_kv, then compiled.paged_attention, on the caches of the layer, with the scale
 # head_dim ** -0.5. Where the backend is Triton, self._kernels holds the two functions instead; else it is None.
-# A step is refused before anything is written: call check_write_kv and check_paged_attention of this module first,
-# and once for all layers of a step (self._checked is the batch that was checked last); then check=False.
+# A step is refused before anything is written: call check_write_kv and check_paged_attention of this module,
+# first and once for all layers of a step (self._checked is the batch that was checked last); then check=False.
 #
 # Given: ForwardBatch, in minipaged/model/batch.py.
 #

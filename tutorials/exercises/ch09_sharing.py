@@ -29,8 +29,8 @@ Chapter 9 extends the same class: a block that two tables name is shared, and it
 #
 # Where self.trace is not None, record each change behind it, for example
 #     self.trace.record("allocate", seq=self.seq, logical=2, block=7)
-# Events here: copy (seq, logical, source, target), allocate (seq, logical, block), share (seq, logical, block) for
-# each block of a fork or of append_shared, and behind the shares of a fork: fork (seq, parent, count of tokens).
+# Events here: copy (seq, logical, source, target), allocate (seq, logical, block), share (seq, logical, block)
+# for each block of a fork or of append_shared, and behind the shares of a fork: fork (seq, parent, count).
 #
 # Given: BlockAllocator, in minipaged/memory/block_allocator.py.
 #

@@ -22,9 +22,9 @@ Source: the PagedAttention paper, section 4.5, which compares this with recomput
 # A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
 # where two errors are due, either is right.
 #
-# A table has allocator and num_tokens beside what is listed below. Where table.trace is not None, record, behind the
-# move, table.trace.record("swap_out", seq=table.seq, logical=0, block=DEVICE, host_block=HOST) for each block, or
-# "swap_in" with the same fields.
+# A table has allocator and num_tokens beside what is listed below. Where table.trace is not None, record behind
+# the move, for each block, table.trace.record("swap_out", seq=table.seq, logical=0, block=DEVICE,
+# host_block=HOST), or "swap_in" with the same fields.
 #
 # Given: BlockTable, in minipaged/memory/block_table.py.
 #

@@ -36,10 +36,10 @@ Plain Python, and no tensor: the simulator of chapter 11 runs this very class.
 # where two errors are due, either is right.
 #
 # A step: schedule(), the copies of blocks and the forward pass, update_from_output(output), one token appended to
-# the outputs of each sequence in output.sampled, finish(seq) for those that end. So num_computed of a scheduled
-# sequence moves in update_from_output, which calls cache_computed; schedule sets it where a sequence enters (what is
-# found) or is preempted (0, unless it is swapped). Events: allocate_slots, swap_out, swap_in and free
-# of the BlockManager advance the trace by themselves, and the engine counts its steps; the scheduler records none.
+# the outputs of each sequence in output.sampled, finish(seq) for those that end. num_computed of a scheduled
+# sequence moves in update_from_output, which calls cache_computed; schedule sets it where a sequence enters
+# (what is found) or is preempted (0, unless it is swapped). The BlockManager's methods advance the trace by
+# themselves, and the engine counts its steps: the scheduler records no event.
 # Delete a private method that your way does not need.
 #
 # Given: BlockManager, in minipaged/memory/block_manager.py.
