@@ -81,11 +81,12 @@ def check_attention(
     numbers: bool = False,
 ) -> None:
     """Raises ValueError for what `check_paged_attention` refuses, and for what the kernels cannot do."""
-    tables = {"block_tables": block_tables, "seq_lens": seq_lens, "query_start_loc": query_start_loc}
-    check_paged_attention(query, key_cache, value_cache, *tables.values(), sliding_window, numbers=numbers)
+    tables = block_tables, seq_lens, query_start_loc
+    check_paged_attention(query, key_cache, value_cache, *tables, sliding_window, numbers=numbers)
     if out is not None:
         check_tensor("out", out, query.shape, key_cache)
-    check_memory(key_cache, value_cache, query=query, out=out, **tables)
+    rest = dict(zip(("block_tables", "seq_lens", "query_start_loc"), tables, strict=True))
+    check_memory(key_cache, value_cache, query=query, out=out, **rest)
     num_heads, num_kv_heads = query.shape[1], key_cache.shape[1]
     group, heads = num_heads // num_kv_heads, f"query has {num_heads} heads for {num_kv_heads} KV heads"
     check(group <= MAX_GROUP, f"{heads}; at most {MAX_GROUP} may share one")

@@ -56,6 +56,9 @@ def pytest_addoption(parser):
         help="a learner's exercises (minipaged start DIR) stand for our modules; "
         "with -m ch06 those of chapter 6, and of other chapters those that are finished",
     )
+    parser.addoption(
+        "--only", metavar="NAME", default="", help="of --impl: one file, class or function; the rest is ours"
+    )
 
 
 def pytest_configure(config):
@@ -67,8 +70,9 @@ def pytest_configure(config):
 
     chapters = {int(number) for number in re.findall(r"\bch(\d\d)\b", config.option.markexpr or "")} or None
     try:
-        modules = impl.choose(Path(folder), chapters)
-        impl.install(modules, partial(recorder.watch, chapters=chapters) if recorder.is_on() else None)
+        only = config.getoption("--only")
+        modules = impl.choose(Path(folder), chapters, only)
+        impl.install(modules, partial(recorder.watch, chapters=chapters) if recorder.is_on() else None, only)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
 

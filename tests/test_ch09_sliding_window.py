@@ -67,7 +67,7 @@ def test_a_request_holds_the_blocks_of_its_window_alone(block_size, window, prom
         elif what == "another comes and goes":
             other = blocks.get_computed_blocks([*tokens[: num_computed - 1], -1])
             if blocks.allocate_slots("other", num_computed, other) is not None:
-                taken = set(blocks.blocks("other")) - set(other.blocks)
+                taken = set(blocks.blocks("other")) - set(other)
                 assert not taken & {block for name in names for block in own_blocks(blocks, name, num_computed, window)}
                 blocks.free("other")
         for name in names:

@@ -86,17 +86,31 @@ def test_a_file_that_is_no_python_is_named(tmp_path):
 
 
 def test_there_is_a_hint_for_every_failure_and_the_next_one_on_request(tmp_path):
-    assert set(hints.HINTS) == set(CHAPTERS)
-    for topics in hints.HINTS.values():
-        assert topics[-1].pattern == "", "the last topic takes what no other does"
-        for topic in topics:
-            re.compile(topic.pattern)
-            assert len(set(topic.hints)) == 3
+    assert set(hints.all_hints()) == set(CHAPTERS)
+    for number, found in hints.all_hints().items():
+        assert [hint for hint in found if "of" not in hint] == found[-1:], "the last takes what no other does"
+        assert all(len({hint["look"], hint["wrong"], hint["tell"]}) == 3 for hint in found)
+        suites = [path for pattern in chapter(number).suites for path in (repository() / "tests").glob(pattern)]
+        models = (repository() / "tests").glob("*_model.py")
+        said = " ".join(path.read_text(encoding="utf-8") for path in [*suites, *models])
+        lost = [words for hint in found for words in hint.get("of", ()) if words not in said and words != "nan"]
+        assert not lost, f"chapter {number}: no property says {lost}"
     levels = [state.next_level(tmp_path, 6, "a", asked, 3) for asked in (False, False, True, True, True)]
     assert levels == [1, 1, 2, 3, 3]
     assert state.next_level(tmp_path, 6, "another failure", True, 3) == 1
     (tmp_path / state.FILE).write_text("no JSON")
     assert state.next_level(tmp_path, 6, "a", True, 3) == 1, "a damaged file counts as none"
+
+
+def test_what_a_learners_code_says_chooses_no_hint():
+    here = hints.hints_for(6, {"check": "test_truncate_does_not_lengthen", "message": "a block was handed out"})
+    assert here == hints.hints_for(6, {"check": "test_truncate_does_not_lengthen"})
+
+
+def test_a_hunt_shows_nothing_of_a_chapter_that_is_not_done(tmp_path):
+    to = console()
+    assert hunt(None, tmp_path / "hunt", None, to, tmp_path) == NOT_WRITTEN
+    assert "No puzzle is left" in to.export_text() and not (tmp_path / "hunt").exists()
 
 
 def test_progress_is_a_map_of_all_chapters(folder):
@@ -105,6 +119,7 @@ def test_progress_is_a_map_of_all_chapters(folder):
     state.remember(folder, "chapters", "1", {"code": HOLDS, "holds": 18, "of": 18})
     state.remember(folder, "chapters", "6", {"code": WRONG, "holds": 3, "of": 36})
     text = printed(lambda to: print_progress(folder, to))
+    assert text.startswith(str(folder))
     assert "[x] masked attention" in text and "4/4   18 of 18 hold" in text
     assert "[!] the block allocator" in text and f"1 of {len(CHAPTERS)} chapters are done" in text
 

@@ -21,7 +21,7 @@ export function growingCache(place) {
     const cells = Array.from({ length: Math.min(requests, fit) }, () => part("fig-read", (tokens * TOKEN) / GPU, ""));
     const rest = Math.max(0, shown - cells.length * tokens * TOKEN);
     all.replaceChildren(
-      part("fig-unused", 26e9 / GPU, "weights"),
+      part("fig-weights", 26e9 / GPU, "weights"),
       ...cells,
       part(need > ROOM ? "fig-wrong" : "", rest / GPU, ""),
       part("", (ROOM - shown) / GPU, ""),
@@ -62,7 +62,7 @@ export function growingCache(place) {
       element("p", { class: "fig-head" }, "A GPU of 40 GB: the weights of OPT-13B, and all requests"),
       all,
     ),
-    legend(["fig-read", "K and V"], ["fig-unused", "weights, 26 GB"], ["fig-wrong", "does not fit"]),
+    legend(["fig-read", "K and V"], ["fig-weights", "weights, 26 GB"], ["fig-wrong", "does not fit"]),
     said,
   );
   draw();

@@ -108,7 +108,11 @@ const examples = form.elements.example;
 read("./examples.json").then((found) => {
   const show = () => {
     fill(found[examples.selectedIndex]);
-    film.open(new URL(`./example${examples.selectedIndex}.json`, import.meta.url));
+    film.open(new URL(`./example${examples.selectedIndex}.json`, import.meta.url)).then(() => {
+      if (!film.film) return; // it could not be loaded, and says so
+      film.go(film.film.length >> 1);
+      film.isPoster = true;
+    });
   };
   examples.append(...found.map((example) => element("option", {}, example.name)));
   examples.addEventListener("change", show);

@@ -42,6 +42,7 @@ def start(folder: Annotated[Path, typer.Argument(help="where to put them")] = Pa
 def check(
     chapter: Annotated[int, typer.Argument(help="1 to 10, or 13")],
     impl: FolderOption = None,
+    only: Annotated[str, typer.Option(metavar="NAME", help="one file, class or function of it; the rest is ours")] = "",
     hint: Annotated[bool, typer.Option("--hint", help="show the next hint for the first thing that is wrong")] = False,
     properties: Annotated[bool, typer.Option("--properties", help="grade the properties you wrote yourself")] = False,
 ) -> None:
@@ -52,7 +53,7 @@ def check(
     from minipaged.course import chapters, state
     from minipaged.course.grade import grade
     from minipaged.course.hints import hints_for
-    from minipaged.course.report import print_counterexample, print_grade, print_hint
+    from minipaged.course.report import check_command, print_counterexample, print_grade, print_hint
 
     which, folder, console = chapters.chapter(chapter), exercise_folder(impl), Console()
     if properties:
@@ -64,15 +65,16 @@ def check(
         state.remember(folder, "properties", str(chapter), code)
         raise typer.Exit(code)
     with console.status(f"running the properties of chapter {chapter}"):
-        result = grade(which, folder)
+        result = grade(which, folder, only=only)
     print_grade(result, console)
-    last = {"code": result.exit_code, "holds": len(result.having("holds")), "of": len(result.findings)}
-    state.remember(folder, "chapters", str(chapter), last)
+    if not only:
+        counts = {"holds": len(result.having("holds")), "of": len(result.findings)}
+        state.remember(folder, "chapters", str(chapter), {"code": result.exit_code, **counts})
     if result.first_wrong:
         print_counterexample(result.first_wrong, console)
         hints = hints_for(chapter, result.first_wrong)
         level = state.next_level(folder, chapter, result.first_wrong["test"], hint, len(hints))
-        print_hint(hints[level - 1], level, len(hints), chapter, console)
+        print_hint(hints[level - 1], level, len(hints), check_command(chapter, folder, only), console)
     elif hint:
         console.print("Nothing is wrong, so there is nothing to hint at.")
     raise typer.Exit(result.exit_code)
@@ -89,17 +91,20 @@ def progress(impl: FolderOption = None) -> None:
 
 
 def hunt(
-    number: Annotated[int | None, typer.Argument(help="which puzzle (default: the first one not yet solved)")] = None,
+    number: Annotated[
+        int | None, typer.Argument(help="which puzzle (default: the next of the chapters that you have done)")
+    ] = None,
+    impl: FolderOption = None,
     folder: Annotated[Path, typer.Option("--dir", help="where to put the broken module")] = Path("hunt"),
-    answer: Annotated[str | None, typer.Option(help="FUNCTION:LINE, such as BlockTable.fork:139")] = None,
+    answer: Annotated[str | None, typer.Option(metavar="FUNCTION:LINE", help="where the bug is")] = None,
 ) -> None:
     """Find a planted bug by its counterexample: which function is it in, and which line?
 
-    Example: minipaged hunt 7 --answer BlockTable.fork:110
+    Example: minipaged hunt 7 --answer FUNCTION:LINE
     """
     from minipaged.course.hunt import hunt as run
 
-    raise typer.Exit(run(number, folder, answer, Console()))
+    raise typer.Exit(run(number, folder, answer, Console(), exercise_folder(impl)))
 
 
 def exercise_folder(given: Path | None) -> Path:

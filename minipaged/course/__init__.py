@@ -6,6 +6,7 @@
     recorder.py    the calls that led to a failure, and the memory before and after each
     plugin.py      what pytest found, as one JSON file
     grade.py       runs a chapter's suite beside the caller, and reads that file
+    hints.toml     three hints for each property
     report.py      the answer in the chapter's words: what holds, the first thing that is wrong, drawn, and a hint
     museum.py      the planted bugs of tests/bugs/, and hunt.py, which hands one to the learner
     properties.py  the learner's own property, graded by what it accepts and what it refuses

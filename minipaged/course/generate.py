@@ -14,6 +14,7 @@ import ast
 import importlib.util
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from textwrap import wrap
 
@@ -39,6 +40,7 @@ def source_of(module: str) -> Path:
     raise ValueError(f"{module} is not in {', '.join(spec.submodule_search_locations)}")
 
 
+@cache
 def exercise_text(exercise: Exercise) -> str:
     """The exercise's file. Raises ValueError where the map names a function that the module does not have."""
     source = source_of(exercise.module).read_text(encoding="utf-8")
@@ -178,6 +180,12 @@ def write_all(folder: Path) -> list[Path]:
         paths.append(folder / exercise.file)
         paths[-1].write_text(exercise_text(exercise), encoding="utf-8")
     return paths
+
+
+def write_solutions(folder: Path) -> None:
+    """The reference as a learner's folder, with everything done."""
+    for exercise in all_exercises():
+        (folder / exercise.file).write_text(source_of(exercise.module).read_text(encoding="utf-8"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The hunt: a planted bug without its name. Run the suite, look at the counterexample, say where it is.
 
-minipaged hunt                                  the first one not yet found: a file, and what its suite says
-minipaged hunt 7 --answer BlockTable.fork:110   the function and the line, in that file
+minipaged hunt                             the next one of a chapter that you have done: a file, and what its suite says
+minipaged hunt 7 --answer FUNCTION:LINE    the function and the line, in that file
+
+The file is the reference with a few lines changed, so a puzzle shows how its chapter is solved.
 """
 
 import re
@@ -20,11 +22,19 @@ from minipaged.course.museum import Bug, load_bugs
 from minipaged.course.report import print_counterexample, say
 
 
-def hunt(number: int | None, folder: Path, answer: str | None, console: Console) -> int:
+def hunt(number: int | None, folder: Path, answer: str | None, console: Console, exercises: Path | None = None) -> int:
     """Returns 0 for a right answer, 1 for a wrong one, 3 where there was none yet."""
     puzzles = in_order(load_bugs())
     if number is None:
-        number = next((n for n in range(1, len(puzzles) + 1) if not _found(folder, n)), 1)
+        known = [n for n, bug in enumerate(puzzles, start=1) if exercises and state.is_done(exercises, bug.chapter)]
+        number = next((n for n in known if not _found(folder, n)), None)
+    if number is None:
+        say(
+            console,
+            "No puzzle is left of the chapters that you have done, and one of another chapter would show you how",
+        )
+        say(console, f"it is solved. If you want it all the same: minipaged hunt NUMBER, from 1 to {len(puzzles)}")
+        return NOT_WRITTEN
     if not 1 <= number <= len(puzzles):
         raise ValueError(f"there is no puzzle {number}: there are 1 to {len(puzzles)}")
     bug = puzzles[number - 1]

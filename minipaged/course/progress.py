@@ -23,6 +23,7 @@ def print_progress(folder: Path, console: Console) -> int:
     """Returns 0 if every chapter is done, 1 if the last check of one was wrong, 3 otherwise."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: `minipaged start {folder}` makes one")
+    _line(console, f"{folder}\n")
     _line(console, f"{'ch':>2}      {'exercise':<44} {'written':>8}   last check")
     codes = []
     for chapter in CHAPTERS.values():

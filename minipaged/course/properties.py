@@ -19,7 +19,7 @@ from rich.text import Text
 
 from minipaged.course.chapters import Chapter, repository
 from minipaged.course.generate import source_of
-from minipaged.course.grade import HOLDS, NOT_WRITTEN, WRONG, environment, read
+from minipaged.course.grade import EVERY, HOLDS, NOT_WRITTEN, WRONG, environment, read
 from minipaged.course.impl import unwritten
 from minipaged.course.museum import load_bugs
 from minipaged.course.report import say
@@ -160,17 +160,16 @@ def grade_properties(chapter: Chapter, folder: Path) -> list[Verdict]:
 
 def _outcomes(chapter: Chapter, file: Path, planted: Path) -> dict[str, tuple[str, str]]:
     """Each property's outcome and message over the modules of a folder; over ours where it is the reference's."""
-    report, copy = planted / "report.json", planted / file.name
+    aside = planted.with_name(f"{planted.name}_run")  # the property is not part of the code that it judges
+    aside.mkdir()
+    report, copy = aside / "report.json", aside / file.name
     copy.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")  # away from any other conftest.py
     command = [sys.executable, "-m", "pytest", "-p", "minipaged.course.plugin", "-p", "no:cacheprovider", "-q"]
     command += ["--tb=no", "-c", str(repository() / "pyproject.toml"), "--rootdir", str(repository())]
     command += ["--confcutdir", str(repository()), "-p", "conftest"]
     if planted.name != "reference":
         command += ["--impl", str(planted)]
-    settings = environment(chapter, report, 100) | {
-        "PYTHONPATH": str(repository() / "tests"),
-        "MINIPAGED_SHRINK": "8" if planted.name in RIGHT else "0",  # that a bug is refused is enough
-    }
+    settings = environment(chapter, report, 100) | {"PYTHONPATH": str(repository() / "tests"), EVERY: "1"}
     subprocess.run(
         [*command, str(copy)],
         cwd=repository(),

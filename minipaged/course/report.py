@@ -4,6 +4,7 @@ Words carry everything, and colour repeats it: the output reads the same in a pi
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from minipaged.course.grade import Grade
 from minipaged.viz.snapshot import Snapshot
 from minipaged.viz.terminal import draw
 
-_STYLES = {"holds": "green", "wrong": "bold red", "not written": "yellow"}
+_STYLES = {"holds": "green", "wrong": "bold red", "stopped": "bold red", "not written": "yellow"}
 _SCRIPT_UP_TO = 40  # lines of a script that are printed; of a longer one, the last so many
 
 
@@ -25,10 +26,12 @@ def print_grade(grade: Grade, console: Console) -> None:
     say(console, _whose(grade))
     console.print()
     for error in grade.errors:
-        say(console, f"cannot be imported: {_last_line(error)}", "bold red")
+        say(console, f"cannot be imported: {error}", "bold red")
     for words, outcome, count in _grouped(grade.findings):
         outcome, _, wanting = outcome.partition(",")
-        line = Text(f"{outcome.upper() if outcome == 'wrong' else outcome:<12} ", style=_STYLES.get(outcome, "dim"))
+        line = Text(
+            f"{outcome.upper() if outcome in ('wrong', 'stopped') else outcome:<12} ", style=_STYLES.get(outcome, "dim")
+        )
         line.append(words + (f" ({count} cases)" if count > 1 else ""), style="not bold default")
         line.append(f",{wanting}" if wanting else "", style="not bold dim")
         say(console, line)
@@ -37,12 +40,17 @@ def print_grade(grade: Grade, console: Console) -> None:
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             say(console, f"To write in {file}: {', '.join(names[:4])}{more}")
+    if grade.having("not tried") and grade.first_wrong:
+        say(console, "Not tried: behind a small counterexample the rest waits until it is mended.")
+    if grade.only and not grade.exit_code:
+        say(console, f"The chapter is done when all of it holds: the same without --only {grade.only}.")
 
 
 def print_counterexample(finding: dict[str, Any], console: Console) -> None:
     """The property, the smallest script, and the memory before and after its last call."""
     console.print()
-    console.print(Text("The first thing that is wrong", style="bold"))
+    stopped = finding["outcome"] == "stopped"
+    console.print(Text("Where it was stopped" if stopped else "The first thing that is wrong", style="bold"))
     say(console, f"Property  {finding['property']}")
     if finding["about"]:
         say(console, f"          {finding['about']}")
@@ -54,7 +62,9 @@ def print_counterexample(finding: dict[str, Any], console: Console) -> None:
     if script:
         events = finding["events"]
         console.print()
-        say(console, f"The smallest script that shows it{f' ({_events(events)})' if events else ''}:\n")
+        unfinished = stopped or finding["error"] == "TimeLimit"
+        words = "The script so far" if unfinished else "The smallest script that shows it"
+        say(console, f"{words}{f' ({_events(events)})' if events else ''}:\n")
         lines = [call["call"] for call in script]
         if (more := len(lines) - _SCRIPT_UP_TO) > 0:
             lines = [f"# the last {_SCRIPT_UP_TO} of {len(lines)} lines", *lines[more:]]
@@ -63,11 +73,16 @@ def print_counterexample(finding: dict[str, Any], console: Console) -> None:
     _draw_states([call.get("state") for call in script], console)
 
 
-def print_hint(hint: str, level: int, levels: int, chapter: int, console: Console) -> None:
+def print_hint(hint: str, level: int, levels: int, command: str, console: Console) -> None:
     console.print()
     say(console, f"Hint {level} of {levels}: {hint}", "cyan")
     if level < levels:
-        say(console, f"The next one: minipaged check {chapter} --hint")
+        say(console, f"The next one: {command} --hint")
+
+
+def check_command(chapter: int, folder: Path, only: str = "") -> str:
+    """What was typed for this, and can be typed again anywhere in the clone."""
+    return f"minipaged check {chapter} --impl {folder}{f' --only {only}' if only else ''}"
 
 
 def _grouped(findings: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
@@ -92,6 +107,8 @@ def _whose(grade: Grade) -> str:
     names = sorted(path.name for path in grade.used)
     others = [name for name in names if name not in mine]
     said = f"Yours: {', '.join(name for name in names if name in mine) or 'nothing of this chapter'}"
+    if grade.only and grade.only not in names:
+        said = f"Yours: {grade.only} of {names[0]}"
     if others:
         said += f"; of other chapters, since finished: {', '.join(others)}"
     return f"{said}; everything else is ours."
@@ -102,8 +119,9 @@ def _sum(grade: Grade) -> str:
         (len(grade.having("holds")), "hold", "holds"),
         (len(grade.having("wrong")), "are wrong", "is wrong"),
         (len(grade.having("not written")), "are not written yet", "is not written yet"),
+        (len(grade.having("stopped")), "were stopped", "was stopped"),
         (len(grade.having("not tried")), "were not tried", "was not tried"),
-        (len(grade.having("skipped")), "are skipped here", "is skipped here"),
+        (len(grade.having("skipped")), "need another machine", "needs another machine"),
     ]
     said = ", ".join(f"{count} {one if count == 1 else many}" for count, many, one in counts if count)
     return f"Of {len(grade.findings)} properties {said}." if said else "No property was tried."
@@ -128,7 +146,7 @@ def _message(finding: dict[str, Any]) -> list[str]:
     kind = finding["error"]
     if not lines:
         lines = ["an assertion without words" if kind == "AssertionError" else kind]
-    if kind not in ("AssertionError", "Failed"):
+    if kind not in ("AssertionError", "Failed", "CannotImport", "TimeLimit", "Ended"):
         lines[0] = f"{kind}: {lines[0]}" if lines[0] != kind else kind
     return [line if len(line) <= 200 else line[:199] + "…" for line in lines[:10]]
 
@@ -202,11 +220,6 @@ def _tables_in_words(state: dict[str, Any]) -> str:
     return ", ".join(
         f"{seq} {blocks} holds {state['num_tokens'][seq]} tokens" for seq, blocks in state["tables"].items()
     )
-
-
-def _last_line(text: str) -> str:
-    lines = [line.removeprefix("E").strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else text
 
 
 def say(console: Console, text: str | Text, style: str = "") -> None:

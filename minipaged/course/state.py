@@ -36,6 +36,12 @@ def recall(folder: Path, section: str, key: str) -> Any:
     return entries.get(key) if isinstance(entries, dict) else None
 
 
+def is_done(folder: Path, chapter: int) -> bool:
+    """Whether the last check of a chapter found that everything holds."""
+    last = recall(folder, "chapters", str(chapter))
+    return isinstance(last, dict) and last.get("code") == 0
+
+
 def next_level(folder: Path, chapter: int, test: str, asked: bool, levels: int) -> int:
     """Which hint to show: the one shown last for this failure, or with `asked` the one after it. 1 to levels."""
     before = recall(folder, "hints", str(chapter))

@@ -53,7 +53,7 @@ class BeamSearchParams:
                 f"length_penalty must be a number so small that max_tokens ** length_penalty is finite, "
                 f"got {self.max_tokens} ** {self.length_penalty}"
             )
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool | str) or self.early_stopping not in (True, False, "never"):
             raise ValueError(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
 
 

@@ -59,6 +59,7 @@ OURS = (
     "tests/by_chapter.py",
     "tests/conftest.py",
     "tests/memory_model.py",
+    "tests/operations.py",
     "tests/test_ch06_block_table.py",
 )
 

@@ -27,5 +27,6 @@ export function open(area) {
   });
   area.before(view.dom);
   area.hidden = true;
+  view.scrollDOM.tabIndex = 0; // a keyboard scrolls it
   return { write: (source) => view.dispatch({ changes: { from: 0, to: view.state.doc.length, insert: source } }) };
 }

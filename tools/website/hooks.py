@@ -129,7 +129,8 @@ def player(address: str, film: File | None) -> str:
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Formulas as MathML; and listings are not searched, or the index would be larger than all pages that are read."""
     html = to_mathml(html)
-    html = re.sub(r'<img alt="([^"]*)" src="[./]*(paper/\w+\.svg)"\s*/?>', chart, html)
+    if page.file.src_uri == "paper.md":
+        html = re.sub(r'<img alt="([^"]*)" src="[./\w]*?(\w+\.svg)"\s*/?>', chart, html)
     html = re.sub(r'<div class="(highlight|nb-out)">', r'<div class="\1" data-search-exclude>', html)
     html = re.sub(r"<(t[dh])>([^<]*[\u4e00-\u9fff][^<]*)</\1>", r'<\1 lang="zh-Hans">\2</\1>', html)
     return re.sub(r'<(div class="nb-html"|pre class="nb-text")', r'<\1 tabindex="0"', html)  # it may scroll
@@ -137,7 +138,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 def chart(match: re.Match[str]) -> str:
     """A chart of docs/paper/ as a part of the page, so that it follows the page's colours."""
-    return in_page((ROOT / "docs" / match[2]).read_text(encoding="utf-8"), unescape(match[1]))
+    return in_page((ROOT / "docs" / "paper" / match[2]).read_text(encoding="utf-8"), unescape(match[1]))
 
 
 def edit_url(page: Page, config: MkDocsConfig) -> str | None:

@@ -41,8 +41,9 @@ def numbered() -> dict[str, Bug]:
 def pages(repository: Repository) -> Iterator[tuple[str, str]]:
     """(path, content): the list, then of each bug its page, and its film where there is something to draw."""
     rows = json.loads((ROOT / "docs" / "museum.json").read_text(encoding="utf-8"))
-    seen = {row["bug"]: row for row in rows}
     bugs = numbered()
+    blank = {"property": "not recorded yet: make bugs", "message": "not recorded yet", "script": []}
+    seen = {bug.name: blank for bug in bugs.values()} | {row["bug"]: row for row in rows}
     yield "museum/index.md", index(bugs, seen)
     for number, bug in bugs.items():
         film = film_of(seen[bug.name])
@@ -81,7 +82,7 @@ def page(number: str, bug: Bug, row: dict, has_film: bool, repository: Repositor
         f"# Bug {number}\n",
         f"A module of [chapter {bug.chapter}](../course/ch{bug.chapter:02d}.md) has a wrong line. What fails:\n",
         f"> {plain(row['property'])}\n",
-        f"**What is seen.** {symptom(row)}\n",
+        f"**What is seen.** {plain(row['message'])}\n",
     ]
     if row["script"]:
         script = "\n".join(call["call"] for call in row["script"])
@@ -105,8 +106,8 @@ def title(bug: Bug) -> str:
 
 
 def symptom(row: dict) -> str:
-    """What the failing property said, on one line."""
-    text = row["message"].removeprefix("assert ")
+    """What fails: of a script of calls what was found, of any other property its name."""
+    text = row["message"] if row["property"].startswith("any script of calls") else row["property"]
     return plain(text if len(text) <= 160 else text[:159] + "…")
 
 

@@ -226,6 +226,7 @@ def test_block_table(figure):
         assert set(now["rows"]) == expected, press
         assert {row: now["owners"].index(row) for row in now["rows"]} == now["rows"], press
         assert len([owner for owner in now["owners"] if owner]) == len(expected)
+        assert f"{8 - len(expected)} of 8 blocks are free" in said(place), press
     slide(place.get_by_label("Find a token of A"), 5)
     block = place.evaluate(OWNED)["rows"]["A:1"]
     assert f"+ 1 = {4 * block + 1}." in said(place)

@@ -181,7 +181,7 @@ def test_a_chapter_opens_with_its_picture_and_the_exercise_comes_before_the_answ
     order = """() => { const top = (selector) => [...document.querySelectorAll(selector)].map(e => e.offsetTop)[0];
         const heading = (words) =>
             [...document.querySelectorAll('h2')].find(h => h.textContent.includes(words)).offsetTop;
-        return [top('.ways-in'), top('.opening'), heading('1. '), heading('Exercise'), heading('The code'),
+        return [top('.opening'), top('.ways-in'), heading('1. '), heading('Exercise'), heading('The code'),
                 heading('Its properties')]; }"""
     places = page.evaluate(order)
     assert places == sorted(places)
