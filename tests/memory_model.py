@@ -167,8 +167,8 @@ class TablesMachine(RuleBasedStateMachine):
         copied = self.must_copy(sequence, count)
         needed = self.blocks_for(table.num_tokens + count) - len(before) + copied
         said = table.blocks_needed(count)
-        assert said == needed, f"{count} more tokens behind {table.num_tokens} need {needed} blocks, not {said}" + (
-            ": one of them is the copy of a shared last block" * copied
+        assert said == needed, (
+            f"{count} more tokens behind {table.num_tokens} need {needed} blocks{', a copy too' * copied}, not {said}"
         )
         taken = self.named() | {block for block in range(self.num_blocks) if self.allocator.ref_count(block)}
         taken -= self.evictable()
