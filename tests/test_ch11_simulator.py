@@ -493,7 +493,7 @@ def test_a_faster_device_is_never_slower(load, faster):
 def test_a_step_takes_what_its_bytes_and_operations_take(
     load, peaks, utilisation, shape, parameters, block_size, attention
 ):
-    """A second writing: weights or their products, then K and V or theirs, after the copies."""
+    """A second writing, pass by pass: weights or their products, then K and V or theirs, after the copies."""
     device = Device("drawn", *peaks, utilisation)
     cost = CostModel(device, shape, parameters, block_size, attention)
     bandwidth, flops, link = peaks[0] * utilisation, peaks[1] * utilisation, peaks[2]
@@ -507,9 +507,9 @@ def test_a_step_takes_what_its_bytes_and_operations_take(
 
     decodes = load.decodes, load.decode_context, load.decode_context
     prompts = load.prompt_tokens, load.prompt_context, load.prompt_pairs
-    both = tuple(map(sum, zip(decodes, prompts, strict=True)))  # one pass has the decodes and the prompts
+    passes = [each for each in (decodes, prompts) if each[0]]
     moved = load.swapped * max(2 * shape.num_layers * COPY_CALL, block / link) + 2 * load.copied * block / bandwidth
-    assert cost.step(load) == pytest.approx(moved + (one(*both) if both[0] else 0.0), rel=1e-9)
+    assert cost.step(load) == pytest.approx(moved + sum(one(*each) for each in passes), rel=1e-9)
     n = load.prompt_tokens
     assert cost.recompute(n) == pytest.approx(one(n, n, sum(range(n + 1))), rel=1e-9)
     assert cost.step(StepCost()) == 0.0
