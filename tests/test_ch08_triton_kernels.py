@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from messages import says
 from strategies import BLOCK_SIZES, PagedBatch, costly, paged_batches, rounded
 from test_ch07_paged_attention import BAD_ARGUMENTS, i32, writes
 from test_ch07_paged_attention import _arguments as fitting_arguments
@@ -399,17 +400,17 @@ def test_copies_are_whole_blocks_in_every_layer(drawn, num_layers, block_size, n
 
 
 MORE_BAD_ARGUMENTS = [
-    ("query", torch.zeros(3, 8, 4).transpose(1, 2), "stride 1"),
-    ("query", torch.zeros(3, 4, 8, device="meta"), "meta"),
-    ("key_cache", torch.zeros(6, 2, 8, 2).transpose(2, 3), "stride 1"),
-    ("value_cache", torch.zeros(6, 2, 2, 8).transpose(1, 2), "strides"),
-    ("block_tables", torch.zeros(2, 3, dtype=torch.int32, device="meta"), "meta"),
-    ("block_tables", torch.zeros(3, 2, dtype=torch.int32).T, "stride 1"),
-    ("seq_lens", i32(3, 0, 5, 0)[::2], "stride 1"),
-    ("seq_lens", torch.tensor([3.0, 5.0]), "float32"),
-    ("out", torch.zeros(3, 4, 4), "[3, 4, 4]"),
-    ("out", torch.zeros(3, 4, 8, dtype=torch.float16), "float16"),
-    ("sliding_window", -1, "got -1"),
+    ("query", torch.zeros(3, 8, 4).transpose(1, 2), ("stride 1",)),
+    ("query", torch.zeros(3, 4, 8, device="meta"), ("meta",)),
+    ("key_cache", torch.zeros(6, 2, 8, 2).transpose(2, 3), ("stride 1",)),
+    ("value_cache", torch.zeros(6, 2, 2, 8).transpose(1, 2), ("strides",)),
+    ("block_tables", torch.zeros(2, 3, dtype=torch.int32, device="meta"), ("meta",)),
+    ("block_tables", torch.zeros(3, 2, dtype=torch.int32).T, ("stride 1",)),
+    ("seq_lens", i32(3, 0, 5, 0)[::2], ("stride 1",)),
+    ("seq_lens", torch.tensor([3.0, 5.0]), ("float32",)),
+    ("out", torch.zeros(3, 4, 4), ("[3, 4, 4]",)),
+    ("out", torch.zeros(3, 4, 8, dtype=torch.float16), ("float16",)),
+    ("sliding_window", -1, ("got -1",)),
 ]
 
 
@@ -419,7 +420,7 @@ def test_what_does_not_fit_is_refused_by_name(name, wrong, said):
     with pytest.raises(ValueError) as error:
         paged_attention(**{**arguments, name: wrong}, scale=1.0, check=True)
     assert name.split("_")[0] in str(error.value)
-    assert said in str(error.value)
+    assert says(error.value, *said), f"the message does not name {said}: {error.value}"
     assert (arguments["out"] == 7).all()
 
 
