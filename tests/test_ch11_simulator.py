@@ -489,14 +489,13 @@ def test_a_faster_device_is_never_slower(load, faster):
     parameters=st.floats(1e6, 1e11),
     block_size=st.integers(1, 64),
     attention=st.floats(1.0, 2.0),
-    apart=st.booleans(),
 )
 def test_a_step_takes_what_its_bytes_and_operations_take(
-    load, peaks, utilisation, shape, parameters, block_size, attention, apart
+    load, peaks, utilisation, shape, parameters, block_size, attention
 ):
     """A second writing, pass by pass: weights or their products, then K and V or theirs, after the copies."""
     device = Device("drawn", *peaks, utilisation)
-    cost = CostModel(device, shape, parameters, block_size, attention, apart)
+    cost = CostModel(device, shape, parameters, block_size, attention)
     bandwidth, flops, link = peaks[0] * utilisation, peaks[1] * utilisation, peaks[2]
     token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.element_bytes  # of K and V
     block = token * block_size
@@ -509,8 +508,6 @@ def test_a_step_takes_what_its_bytes_and_operations_take(
     decodes = load.decodes, load.decode_context, load.decode_context
     prompts = load.prompt_tokens, load.prompt_context, load.prompt_pairs
     passes = [each for each in (decodes, prompts) if each[0]]
-    if len(passes) == 2 and not apart:
-        passes = [tuple(map(sum, zip(*passes, strict=True)))]
     moved = load.swapped * max(2 * shape.num_layers * COPY_CALL, block / link) + 2 * load.copied * block / bandwidth
     assert cost.step(load) == pytest.approx(moved + sum(one(*each) for each in passes), rel=1e-9)
     n = load.prompt_tokens
