@@ -150,6 +150,7 @@ class Engine:
     def recover(self):
         """What the next call does after one that was cut off: the tokens are all that is left."""
         self.scheduler.reset(self.unfinished)
+        assert not any(seq.num_computed for seq in self.unfinished), "after a reset no token is computed"
         self.device.poison()
 
     def step(self, fail_in_model=False, fail_after=None, error_at=None):
