@@ -150,6 +150,7 @@ class Engine:
     def recover(self):
         """What the next call does after one that was cut off: the tokens are all that is left."""
         self.scheduler.reset(self.unfinished)
+        assert not any(seq.num_computed for seq in self.unfinished), "after a reset no token is computed"
         self.device.poison()
 
     def step(self, fail_in_model=False, fail_after=None, error_at=None):
@@ -239,12 +240,15 @@ class Engine:
         counts = output.num_scheduled_tokens
         assert all(count >= 1 for count in counts.values()), "a sequence is scheduled for no token"
         assert earliest in counts, f"the sequence that came first, {earliest.seq_id}, does not proceed"
-        assert output.total_num_scheduled_tokens == sum(counts.values()) <= self.scheduler.max_num_batched_tokens
-        assert set(counts) <= set(self.scheduler.running)
+        total, budget = output.total_num_scheduled_tokens, self.scheduler.max_num_batched_tokens
+        assert total == sum(counts.values()) <= budget, f"{sum(counts.values())} tokens, total {total}, budget {budget}"
+        assert set(counts) <= set(self.scheduler.running), "a sequence is scheduled that does not run"
         for seq in decoding:
             if seq in self.scheduler.running:
                 assert counts.get(seq) == 1, f"{seq.seq_id} decodes, and did not get its token"
-        assert set(output.preempted) == set(running) - set(self.scheduler.running)
+        gone = {seq.seq_id for seq in set(running) - set(self.scheduler.running)}
+        said = {seq.seq_id for seq in output.preempted}
+        assert said == gone, f"{gone or 'nothing'} left `running` in this step, and {said or 'nothing'} is preempted"
         if output.preempted:
             assert set(self.scheduler.running) <= set(running) and not output.swap_in, (
                 "a sequence entered, or came back, in the step in which one was preempted"
@@ -259,11 +263,14 @@ class Engine:
         assert [*running, *waiting] == self.unfinished, (
             "a sequence is lost, there twice, or before one that came earlier"
         )
-        assert len(running) <= scheduler.max_num_seqs
+        assert len(running) <= scheduler.max_num_seqs, f"{len(running)} run, and {scheduler.max_num_seqs} may"
         named = Counter(block for seq in [*running, *beams] for block in blocks.blocks(seq.seq_id))
         for seq in [*running, *beams]:
             assert 0 <= seq.num_computed < len(seq), f"{seq.seq_id}: {seq.num_computed} of {len(seq)} are computed"
-            assert seq.num_computed <= blocks.num_tokens(seq.seq_id) <= len(seq)
+            slots = blocks.num_tokens(seq.seq_id)
+            assert seq.num_computed <= slots <= len(seq), (
+                f"{seq.seq_id} has slots for {slots} tokens: {seq.num_computed} of its {len(seq)} are computed"
+            )
         on_host = Counter()
         for seq in waiting:
             held = blocks.blocks(seq.seq_id)

@@ -165,6 +165,15 @@ def test_slots_before_the_window_are_never_read(attend, batch, window):
     torch.testing.assert_close(out, batch.expected(0.5, window), rtol=1e-9, atol=1e-10)
 
 
+@given(batch=paged_batches(max_seqs=2), data=st.data())
+def test_what_is_gathered_begins_where_it_is_asked_to(batch, data):
+    """K of one sequence from any position on, in one piece: [num_kv_heads, tokens, head_dim]."""
+    for table, key in zip(batch.block_tables, batch.keys, strict=True):
+        first = data.draw(st.integers(0, len(key) - 1), label="first")
+        found = gathered.gather(batch.key_cache, table, len(key), first)
+        torch.testing.assert_close(found, torch.from_numpy(key[first:]).transpose(0, 1), rtol=0, atol=0)
+
+
 def _decode(seq_len=700, dtype=torch.float32):
     """What decoding 8 sequences of the same length gives, and what it should give."""
     generator = torch.Generator().manual_seed(seq_len)

@@ -24,6 +24,15 @@ class Replay:
         return {seq: [table[logical] for logical in range(len(table))] for seq, table in tables.items() if table}
 
     def apply(self, event):
+        try:
+            self._apply(event)
+        except (AssertionError, KeyError) as error:
+            why = f": {error}" if isinstance(error, AssertionError) and error.args and "\n" not in str(error) else ""
+            raise AssertionError(
+                f"the trace says what cannot be, or an event before it is missing: {event}{why}"
+            ) from error
+
+    def _apply(self, event):
         seq, logical, block = event.get("seq"), event.get("logical"), event.get("block")
         table, host_table = self.tables.setdefault(seq, {}), self.host_tables.setdefault(seq, {})
         in_use = [block for blocks in self.tables.values() for block in blocks.values()]

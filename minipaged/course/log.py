@@ -39,10 +39,12 @@ class Log:
 
     # ---- names -------------------------------------------------------------------------------------------------------
 
-    def name(self, thing: Any) -> str:
+    def name(self, thing: Any, new: bool = False) -> str:
         """How a script calls an object; the name is given when the object is first met."""
         if (inside := self._inside(thing)) is not None:
             return inside
+        if not new and id(thing) not in self.named and typed.kind_of(thing, NAMES) == "AddressLayout":
+            return typed.fields_of(thing, self)  # made before the script begins
         if id(thing) not in self.named:
             kind = typed.kind_of(thing, NAMES)
             if kind == "BlockTable":

@@ -69,28 +69,18 @@ RIGHT = {  # what a property must hold for
     "reordered": "a right allocator, which hands out other blocks in another order",
 }
 
-# Behind the reference's allocator: the same pool, whose blocks have other numbers and come in another order.
+# Behind the reference's allocator: the same pool, which hands out the last of its free blocks and not the first.
 REORDERED = """
 
 class _Reordered(BlockAllocator):
-    def _other(self, block):
-        return self.num_blocks - 1 - block
-
-    def ref_count(self, block):
-        return super().ref_count(self._other(block))
-
     def allocate(self):
-        block = super().allocate()
-        if BlockAllocator.num_free.fget(self):  # the one after it, and it is put back at the end
-            block, first = super().allocate(), block
-            super().free(first)
-        return self._other(block)
-
-    def share(self, block):
-        super().share(self._other(block))
-
-    def free(self, block):
-        super().free(self._other(block))
+        taken = [super().allocate()]
+        while BlockAllocator.num_free.fget(self):
+            taken.append(super().allocate())
+        block = taken.pop()
+        for other in taken:  # back to the pool, in their order
+            super().free(other)
+        return block
 
 
 _Reordered.__name__ = _Reordered.__qualname__ = "BlockAllocator"

@@ -179,7 +179,7 @@ def _run(
     if log.calls is not current:
         return result
     if new is not None:
-        log.event(f"{log.name(new)} = {call}", made=True)
+        log.event(f"{log.name(new, new=True)} = {call}", made=True)
         log.made(new, by_the_test=True)
     elif look:
         at_once = typed.given(result, log) if of_function else None  # a test may change an array in place

@@ -28,6 +28,7 @@ _modules: dict[str, str] = {
     "Trace": "minipaged.memory.trace",
     "make_batch": "minipaged.model.batch",
     "ModelConfig": "minipaged.model.transformer",
+    "AddressLayout": "minipaged.memory.page_table",
 }
 
 
@@ -112,14 +113,19 @@ def _value(thing: Any, log: Any) -> str:
     if kind == "Trace":
         return f"Trace({thing.num_blocks}, {thing.block_size}, {thing.num_host_blocks})"
     if is_dataclass(thing) and not isinstance(thing, type):
-        said = (f"{f.name}={value(getattr(thing, f.name), log)}" for f in fields(thing) if _differs(thing, f))
-        return f"{kind}({', '.join(said)})"
+        return fields_of(thing, log)
     if isinstance(thing, tuple | list) and not hasattr(thing, "_fields"):
         return _items(thing, log)
     if isinstance(thing, float):
         return f"{thing:.4g}" if math.isfinite(thing) else f"float('{thing}')"
     text = re.sub(r"<[\w.]+\.(\w+) object at 0x[0-9a-f]+>", r"\1(...)", repr(thing))
     return text if len(text) <= LENGTH_UP_TO else text[: LENGTH_UP_TO - 3] + "..."
+
+
+def fields_of(thing: Any, log: Any) -> str:
+    """A dataclass, without what is at its default."""
+    said = (f"{f.name}={value(getattr(thing, f.name), log)}" for f in fields(thing) if _differs(thing, f))
+    return f"{type(thing).__name__}({', '.join(said)})"
 
 
 def _differs(thing: Any, field: Any) -> bool:
