@@ -100,7 +100,7 @@ def graded(folder, number=6, **options):
 
 
 @pytest.mark.slow
-@costly(1.0)
+@costly(0.2)
 @given(bad=bad_files())
 def test_no_bad_exercise_passes(solved, bad):
     file, text = bad
