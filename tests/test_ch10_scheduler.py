@@ -353,6 +353,18 @@ def test_the_sequence_that_came_last_is_preempted_and_comes_back_first(preemptio
     engine.finish_all()
 
 
+@given(st.integers(1, 5), st.integers(2, 5), st.sampled_from((1, 2)))
+def test_what_is_aborted_on_the_host_leaves_no_block_there(first_tokens, second_tokens, block_size):
+    pool = cdiv(first_tokens + 6, block_size) + cdiv(second_tokens, block_size)
+    engine = Engine(pool, block_size, num_host_blocks=pool, max_model_len=16, watermark=0.0)
+    engine.add([0] * first_tokens, 7), engine.add([1] * second_tokens, 7)
+    while engine.unfinished and not engine.scheduler.counts["swap"]:
+        engine.step()
+    for seq in [seq for seq in engine.unfinished if engine.blocks.is_swapped(seq.seq_id)]:
+        engine.abort(seq.request_id)
+    engine.finish_all()
+
+
 def test_swapped_tokens_are_not_computed_again():
     counts = {}
     for preemption in ("recompute", "swap"):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ELEMENTS_UP_TO = 24  # of an array that is written out
+NAN_UP_TO = 1_000_000  # elements of an array that is searched for NaN: a pool may have gigabytes
 ITEMS_UP_TO = 60  # of a list
 LENGTH_UP_TO = 400  # characters of any other value
 
@@ -162,6 +163,8 @@ def _array(array: Any) -> str:
 
 
 def _nan(array: Any, library: str) -> str:
+    if math.prod(array.shape) > NAN_UP_TO:
+        return ""
     wrong = array != array
     if not bool(wrong.any()):
         return ""
