@@ -183,7 +183,7 @@ def test_ctrl_c_says_which_call_it_was(solved, tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate()[0]
-    assert process.returncode == STOPPED
+    assert process.returncode == STOPPED, said
     assert "Where it was stopped" in said and re.search(r"(truncate|release)\(", said)
 
 
