@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -177,7 +178,9 @@ def test_ctrl_c_says_which_call_it_was(solved, tmp_path):
     loop = f"open({str(mark)!r}, 'w').close()\nwhile True: pass"
     (solved / "ch06_block_table.py").write_text(changed(text, "BlockTable.truncate", loop))
     command = [sys.executable, "-m", "minipaged", "check", "6", "--impl", str(solved)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell that starts the suite in the background has SIGINT ignored, and its children inherit that.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
     while not mark.exists():
         assert process.poll() is None
         time.sleep(0.05)
