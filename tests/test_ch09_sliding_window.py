@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from minipaged import LLM, SamplingParams
 from minipaged.cdiv import cdiv
+from minipaged.engine.scheduler import Scheduler
+from minipaged.engine.sequence import Sequence, Token
 from minipaged.memory.block_manager import BlockManager
 from minipaged.model.load import TINY, Model, tiny_transformer
 from minipaged.model.recompute import generate
@@ -76,6 +78,46 @@ def test_a_request_holds_the_blocks_of_its_window_alone(block_size, window, prom
         blocks.free(name)
     assert blocks.num_used == blocks.num_stored_tokens == 0
     assert blocks.device.num_free == num_blocks - 1, "one block stands for what was given back"
+
+
+@given(
+    block_size=st.integers(1, 4),
+    window=st.integers(1, 12),
+    chunk=st.integers(3, 12),
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    num_new=st.integers(1, 8),
+    caching=st.booleans(),
+    num_host_blocks=st.sampled_from((0, 30)),
+    spare=st.integers(0, 30),
+)
+def test_a_long_prompt_holds_a_window_and_a_chunk(
+    block_size, window, chunk, lengths, num_new, caching, num_host_blocks, spare
+):
+    """However long it is, and whatever comes between: a full pool, preemption, a prefix that is found."""
+    num_blocks = cdiv(max(lengths) + num_new - 1, block_size) + 1 + spare
+    blocks = BlockManager(
+        num_blocks, block_size, sliding_window=window, enable_prefix_caching=caching, num_host_blocks=num_host_blocks
+    )
+    scheduler = Scheduler(blocks, 100, max_num_seqs=3, max_num_batched_tokens=chunk)
+    seqs = [
+        Sequence(str(i), 0, [token % 5 for token in range(length)], SamplingParams(max_tokens=num_new))
+        for i, length in enumerate(lengths)
+    ]
+    scheduler.add(seqs)
+    bound = cdiv(window - 1 + chunk, block_size) + 1
+    while scheduler.running or scheduler.waiting:
+        output = scheduler.schedule()
+        assert output.num_scheduled_tokens, "a step without a token never ends"
+        for seq, count in output.num_scheduled_tokens.items():
+            assert blocks.num_tokens(seq.seq_id) >= seq.num_computed + count, "a token has no slot"
+        if not caching:  # a prefix that was found is named as a whole until the step has run
+            assert blocks.num_used <= bound * len(scheduler.running)
+        scheduler.update_from_output(output)
+        for seq in list(output.sampled):
+            seq.outputs.append(Token(7, None, 0.0))
+            if len(seq.outputs) == num_new:
+                scheduler.finish(seq)
+    assert all(len(seq.outputs) == num_new for seq in seqs) and blocks.num_used == 0
 
 
 def test_a_layer_that_sees_all_keeps_all():

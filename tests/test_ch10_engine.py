@@ -305,7 +305,7 @@ def test_a_request_that_just_fits_the_pool_runs():
         ({"max_model_len": 1}, "got 1"),
         ({"cache": "contiguous", "num_blocks": 2, "max_model_len": 64}, "2 * 16 = 32 slots"),
         ({"max_num_seqs": 0}, "0"),
-        ({"max_num_seqs": 8, "max_num_batched_tokens": 7}, "8 and 7"),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 7}, "7, got 8"),
     ],
 )
 def test_engine_settings_that_do_not_fit_are_refused(settings, said):

@@ -8,9 +8,9 @@ them. The rest of the budget goes to prompts, in chunks, in order of arrival. Th
 `max_num_seqs`, the budget and the free blocks allow. A finished sequence leaves at once, and a waiting one can enter
 (iteration-level scheduling: Yu et al., "Orca", OSDI 2022, section 3).
 
-All blocks of a prompt are allocated when it enters, so only decode can run out of blocks. Then the last sequence is
-preempted: it moves to the host's memory if there is room, or its blocks are freed and computed again later (swapping
-and recomputation: the PagedAttention paper, section 4.5).
+All blocks of a prompt are allocated when it enters (with a sliding window: those of each chunk). When blocks run out,
+the last sequence is preempted: it moves to the host's memory if there is room, or its blocks are freed and computed
+again later (swapping and recomputation: the PagedAttention paper, section 4.5).
 
 The samples of a request are sequences with one prompt. The first computes it; the others then fork its block table.
 One that enters later, or again, begins with the prompt's full blocks in the table of a running sample.
@@ -41,17 +41,15 @@ class Scheduler:
         *,
         watermark: float = 0.01,
     ):
-        """watermark: the share of the pool that stays free when a sequence enters, for those already running to grow
-        into. Raises ValueError where the numbers do not go together."""
+        """watermark: the share of the pool that is left to those running when one enters. Raises ValueError."""
         if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs:
-            raise ValueError(
-                f"max_num_seqs must be at least 1 and max_num_batched_tokens as many: a token for each sequence; "
-                f"got {max_num_seqs} and {max_num_batched_tokens}"
-            )
+            raise ValueError(f"max_num_seqs must be from 1 to {max_num_batched_tokens=}, got {max_num_seqs}")
         if not 0.0 <= watermark < 1.0:
             raise ValueError(f"watermark is a share of the pool, in [0, 1), got {watermark}")
         self.blocks, self.max_model_len = blocks, max_model_len
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        # Tokens that get slots before they are computed: all. With a sliding window, which gives blocks back: a step's.
+        self._ahead = max_num_batched_tokens if blocks.sliding_window else max_model_len
         self.watermark_blocks = int(watermark * blocks.num_blocks)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -98,8 +96,7 @@ class Scheduler:
         self._make_room(output)
         for seq in sorted(self.running, key=lambda seq: seq.num_uncomputed_tokens > 1):  # decodes first
             output.schedule(seq)
-        # A preempted sequence does not return in the same step.
-        if self.waiting and output.budget and len(self.running) < self.max_num_seqs and not output.preempted:
+        if self.waiting and output.budget and not output.preempted:  # which does not return in the same step
             self._admit(output)
         return output
 
@@ -118,11 +115,11 @@ class Scheduler:
                 output.sampled[sample] = row
 
     def _make_room(self, output: SchedulerOutput) -> None:
-        """A slot for the newest token of each running sequence, first to last. If blocks run out, preempt the last."""
+        """The slots that each running sequence needs, first to last. If blocks run out, preempt the last."""
         num_grown = 0
         while num_grown < len(self.running):
             seq = self.running[num_grown]
-            copies = self.blocks.allocate_slots(seq.seq_id, len(seq))
+            copies = self.blocks.allocate_slots(seq.seq_id, min(len(seq), seq.num_computed + self._ahead))
             if copies is None:
                 self._preempt(self.running.pop(), output)
             else:
@@ -172,12 +169,15 @@ class Scheduler:
             if sample.num_computed < len(shared) * block_size:  # it still computes the prompt
                 return False
         if self.blocks.is_swapped(seq.seq_id):
-            copies = self.blocks.swap_in(seq.seq_id, len(seq), shared, reserve)
+            shared = shared[: self.blocks.num_tokens(seq.seq_id) // block_size]
+            num_computed = max(seq.num_computed, len(shared) * block_size)
+            num_slots = min(len(seq), num_computed + self._ahead)
+            copies = self.blocks.swap_in(seq.seq_id, num_slots, shared, reserve)
             if copies is None:
                 return False
-            seq.num_computed = max(seq.num_computed, len(shared) * block_size)
+            seq.num_computed = num_computed
             output.swap_in += copies
-            output.copies += self.blocks.allocate_slots(seq.seq_id, len(seq)) or []
+            output.copies += self.blocks.allocate_slots(seq.seq_id, num_slots) or []
             return True
         cached = self.blocks.get_computed_blocks(seq.tokens(0, len(seq)), seq.cache_salt)
         prefix = max(cached, shared, key=len)
@@ -185,8 +185,8 @@ class Scheduler:
         keys = self._keys(seq)
         if keys and keys[0] in computing and seq.num_computed + block_size < len(seq):
             return False  # it is found in the next step; but the last token is computed in any case
-        copies = self.blocks.allocate_slots(seq.seq_id, len(seq), prefix, reserve)
-        if copies is None:
+        num_slots = min(len(seq), seq.num_computed + self._ahead)
+        if self.blocks.allocate_slots(seq.seq_id, num_slots, prefix, reserve) is None:
             return False
         computing.update(keys)
         self.counts.update(looked_up=len(seq), found=len(cached) * block_size)

@@ -8,9 +8,9 @@ them. The rest of the budget goes to prompts, in chunks, in order of arrival. Th
 `max_num_seqs`, the budget and the free blocks allow. A finished sequence leaves at once, and a waiting one can enter
 (iteration-level scheduling: Yu et al., "Orca", OSDI 2022, section 3).
 
-All blocks of a prompt are allocated when it enters, so only decode can run out of blocks. Then the last sequence is
-preempted: it moves to the host's memory if there is room, or its blocks are freed and computed again later (swapping
-and recomputation: the PagedAttention paper, section 4.5).
+All blocks of a prompt are allocated when it enters (with a sliding window: those of each chunk). When blocks run out,
+the last sequence is preempted: it moves to the host's memory if there is room, or its blocks are freed and computed
+again later (swapping and recomputation: the PagedAttention paper, section 4.5).
 
 The samples of a request are sequences with one prompt. The first computes it; the others then fork its block table.
 One that enters later, or again, begins with the prompt's full blocks in the table of a running sample.
@@ -134,17 +134,15 @@ class Scheduler:
         *,
         watermark: float = 0.01,
     ):
-        """watermark: the share of the pool that stays free when a sequence enters, for those already running to grow
-        into. Raises ValueError where the numbers do not go together."""
+        """watermark: the share of the pool that is left to those running when one enters. Raises ValueError."""
         if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs:
-            raise ValueError(
-                f"max_num_seqs must be at least 1 and max_num_batched_tokens as many: a token for each sequence; "
-                f"got {max_num_seqs} and {max_num_batched_tokens}"
-            )
+            raise ValueError(f"max_num_seqs must be from 1 to {max_num_batched_tokens=}, got {max_num_seqs}")
         if not 0.0 <= watermark < 1.0:
             raise ValueError(f"watermark is a share of the pool, in [0, 1), got {watermark}")
         self.blocks, self.max_model_len = blocks, max_model_len
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        # Tokens that get slots before they are computed: all. With a sliding window, which gives blocks back: a step's.
+        self._ahead = max_num_batched_tokens if blocks.sliding_window else max_model_len
         self.watermark_blocks = int(watermark * blocks.num_blocks)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -179,7 +177,7 @@ class Scheduler:
         raise NotImplementedError("ch10: Scheduler.update_from_output")
 
     def _make_room(self, output: SchedulerOutput) -> None:
-        """A slot for the newest token of each running sequence, first to last. If blocks run out, preempt the last."""
+        """The slots that each running sequence needs, first to last. If blocks run out, preempt the last."""
         raise NotImplementedError("ch10: Scheduler._make_room")
 
     def _preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
