@@ -52,10 +52,10 @@ export async function reservations(place) {
     ),
     legend(
       ["fig-held", "holds a token"],
-      ["fig-reserved", "filled later"],
-      ["fig-over", "reserved, never filled"],
-      ["fig-rounding", "rounded up, never filled"],
-      ["fig-external", "free, in pieces too small"],
+      ["fig-reserved", "reserved: filled later"],
+      ["fig-over", "internal: never filled"],
+      ["fig-rounding", "internal: only rounded up to"],
+      ["fig-external", "external: free, in pieces too small"],
     ),
     said,
   );
