@@ -75,7 +75,8 @@ export function blockTable(place) {
         element("b", {}, name ?? ""),
       );
     });
-    pool.replaceChildren(element("p", { class: "fig-head" }, "The pool: physical blocks"), ...physical);
+    pool.replaceChildren(element("p", { class: "fig-head" }, "The pool: physical blocks"), ...physical,
+      element("p", { class: "fig-head" }, `Free list: ${free.join(" ") || "empty"}`));
     requests.replaceChildren(element("p", { class: "fig-head" }, "Logical blocks → block table"));
     for (const name of Object.keys(tables).sort()) {
       requests.append(element("p", { class: "fig-name" }, element("b", {}, name), ` ${count(lengths[name], "token")}`));

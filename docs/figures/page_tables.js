@@ -21,7 +21,7 @@ export function treeBytes(pages) {
 
 export function pageTables(place) {
   let [kind, address] = ["one", 363];
-  let pages = 300;
+  let pages = 126;
   const walk = element("div", { class: "fig-walk" });
   const costs = element("table", { class: "fig-costs" });
   const said = words();
@@ -85,8 +85,8 @@ export function pageTables(place) {
     slider.set(address, kind === "blocks" ? 4 * BLOCKS.length - 1 : 511);
     draw();
   };
-  const used = range("Pages or blocks in use", { min: 0, max: 60, value: 25 }, (n) => number(n).toLocaleString("en"), (n) => { pages = number(n); drawCosts(); });
-  pages = number(25);
+  const used = range("Pages or blocks in use", { min: 0, max: 60, value: 21 }, (n) => number(n).toLocaleString("en"), (n) => { pages = number(n); drawCosts(); });
+  pages = number(21);
   place.replaceChildren(
     controls(choice("Look up in a", kinds, kind, chosen), slider),
     stage(walk),
