@@ -14,25 +14,28 @@ def on_threads(size, work, timeout=60.0):
 
     Raises what the first rank raised that failed by itself; CollectiveError where ranks did not call the same.
     """
-    store, found, errors = HashStore(), {}, []
+    store, found, errors, connected = HashStore(), {}, [], threading.Barrier(size)
 
     def run(rank):
         group = None
         try:
             group = Group(store, rank, size, timeout)
+            connected.wait()  # a rank that has nothing to exchange would hang up while others still connect to it
             found[rank] = work(group)
         except BaseException as error:
             errors.append(error)
         finally:
             if group:
                 group.close()  # a rank that still waits for this one is told
+            else:
+                connected.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for error in sorted(errors, key=lambda error: isinstance(error, CollectiveError)):
+    for error in sorted(errors, key=lambda error: isinstance(error, CollectiveError | threading.BrokenBarrierError)):
         raise error
     return [found[rank] for rank in range(size)]
 
