@@ -523,7 +523,7 @@ worker.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("where", ['(worker, "load_slice")', '(Runner, "run")'])
+@pytest.mark.parametrize("where", [pytest.param('(worker, "load_slice")', marks=pytest.mark.slow), '(Runner, "run")'])
 def test_a_rank_that_fails_is_named_with_its_reason(monkeypatch, where):
     monkeypatch.setattr(launch, "WORKER", ("-c", FAILING.replace("{where}", where)))
     with pytest.raises(WorkerError, match="rank 2 failed: ValueError: the disk is on fire"):
