@@ -377,7 +377,6 @@ def small_words(prompts):
 @pytest.mark.parametrize(
     "kind, size",
     [
-        ("tiny", 2),
         ("SmolLM2's", 2),
         ("one KV head", 3),
         *(
@@ -385,6 +384,7 @@ def small_words(prompts):
             for size, kinds in [(1, "tiny"), (2, "a head a group/one KV head"), (3, "tiny/a head a group/SmolLM2's")]
             for kind in kinds.split("/")
         ),
+        pytest.param("tiny", 2, marks=pytest.mark.slow),
         pytest.param("tiny", 4, marks=pytest.mark.slow),
     ],
 )

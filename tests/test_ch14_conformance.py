@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import chapter10
@@ -52,7 +53,7 @@ def test_a_run_without_a_preemption_says_that_it_proves_little():
     class Roomy(toy.Toy):
         num_blocks = (500, 500)
 
-    found = kit.run(Roomy, 30, number=0)
+    found = kit.run(Roomy, 10, number=0)
     assert found.machine is None and "0 preemptions" in found.verdict and found.verdict.endswith("proves little")
 
 
@@ -108,7 +109,9 @@ def command(monkeypatch, capsys):
     return call
 
 
-def test_the_command_says_what_it_tried_and_fails_where_the_engine_does(command):
+def test_the_command_says_what_it_tried_and_fails_where_the_engine_does(command, monkeypatch):
+    """Without the shrinking, which takes seconds: a wrong adapter above is shrunk."""
+    monkeypatch.setattr(kit, "run", partial(kit.run, shrink=False))
     code, said = command("toy", "--scripts", "20", "--seed", "0")
     assert code == 0 and "Toy held over " in said, said
     code, said = command("toy:pages_as_tokens", "--seed", "1")
