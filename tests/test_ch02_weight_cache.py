@@ -99,7 +99,7 @@ def folder_with_family(name, seed, tied):
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.architecture])
-@costly(1 / 8)
+@costly(1 / 12)
 @given(
     seed=st.integers(0, 9),
     tied=st.booleans(),

@@ -227,7 +227,7 @@ def test_a_child_forked_after_use_attends():
     child = context.Process(target=run)
     child.start()
     try:
-        assert queue.get(timeout=60)
+        assert queue.get(timeout=600)
     finally:
         child.kill()
         child.join()

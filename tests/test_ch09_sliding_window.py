@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged import LLM, SamplingParams
@@ -137,7 +137,6 @@ def test_a_layer_that_sees_all_keeps_all():
     spare=st.integers(0, 20),
     n=st.integers(1, 2),
 )
-@settings(max_examples=60)
 def test_windowed_greedy_tokens_are_those_without_a_cache(
     windows, lengths, rng, block_size, chunk, caching, preemption, spare, n
 ):

@@ -377,7 +377,6 @@ def small_words(prompts):
 @pytest.mark.parametrize(
     "kind, size",
     [
-        ("tiny", 2),
         ("SmolLM2's", 2),
         ("one KV head", 3),
         *(
@@ -385,6 +384,7 @@ def small_words(prompts):
             for size, kinds in [(1, "tiny"), (2, "a head a group/one KV head"), (3, "tiny/a head a group/SmolLM2's")]
             for kind in kinds.split("/")
         ),
+        pytest.param("tiny", 2, marks=pytest.mark.slow),
         pytest.param("tiny", 4, marks=pytest.mark.slow),
     ],
 )
@@ -523,7 +523,7 @@ worker.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("where", ['(worker, "load_slice")', '(Runner, "run")'])
+@pytest.mark.parametrize("where", [pytest.param('(worker, "load_slice")', marks=pytest.mark.slow), '(Runner, "run")'])
 def test_a_rank_that_fails_is_named_with_its_reason(monkeypatch, where):
     monkeypatch.setattr(launch, "WORKER", ("-c", FAILING.replace("{where}", where)))
     with pytest.raises(WorkerError, match="rank 2 failed: ValueError: the disk is on fire"):

@@ -1,15 +1,16 @@
 """Chapter 14. The kit: it holds for a right engine, finds each planted fault, and claims no more than it tried."""
 
 import ast
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import chapter10
 import kit
 import ours
 import pytest
+import run
 import toy
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -52,7 +53,7 @@ def test_a_run_without_a_preemption_says_that_it_proves_little():
     class Roomy(toy.Toy):
         num_blocks = (500, 500)
 
-    found = kit.run(Roomy, 30, number=0)
+    found = kit.run(Roomy, 10, number=0)
     assert found.machine is None and "0 preemptions" in found.verdict and found.verdict.endswith("proves little")
 
 
@@ -95,31 +96,36 @@ def test_the_faults_of_the_exercise_are_seen_by_the_kit_and_not_by_chapter_10(na
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def command(*arguments, **variables):
-    return subprocess.run(
-        [sys.executable, str(FOLDER / "run.py"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **variables},
-    )
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Call the program in this process: exit code, and all that it said."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run.main()
+        return ended.value.code, capsys.readouterr().out
+
+    return call
 
 
-def test_the_command_says_what_it_tried_and_fails_where_the_engine_does():
-    held = command("toy", "--scripts", "60", "--seed", "0")
-    assert held.returncode == 0 and "Toy held over " in held.stdout, held.stderr
-    failed = command("toy:pages_as_tokens", "--seed", "0")
-    assert failed.returncode == 1 and "pages_as_tokens fails, first in script " in failed.stdout, failed.stderr
-    assert "engine = pages_as_tokens(" in failed.stdout and "LOGICAL" in failed.stdout and "PHYSICAL" in failed.stdout
-    unknown = command("unknown")
-    assert unknown.returncode == 1 and "error: unknown is no adapter" in unknown.stderr
+def test_the_command_says_what_it_tried_and_fails_where_the_engine_does(command, monkeypatch):
+    """Without the shrinking, which takes seconds: a wrong adapter above is shrunk."""
+    monkeypatch.setattr(kit, "run", partial(kit.run, shrink=False))
+    code, said = command("toy", "--scripts", "20", "--seed", "0")
+    assert code == 0 and "Toy held over " in said, said
+    code, said = command("toy:pages_as_tokens", "--seed", "1")
+    assert code == 1 and "pages_as_tokens fails, first in script " in said, said
+    assert "engine = pages_as_tokens(" in said and "LOGICAL" in said and "PHYSICAL" in said
+    assert "error: unknown is no adapter" in command("unknown")[0]
 
 
 def test_an_engine_in_another_version_is_skipped_with_the_reason(tmp_path):
+    """In a process of its own, as `make conformance` starts it."""
     adapter = tmp_path / "adapter.py"
     adapter.write_text('raise ImportError("written for engine 1.0, and 2.0 is installed")')
-    skipped = command(str(adapter))
-    assert skipped.returncode == 0
+    skipped = subprocess.run([sys.executable, str(FOLDER / "run.py"), adapter], capture_output=True, text=True)
+    assert skipped.returncode == 0, skipped.stderr
     assert skipped.stdout == "skipped, and nothing was tried: written for engine 1.0, and 2.0 is installed\n"
 
 

@@ -45,12 +45,12 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("number", PLAIN)
 def test_what_ships_is_not_written_and_the_reference_holds(number, folder):
-    shipped = grade(chapter(number), folder, examples=5)
+    shipped = grade(chapter(number), folder, examples=3)
     assert shipped.exit_code == NOT_WRITTEN and not shipped.having("wrong") and not shipped.errors
     assert "not written" in printed(lambda to: print_grade(shipped, to))
     for exercise in chapter(number).exercises:
         shutil.copy(source_of(exercise.module), folder / exercise.file)
-    reference = grade(chapter(number), folder, examples=5)
+    reference = grade(chapter(number), folder, examples=3)
     assert reference.exit_code == HOLDS, reference.first_wrong
     assert "WRONG" not in printed(lambda to: print_grade(reference, to))
 
