@@ -78,9 +78,8 @@ def masked_attention(
     if key.shape[:2] != value.shape[:2]:
         raise ValueError(f"key has shape {key.shape}, value {value.shape}: tokens and heads must be the same")
     weights = attention_weights(query, key, scale=scale, sliding_window=sliding_window)
-    value = np.repeat(
-        value.astype(np.float64), query.shape[1] // key.shape[1], axis=1
-    )  # [num_keys, num_heads, head_dim]
+    group = query.shape[1] // key.shape[1]
+    value = np.repeat(value.astype(np.float64), group, axis=1)  # [num_keys, num_heads, head_dim]
     return np.einsum("hqk,khd->qhd", weights, value)  # [num_queries, num_heads, head_dim]
 
 
@@ -96,11 +95,9 @@ def multi_head_attention(
     """
     num_tokens, hidden_size = hidden.shape
     num_heads, _, head_dim = w_q.shape
-    if w_o.shape != (num_heads * head_dim, hidden_size):
-        raise ValueError(
-            f"w_o must be [num_heads * head_dim, hidden_size] = [{num_heads * head_dim}, {hidden_size}], "
-            f"got {list(w_o.shape)}"
-        )
+    expected = [num_heads * head_dim, hidden_size]
+    if list(w_o.shape) != expected:
+        raise ValueError(f"w_o must be [num_heads * head_dim, hidden_size] = {expected}, got {list(w_o.shape)}")
     query = np.einsum("te,hed->thd", hidden, w_q)  # [num_tokens, num_heads, head_dim]
     key = np.einsum("te,hed->thd", hidden, w_k)  # [num_tokens, num_kv_heads, head_dim]
     value = np.einsum("te,hed->thd", hidden, w_v)  # [num_tokens, num_kv_heads, head_dim]

@@ -83,9 +83,7 @@ def make_cache_config(
     if backend == "auto":
         backend = "triton" if weights.device.type == "cuda" and find_spec("triton") else "torch"
     if backend == "triton" and weights.device.type == "cpu" and weights.dtype == torch.bfloat16:
-        raise ValueError(
-            "backend 'triton' on a CPU is Triton's interpreter, which computes bfloat16 wrongly: take float32"
-        )
+        raise ValueError("backend 'triton' on a CPU is an interpreter, which computes bfloat16 wrongly: take float32")
     host = (num_host_blocks or num_blocks) if preemption == "swap" else 0
     caching = enable_prefix_caching and cache == "paged"
     return CacheConfig(cache, backend, block_size, num_blocks, host, max_model_len, caching)

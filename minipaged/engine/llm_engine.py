@@ -183,10 +183,8 @@ class LLMEngine:
             self.stats, _ = self.stats.after_request(request), self.requests.pop(request.request_id)
 
     def _detokenizer(self, seq: Sequence) -> IncrementalDetokenizer:
-        room = self.scheduler.max_model_len - len(seq.prompt_token_ids)
-        return IncrementalDetokenizer(
-            seq.params, self.tokenizer, min(seq.params.max_tokens, room), seq.prompt_token_ids
-        )
+        max_tokens = min(seq.params.max_tokens, self.scheduler.max_model_len - len(seq.prompt_token_ids))
+        return IncrementalDetokenizer(seq.params, self.tokenizer, max_tokens, seq.prompt_token_ids)
 
 
 def _rows(logits: Tensor, rows: list[int]) -> Tensor:
