@@ -83,9 +83,7 @@ def masked_attention(
     return np.einsum("hqk,khd->qhd", weights, value)  # [num_queries, num_heads, head_dim]
 
 
-def multi_head_attention(
-    hidden: Array, w_q: Array, w_k: Array, w_v: Array, w_o: Array, *, sliding_window: int | None = None
-) -> Array:
+def multi_head_attention(hidden: Array, w_q: Array, w_k: Array, w_v: Array, w_o: Array) -> Array:
     """MultiHead(X): project, attend in every head, concatenate, project back. Returns [num_tokens, hidden_size].
 
     hidden [num_tokens, hidden_size]; w_q [num_heads, hidden_size, head_dim]; w_k, w_v [num_kv_heads, hidden_size,
@@ -101,6 +99,6 @@ def multi_head_attention(
     query = np.einsum("te,hed->thd", hidden, w_q)  # [num_tokens, num_heads, head_dim]
     key = np.einsum("te,hed->thd", hidden, w_k)  # [num_tokens, num_kv_heads, head_dim]
     value = np.einsum("te,hed->thd", hidden, w_v)  # [num_tokens, num_kv_heads, head_dim]
-    heads = masked_attention(query, key, value, sliding_window=sliding_window)  # [num_tokens, num_heads, head_dim]
+    heads = masked_attention(query, key, value)  # [num_tokens, num_heads, head_dim]
     concatenated = heads.reshape(num_tokens, num_heads * head_dim)  # [num_tokens, num_heads * head_dim]
     return concatenated @ w_o  # [num_tokens, hidden_size]
