@@ -1,8 +1,7 @@
 """What paged attention refuses before it reads or writes: each message names the argument and the numbers.
 
 Shapes, dtypes and devices are known on the host. The numbers *in* a tensor (blocks, lengths) may lie on a GPU, and
-reading them waits for the GPU: `numbers=False` leaves them unchecked. The kernels of chapter 8 refuse more (strides,
-sizes): see `kernels/launch.py`.
+reading them waits for the GPU: `numbers=False` leaves them unchecked. `kernels/launch.py` refuses more.
 """
 
 from collections.abc import Sequence

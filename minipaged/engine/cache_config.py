@@ -11,8 +11,6 @@ from minipaged.model.transformer import Transformer
 
 DEFAULT_POOL_BYTES = 1 << 30  # K and V of all layers; the system commits a page of it when it is first written
 CACHES = ("contiguous", "paged")
-BACKENDS = ("auto", "torch", "triton")
-PREEMPTIONS = ("recompute", "swap")
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,8 @@ def make_cache_config(
 ) -> CacheConfig:
     """Fill in what was left open. Raises ValueError for an argument that does not fit the others or the model."""
     check_cache(cache)
-    choice("backend", backend, BACKENDS)
-    choice("preemption", preemption, PREEMPTIONS)
+    choice("backend", backend, ("auto", "torch", "triton"))
+    choice("preemption", preemption, ("recompute", "swap"))
     config, weights = transformer.config, transformer.embed_tokens.weight
     for name, value, of_paged in (("backend", backend, "triton"), ("preemption", preemption, "swap")):
         if value == of_paged and cache != "paged":

@@ -58,7 +58,9 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias, packed = self.weight, self.bias, self._packed
         is_stale = self._packed_of != weight_version(weight)
-        if packed is None or is_stale or input.dtype != weight.dtype or is_learning(input, weight, bias):
+        # The packed product has no gradient.
+        is_learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias))
+        if packed is None or is_stale or input.dtype != weight.dtype or is_learning:
             return F.linear(input, weight, bias)
         if 0 < input.numel() <= packed.way.plain_rows * self.in_features:
             return F.linear(input, weight, bias)
@@ -135,11 +137,6 @@ def product(input: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     else:
         out = F.linear(x, numbers, bias)
     return out.to(input.dtype)
-
-
-def is_learning(*tensors: Tensor | None) -> bool:
-    """Whether this call's gradient is wanted: then the plain operation is taken, which has one."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def weight_version(weight: Tensor) -> tuple[int, int]:
