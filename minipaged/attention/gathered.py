@@ -25,8 +25,9 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     Raises ValueError for arguments that do not fit, before anything is written.
     """
     check_write_kv(key, value, key_cache, value_cache, slot_mapping)
-    stored, block_size = slot_mapping >= 0, key_cache.shape[2]
-    block, offset = slot_mapping[stored] // block_size, slot_mapping[stored] % block_size
+    stored = slot_mapping >= 0
+    slots, block_size = slot_mapping[stored], key_cache.shape[2]
+    block, offset = slots // block_size, slots % block_size  # [num_stored] each
     key_cache[block, :, offset] = key[stored]
     value_cache[block, :, offset] = value[stored]
 

@@ -197,14 +197,14 @@ class Sequence:
 
     def completion(self) -> CompletionOutput:
         """The sample so far."""
-        text, token_ids = self.detokenizer.text if self.detokenizer else "", [token.token_id for token in self.outputs]
+        text = self.detokenizer.text if self.detokenizer else ""
+        token_ids = [token.token_id for token in self.outputs]
         output = CompletionOutput(self.index, text, token_ids, self.finish_reason, error=self.error)
         if self.params.logprobs is not None:
             output.logprobs = [token.logprobs or {} for token in self.outputs]
             if self.outputs:
-                output.cumulative_logprob = sum(
-                    each[token] for token, each in zip(token_ids, output.logprobs, strict=True)
-                )
+                chosen = zip(output.logprobs, token_ids, strict=True)
+                output.cumulative_logprob = sum(logprobs[token] for logprobs, token in chosen)
         return output
 
 
