@@ -135,12 +135,10 @@ def prefill_constants(
 
 def target(device: torch.device) -> Target:
     """The entry of the GPU that is there; one that the table does not name, and the interpreter, are taken as sm_80."""
-    return TARGETS.get("sm_80" if device.type == "cpu" else _name(), TARGETS["sm_80"])
-
-
-def _name() -> str:
+    if device.type == "cpu":
+        return TARGETS["sm_80"]
     gpu = driver.active.get_current_target()
-    return f"sm_{gpu.arch}" if gpu.backend == "cuda" else str(gpu.arch)
+    return TARGETS.get(f"sm_{gpu.arch}" if gpu.backend == "cuda" else str(gpu.arch), TARGETS["sm_80"])
 
 
 def _pick(tilings: dict[int, Tiling], fma: dict[int, Tiling], constants: dict[str, Any], query: Tensor) -> Tiling:

@@ -78,15 +78,12 @@ def masked_attention(
     if key.shape[:2] != value.shape[:2]:
         raise ValueError(f"key has shape {key.shape}, value {value.shape}: tokens and heads must be the same")
     weights = attention_weights(query, key, scale=scale, sliding_window=sliding_window)
-    value = np.repeat(
-        value.astype(np.float64), query.shape[1] // key.shape[1], axis=1
-    )  # [num_keys, num_heads, head_dim]
+    group = query.shape[1] // key.shape[1]
+    value = np.repeat(value.astype(np.float64), group, axis=1)  # [num_keys, num_heads, head_dim]
     return np.einsum("hqk,khd->qhd", weights, value)  # [num_queries, num_heads, head_dim]
 
 
-def multi_head_attention(
-    hidden: Array, w_q: Array, w_k: Array, w_v: Array, w_o: Array, *, sliding_window: int | None = None
-) -> Array:
+def multi_head_attention(hidden: Array, w_q: Array, w_k: Array, w_v: Array, w_o: Array) -> Array:
     """MultiHead(X): project, attend in every head, concatenate, project back. Returns [num_tokens, hidden_size].
 
     hidden [num_tokens, hidden_size]; w_q [num_heads, hidden_size, head_dim]; w_k, w_v [num_kv_heads, hidden_size,
@@ -96,14 +93,12 @@ def multi_head_attention(
     """
     num_tokens, hidden_size = hidden.shape
     num_heads, _, head_dim = w_q.shape
-    if w_o.shape != (num_heads * head_dim, hidden_size):
-        raise ValueError(
-            f"w_o must be [num_heads * head_dim, hidden_size] = [{num_heads * head_dim}, {hidden_size}], "
-            f"got {list(w_o.shape)}"
-        )
+    expected = [num_heads * head_dim, hidden_size]
+    if list(w_o.shape) != expected:
+        raise ValueError(f"w_o must be [num_heads * head_dim, hidden_size] = {expected}, got {list(w_o.shape)}")
     query = np.einsum("te,hed->thd", hidden, w_q)  # [num_tokens, num_heads, head_dim]
     key = np.einsum("te,hed->thd", hidden, w_k)  # [num_tokens, num_kv_heads, head_dim]
     value = np.einsum("te,hed->thd", hidden, w_v)  # [num_tokens, num_kv_heads, head_dim]
-    heads = masked_attention(query, key, value, sliding_window=sliding_window)  # [num_tokens, num_heads, head_dim]
+    heads = masked_attention(query, key, value)  # [num_tokens, num_heads, head_dim]
     concatenated = heads.reshape(num_tokens, num_heads * head_dim)  # [num_tokens, num_heads * head_dim]
     return concatenated @ w_o  # [num_tokens, hidden_size]

@@ -17,6 +17,7 @@ from minipaged import LLM, BeamSearchParams, SamplingParams
 from minipaged.cdiv import cdiv
 from minipaged.model.load import load_model
 from minipaged.model.tokenizer import TextTokenizer
+from minipaged.viz.metrics_table import metrics_table
 from minipaged.viz.replay import at
 from minipaged.viz.trace_file import load_trace
 
@@ -462,7 +463,7 @@ def test_metrics_add_up(n, texts):
     assert metrics.time_between_tokens.count == 2 * n * len(texts)
     assert 0 < metrics.time_to_first_token.mean <= metrics.time_to_first_token.p99 <= passed
     assert 0 < metrics.scheduler_seconds < metrics.step_seconds <= passed
-    assert len(metrics.rows()) > 5
+    assert len(metrics_table(metrics)) > 5
 
 
 def test_a_trace_tells_how_much_of_which_sequence_each_step_computes():

@@ -12,6 +12,7 @@ from minipaged.model.compiled_ops import CompiledTransformer
 from minipaged.model.recompute import generate
 from minipaged.model.transformer import Transformer
 from minipaged.model.weights import source_from_gguf
+from minipaged.viz.metrics_table import metrics_table
 
 pytestmark = pytest.mark.smollm2
 
@@ -143,7 +144,7 @@ def test_thirty_two_mixed_requests_in_too_small_a_pool(smollm2, expected_of_mixe
     for request, (text, params) in zip(requests, mixed_requests(), strict=True):
         assert request.output().outputs[0].token_ids == expected_of_mixed[text][: params.max_tokens]
     metrics = llm.metrics()
-    print(f"\n{preemption}, prefix caching {enable_prefix_caching}:", *metrics.rows(), sep="\n    ")
+    print(f"\n{preemption}, prefix caching {enable_prefix_caching}:", *metrics_table(metrics), sep="\n    ")
     assert metrics.preemptions[preemption] > 0, "the pool was not too small: this test shows less than it says"
     assert (metrics.prefix_tokens_found > 0) == enable_prefix_caching
 

@@ -1,8 +1,7 @@
 """What paged attention refuses before it reads or writes: each message names the argument and the numbers.
 
 Shapes, dtypes and devices are known on the host. The numbers *in* a tensor (blocks, lengths) may lie on a GPU, and
-reading them waits for the GPU: `numbers=False` leaves them unchecked. The kernels of chapter 8 refuse more (strides,
-sizes): see `kernels/launch.py`.
+reading them waits for the GPU: `numbers=False` leaves them unchecked. `kernels/launch.py` refuses more.
 """
 
 from collections.abc import Sequence
@@ -42,35 +41,31 @@ def check_paged_attention(
     sequence has one query."""
     check_caches(key_cache, value_cache)
     num_blocks, num_kv_heads, block_size, head_dim = key_cache.shape
-    shape, layout = list(query.shape), f"[num_tokens, num_heads, head_dim = {head_dim}]"
-    check(len(shape) == 3 and shape[2] == head_dim, f"query must be {layout}, got {shape}")
-    heads = f"query has {shape[1]} heads, which is not a multiple of the cache's {num_kv_heads} KV heads"
-    check(shape[1] > 0 and shape[1] % num_kv_heads == 0, heads)
-    check_tensor("query", query, shape, key_cache)
+    check_tensor("query", query, (*query.shape[:2], head_dim), key_cache)
+    num_tokens, num_heads, _ = query.shape
+    heads = f"query has {num_heads} heads, which is not a multiple of the cache's {num_kv_heads} KV heads"
+    check(num_heads > 0 and num_heads % num_kv_heads == 0, heads)
     check(sliding_window is None or sliding_window >= 1, f"sliding_window must be at least 1, got {sliding_window}")
     check(block_tables.dim() == 2, f"block_tables must be [num_seqs, max_blocks], got {list(block_tables.shape)}")
     num_seqs, max_blocks = block_tables.shape
     check_tensor("block_tables", block_tables, block_tables.shape, key_cache, INTEGERS)
     check_tensor("seq_lens", seq_lens, (num_seqs,), key_cache, INTEGERS)
     if query_start_loc is None:
-        check(shape[0] == num_seqs, f"query must hold one token a sequence, got {shape[0]} for {num_seqs}")
+        check(num_tokens == num_seqs, f"query must hold one token a sequence, got {num_tokens} for {num_seqs}")
     else:
         check_tensor("query_start_loc", query_start_loc, (num_seqs + 1,), key_cache, INTEGERS)
     if numbers:
         check_range("seq_lens", seq_lens, 0, max_blocks * block_size)
         if query_start_loc is not None:
-            check_queries(query_start_loc.tolist(), seq_lens.tolist(), shape[0])
+            starts, lens = query_start_loc.tolist(), seq_lens.tolist()
+            counts = [end - start for start, end in pairwise(starts)]
+            rises = starts[0] == 0 and starts[-1] == num_tokens and min(counts, default=0) >= 0
+            check(rises, f"query_start_loc must rise from 0 to num_tokens = {num_tokens}, got {starts}")
+            enough = all(count <= length for count, length in zip(counts, lens, strict=True))
+            check(enough, f"a sequence has more queries than tokens: queries {counts}, seq_lens {lens}")
         first = torch.arange(max_blocks, device=block_tables.device) * block_size  # each column's first position
         used = first < seq_lens[:, None]  # [num_seqs, max_blocks]
         check_range("block_tables (within seq_lens)", block_tables[used], 0, num_blocks - 1)
-
-
-def check_queries(starts: list[int], lens: list[int], num_tokens: int) -> None:
-    counts = [end - start for start, end in pairwise(starts)]
-    rises = starts[0] == 0 and starts[-1] == num_tokens and min(counts, default=0) >= 0
-    check(rises, f"query_start_loc must rise from 0 to num_tokens = {num_tokens}, got {starts}")
-    enough = all(count <= length for count, length in zip(counts, lens, strict=True))
-    check(enough, f"a sequence has more queries than tokens: queries {counts}, seq_lens {lens}")
 
 
 def check_caches(key_cache: Tensor, value_cache: Tensor) -> None:

@@ -28,8 +28,7 @@ from minipaged.compiling_helpers import add_weighted, exp, scores, widen
 
 PART_SLOTS = 256  # positions of a part
 # Sequences with more queries in a step are gathered: K and V are then used so often that copying them costs little, and
-# the matrix products of torch's attention win. (Two AVX2 cores, 1,024 tokens in bfloat16, ms: 4 queries 1.0 by the loop
-# and 1.2 gathered, 8 queries 1.3 and 1.5, 16 queries 3.0 and 1.6, 32 queries 3.9 and 1.9.)
+# the matrix products of torch's attention win. (Figures: docs/design.md, section 6.)
 MOST_QUERIES = 8
 LEAST_PARTS = 4  # that are worth waking up a thread
 NO_WINDOW = 2**30  # positions
@@ -107,7 +106,7 @@ def _loop(dtype: torch.dtype) -> Any:
 
     @compiled
     def attend_parts(
-        first, last, query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, scale, window, m, l, acc
+        first, last, query, key_cache, value_cache, block_tables, seq_lens, starts, scale, window, m, l, acc
     ):
         """For parts first to last - 1: the maximum m of the scores and the sum l of the weights, of shape [max_parts,
         num_seqs, num_kv_heads, rows], and acc [..., head_dim] of weight * value. A row: a query, one of its heads."""
@@ -119,8 +118,9 @@ def _loop(dtype: torch.dtype) -> Any:
         for part in range(first, last):
             kv_head, seq = part % num_kv_heads, part // num_kv_heads % len(seq_lens)
             nth = part // num_kv_heads // len(seq_lens)  # the parts that all sequences have come first
-            m[nth, seq, kv_head] = -np.inf
-            num_queries = query_start_loc[seq + 1] - query_start_loc[seq]
+            place = nth, seq, kv_head
+            m[place] = -np.inf
+            num_queries = starts[seq + 1] - starts[seq]
             position = seq_lens[seq] - num_queries  # of the first query
             begin, end = max(nth * PART_SLOTS, position + 1 - window), min((nth + 1) * PART_SLOTS, seq_lens[seq])
             if begin >= end or not 0 < num_queries <= MOST_QUERIES:
@@ -128,10 +128,9 @@ def _loop(dtype: torch.dtype) -> Any:
             rows = num_queries * group
             for row in range(rows):
                 for d in range(head_dim):
-                    head = kv_head * group + row % group
-                    q[row, d] = query[query_start_loc[seq] + row // group, head, d] * scale
-            sums = acc[nth, seq, kv_head]
-            l[nth, seq, kv_head], sums[:] = 0, 0
+                    q[row, d] = query[starts[seq] + row // group, kv_head * group + row % group, d] * scale
+            maxima, totals, sums = m[place], l[place], acc[place]
+            totals[:], sums[:] = 0, 0
             for origin in range(begin // block_size * block_size, end, block_size):
                 low, high = max(begin - origin, 0), min(end - origin, block_size)  # only these slots are read
                 block = block_tables[seq, origin // block_size]
@@ -141,9 +140,7 @@ def _loop(dtype: torch.dtype) -> Any:
                     keys = widen(keys, widened)
                 scores(q, rows, keys, key_cache[following, kv_head], weights)
                 newest = position - origin - low  # the last of the slots that the first query sees
-                _soften(
-                    weights, rows, high - low, group, newest, window, m[nth, seq, kv_head], l[nth, seq, kv_head], sums
-                )
+                _soften(weights, rows, high - low, group, newest, window, maxima, totals, sums)
                 values = value_cache[block, kv_head, low:high]
                 if is_half:
                     values = widen(values, widened)
@@ -176,12 +173,12 @@ def _soften(weights, rows, num_slots, group, newest, window, m, l, sums):
 
 
 @compiled
-def _merge(query_start_loc, m, l, acc, out):
+def _merge(starts, m, l, acc, out):
     """The parts of each row become its answer, out [num_tokens, num_heads, head_dim]. An empty one has m = -inf."""
     max_parts, num_seqs, num_kv_heads, _ = m.shape
     group = out.shape[1] // num_kv_heads
     for seq in range(num_seqs):
-        first, num_queries = query_start_loc[seq], query_start_loc[seq + 1] - query_start_loc[seq]
+        first, num_queries = starts[seq], starts[seq + 1] - starts[seq]
         for row in range(num_queries * group if num_queries <= MOST_QUERIES else 0):
             for kv_head in range(num_kv_heads):
                 answer = out[first + row // group, kv_head * group + row % group]

@@ -35,9 +35,7 @@ def causal_attention(
     return out.reshape(num_heads, num_queries, head_dim).transpose(0, 1)  # [num_queries, num_heads, head_dim]
 
 
-def visible(
-    num_queries: int, num_keys: int, sliding_window: int | None = None, device: torch.device | str = "cpu"
-) -> Tensor:
+def visible(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
     """True where query i, at position num_keys - num_queries + i, may see key j. Shape [num_queries, num_keys]."""
     i = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     j = torch.arange(num_keys, device=device)[None, :]

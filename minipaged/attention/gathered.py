@@ -26,12 +26,10 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     """
     check_write_kv(key, value, key_cache, value_cache, slot_mapping)
     stored = slot_mapping >= 0
-    if not bool(stored.all()):
-        key, value, slot_mapping = key[stored], value[stored], slot_mapping[stored]
-    block_size = key_cache.shape[2]
-    block, offset = slot_mapping // block_size, slot_mapping % block_size  # [num_tokens] each
-    key_cache[block, :, offset] = key
-    value_cache[block, :, offset] = value
+    slots, block_size = slot_mapping[stored], key_cache.shape[2]
+    block, offset = slots // block_size, slots % block_size  # [num_stored] each
+    key_cache[block, :, offset] = key[stored]
+    value_cache[block, :, offset] = value[stored]
 
 
 def paged_attention_gathered(

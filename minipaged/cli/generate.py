@@ -229,8 +229,10 @@ def _print_all(output: "RequestOutput", prompt: str | None) -> None:
 
 
 def _print_metrics(llm: "LLM") -> None:
+    from minipaged.viz.metrics_table import metrics_table
+
     table = Table(show_header=False, box=None)
-    for what, how_much in llm.metrics().rows():
+    for what, how_much in metrics_table(llm.metrics()):
         table.add_row(what, how_much)
     Console(stderr=True).print(table)
 

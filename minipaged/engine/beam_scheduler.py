@@ -49,10 +49,8 @@ class BeamSearchParams:
         given["ignore_eos"] = flag("ignore_eos", self.ignore_eos)
         given["stop_token_ids"] = stop_tokens(self.stop_token_ids)
         if not abs(self.length_penalty) * math.log(self.max_tokens) < LARGEST_EXPONENT:
-            raise ValueError(
-                f"length_penalty must be a number so small that max_tokens ** length_penalty is finite, "
-                f"got {self.max_tokens} ** {self.length_penalty}"
-            )
+            power = f"{self.max_tokens} ** {self.length_penalty}"
+            raise ValueError(f"length_penalty must leave max_tokens ** length_penalty finite, got {power}")
         if not isinstance(self.early_stopping, bool | str) or self.early_stopping not in (True, False, "never"):
             raise ValueError(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
 

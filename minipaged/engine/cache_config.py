@@ -11,8 +11,6 @@ from minipaged.model.transformer import Transformer
 
 DEFAULT_POOL_BYTES = 1 << 30  # K and V of all layers; the system commits a page of it when it is first written
 CACHES = ("contiguous", "paged")
-BACKENDS = ("auto", "torch", "triton")
-PREEMPTIONS = ("recompute", "swap")
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,8 @@ def make_cache_config(
 ) -> CacheConfig:
     """Fill in what was left open. Raises ValueError for an argument that does not fit the others or the model."""
     check_cache(cache)
-    choice("backend", backend, BACKENDS)
-    choice("preemption", preemption, PREEMPTIONS)
+    choice("backend", backend, ("auto", "torch", "triton"))
+    choice("preemption", preemption, ("recompute", "swap"))
     config, weights = transformer.config, transformer.embed_tokens.weight
     for name, value, of_paged in (("backend", backend, "triton"), ("preemption", preemption, "swap")):
         if value == of_paged and cache != "paged":
@@ -83,9 +81,7 @@ def make_cache_config(
     if backend == "auto":
         backend = "triton" if weights.device.type == "cuda" and find_spec("triton") else "torch"
     if backend == "triton" and weights.device.type == "cpu" and weights.dtype == torch.bfloat16:
-        raise ValueError(
-            "backend 'triton' on a CPU is Triton's interpreter, which computes bfloat16 wrongly: take float32"
-        )
+        raise ValueError("backend 'triton' on a CPU is an interpreter, which computes bfloat16 wrongly: take float32")
     host = (num_host_blocks or num_blocks) if preemption == "swap" else 0
     caching = enable_prefix_caching and cache == "paged"
     return CacheConfig(cache, backend, block_size, num_blocks, host, max_model_len, caching)

@@ -1,13 +1,10 @@
 """Chapter 10. `LLM`: prompts in, texts out. The engine below does the work."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minipaged.engine.arguments import flag, items, number, whole
 from minipaged.engine.beam_scheduler import BeamSearchParams
@@ -22,6 +19,7 @@ from minipaged.memory.block_manager import BlockManager
 from minipaged.memory.trace import Trace
 from minipaged.model.load import Model, default_device, load_model
 from minipaged.model.tokenizer import Message
+from minipaged.viz.terminal import progress_bar
 
 
 class LLM(LLMEngine):
@@ -105,10 +103,8 @@ class LLM(LLMEngine):
             sliding_window=self.config.widest_window if cache_config.cache == "paged" else None,
             trace=Trace(*sizes, cache_config.num_host_blocks) if trace else None,
         )
-        scheduler = Scheduler(
-            blocks, cache_config.max_model_len, max_num_seqs, max_num_batched_tokens, watermark=watermark
-        )
-        super().__init__(scheduler, runner, tokenizer)
+        limits = cache_config.max_model_len, max_num_seqs, max_num_batched_tokens
+        super().__init__(Scheduler(blocks, *limits, watermark=watermark), runner, tokenizer)
         self._request_ids = count()  # threads may ask at once: each gets a number of its own
         runner.start()  # the last thing: where an argument was wrong, no process was started
 
@@ -128,7 +124,7 @@ class LLM(LLMEngine):
         """
         requests = self._make_requests(prompts, sampling_params)
         seqs = {seq for request in requests for seq in request.seqs}
-        with self._running(requests), _progress(progress, sum(seq.params.max_tokens for seq in seqs)) as advance:
+        with self._running(requests), progress_bar(progress, sum(seq.params.max_tokens for seq in seqs)) as advance:
             while not all(request.finished for request in requests):
                 advance(sum(seq in seqs for seq in self.step()))
         return [request.output() for request in requests]
@@ -176,7 +172,7 @@ class LLM(LLMEngine):
             raise ValueError(f"params must be BeamSearchParams, got {params!r}")
         requests = self._make_requests(prompts, SamplingParams(max_tokens=params.max_tokens))
         try:
-            with _progress(progress, params.max_tokens * len(requests)) as advance:
+            with progress_bar(progress, params.max_tokens * len(requests)) as advance:
                 return beam_search(self, requests, params, lambda: advance(1))
         finally:
             self._save_trace()
@@ -227,14 +223,3 @@ class LLM(LLMEngine):
             seqs = [Sequence(str(request_id), index, token_ids, params, seed, cache_salt) for index in range(params.n)]
             requests.append(Request(str(request_id), prompt_text, seqs, time.perf_counter()))
         return requests
-
-
-@contextmanager
-def _progress(wanted: bool | None, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of tokens, where there is a terminal or it is wanted; yields a function of the number of new tokens."""
-    console = Console(stderr=True)
-    hidden = not (console.is_terminal if wanted is None else wanted)
-    columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda number: bar.advance(task, number)

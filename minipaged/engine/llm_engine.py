@@ -22,8 +22,6 @@ from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from threading import RLock
 
-from torch import Tensor
-
 from minipaged.engine.detokenizer import IncrementalDetokenizer
 from minipaged.engine.metrics import Metrics, Stats
 from minipaged.engine.runner import Runner, forward_batch
@@ -76,7 +74,10 @@ class LLMEngine:
                 ran = time.perf_counter()
                 self.scheduler.update_from_output(output)
                 updated = time.perf_counter()
-                self._append(sample(_rows(logits, list(output.sampled.values())), list(output.sampled)), output)
+                rows = list(output.sampled.values())
+                if rows != list(range(len(logits))):  # else each row once, in order: megabytes are not copied
+                    logits = logits[rows]
+                self._append(sample(logits, list(output.sampled)), output)
                 seconds = scheduled - start + updated - ran, time.perf_counter() - start
                 self.stats = self.stats.after_step(output, *seconds)
         return list(output.sampled)
@@ -183,12 +184,5 @@ class LLMEngine:
             self.stats, _ = self.stats.after_request(request), self.requests.pop(request.request_id)
 
     def _detokenizer(self, seq: Sequence) -> IncrementalDetokenizer:
-        room = self.scheduler.max_model_len - len(seq.prompt_token_ids)
-        return IncrementalDetokenizer(
-            seq.params, self.tokenizer, min(seq.params.max_tokens, room), seq.prompt_token_ids
-        )
-
-
-def _rows(logits: Tensor, rows: list[int]) -> Tensor:
-    """These rows of the logits. Megabytes, and nearly always each row once, in order: then they are not copied."""
-    return logits if rows == list(range(len(logits))) else logits[rows]
+        max_tokens = min(seq.params.max_tokens, self.scheduler.max_model_len - len(seq.prompt_token_ids))
+        return IncrementalDetokenizer(seq.params, self.tokenizer, max_tokens, seq.prompt_token_ids)

@@ -129,21 +129,3 @@ class Metrics(Stats):
     @property
     def scheduler_share(self) -> float:
         return self.scheduler_seconds / self.step_seconds if self.step_seconds else 0.0
-
-    def rows(self) -> list[tuple[str, str]]:
-        """For a table: what, and how much."""
-        blocks = f"{self.num_blocks_used} used, {self.num_blocks_cached} cached, {self.num_blocks_free} free"
-        batch = self.num_scheduled_seqs / max(1, self.num_steps)
-        first, between = self.time_to_first_token, self.time_between_tokens
-        return [
-            ("requests", f"{self.num_running} running, {self.num_waiting} waiting, {self.num_finished} finished"),
-            ("blocks", f"{blocks} of {self.num_blocks}"),
-            ("blocks on the host", f"{self.num_host_blocks_used} used of {self.num_host_blocks}"),
-            ("prefix cache", f"{self.prefix_hit_rate:.1%} of {self.prefix_tokens_looked_up:,} tokens found"),
-            ("preemptions", ", ".join(f"{number} by {mode}" for mode, number in self.preemptions.items())),
-            ("steps", f"{self.num_steps:,}, of {batch:.1f} sequences on average"),
-            ("tokens", f"{self.num_tokens_computed:,} computed, {self.num_tokens_generated:,} generated"),
-            ("time to first token", f"mean {first.mean * 1e3:.1f} ms, p99 {first.p99 * 1e3:.1f} ms"),
-            ("time between tokens", f"mean {between.mean * 1e3:.1f} ms, p99 {between.p99 * 1e3:.1f} ms"),
-            ("scheduler", f"{self.scheduler_share:.1%} of {self.step_seconds:.2f} s"),
-        ]

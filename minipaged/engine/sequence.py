@@ -86,9 +86,7 @@ class SamplingParams:
 
 def stop_tokens(value: Items[int] | None) -> tuple[int, ...]:
     """Stop tokens as they are kept. Raises ValueError for what is no whole number."""
-    return tuple(
-        whole("stop_token_ids", token) for token in items("stop_token_ids", value if value is not None else ())
-    )
+    return tuple(whole("stop_token_ids", token) for token in items("stop_token_ids", () if value is None else value))
 
 
 @dataclass
@@ -188,8 +186,7 @@ class Sequence:
 
     def fork(self, index: int) -> "Sequence":
         """Another sample with the same tokens, as far computed."""
-        outputs = list(self.outputs)
-        return replace(self, index=index, outputs=outputs, detokenizer=None)
+        return replace(self, index=index, outputs=list(self.outputs), detokenizer=None)
 
     def pieces(self, start: int) -> Iterator[StreamOutput]:
         """The sequence's output from piece `start` on. A reader that counts its pieces gets each exactly once."""
@@ -200,17 +197,14 @@ class Sequence:
 
     def completion(self) -> CompletionOutput:
         """The sample so far."""
-        output = CompletionOutput(
-            index=self.index,
-            text=self.detokenizer.text if self.detokenizer else "",
-            token_ids=[token.token_id for token in self.outputs],
-            finish_reason=self.finish_reason,
-            error=self.error,
-        )
+        text = self.detokenizer.text if self.detokenizer else ""
+        token_ids = [token.token_id for token in self.outputs]
+        output = CompletionOutput(self.index, text, token_ids, self.finish_reason, error=self.error)
         if self.params.logprobs is not None:
             output.logprobs = [token.logprobs or {} for token in self.outputs]
             if self.outputs:
-                output.cumulative_logprob = sum((token.logprobs or {})[token.token_id] for token in self.outputs)
+                chosen = zip(output.logprobs, token_ids, strict=True)
+                output.cumulative_logprob = sum(logprobs[token] for logprobs, token in chosen)
         return output
 
 

@@ -12,6 +12,7 @@ of a step have the same tables, so the numbers in them are checked at the first 
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,21 +53,18 @@ class PagedCache:
         """Write the new K and V to their slots, then attend through the block tables."""
         caches = self.key_cache[layer], self.value_cache[layer]
         tables = batch.block_tables, batch.seq_lens, batch.query_start_loc
-        scale = query.shape[-1] ** -0.5
+        options: dict[str, Any] = {"scale": query.shape[-1] ** -0.5, "sliding_window": sliding_window}
         if self._kernels:
             write_kv, attend = self._kernels
             write_kv(key, value, *caches, batch.slot_mapping)
             # max_query_len is known on the host: reading it from the GPU would wait for the GPU.
-            known = {"scale": scale, "sliding_window": sliding_window, "max_query_len": batch.max_query_len}
-            return attend(query, *caches, *tables, **known)
+            return attend(query, *caches, *tables, **options, max_query_len=batch.max_query_len)
         if self._checked is not batch:  # both checks come before the first write
             check_write_kv(key, value, *caches, batch.slot_mapping)
             check_paged_attention(query, *caches, *tables, sliding_window)
             self._checked = batch
         compiled.write_kv(key, value, *caches, batch.slot_mapping, check=False)
-        return compiled.paged_attention(
-            query, *caches, *tables, scale=scale, sliding_window=sliding_window, check=False
-        )
+        return compiled.paged_attention(query, *caches, *tables, **options, check=False)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks (source, target) in every layer, in this order (chapter 9: copy-on-write)."""

@@ -24,7 +24,7 @@ from minipaged.compiling_helpers import computed, exp, number, rounded
 from minipaged.model.batch import ForwardBatch, KVCache
 from minipaged.model.transformer import Layer, Transformer
 
-_PIECE = 1 << 16  # numbers at least that are worth another thread
+_PIECE = 1 << 16  # numbers: rows that hold as many are worth another thread
 
 
 class CompiledTransformer(Transformer):
@@ -68,7 +68,7 @@ def add_rms_norm(hidden: Tensor, added: Tensor, norm: nn.RMSNorm) -> Tensor:
     """hidden += added, in place; returns RMSNorm(hidden), a new tensor. All [num_tokens, hidden_size]."""
     out = torch.empty_like(hidden)
     arrays = array_of(hidden), array_of(added), array_of(norm.weight.detach())
-    in_threads(_add_rms_norm, len(hidden), *arrays, norm.eps, array_of(out), least=_rows(hidden.shape[1]))
+    in_threads(_add_rms_norm, len(hidden), *arrays, norm.eps, array_of(out), least=cdiv(_PIECE, hidden.shape[1]))
     return out
 
 
@@ -77,7 +77,7 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, num_turned: int) -> None:
 
     qkv [num_tokens, heads, head_dim]; cos, sin [num_tokens, head_dim / 2].
     """
-    least = _rows(num_turned * qkv.shape[2])
+    least = cdiv(_PIECE, num_turned * qkv.shape[2])
     in_threads(_rotate, len(qkv), array_of(qkv), array_of(cos), array_of(sin), num_turned, least=least)
 
 
@@ -85,13 +85,8 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, a new tensor. gate_up [num_tokens, 2 * intermediate_size]: gate first."""
     num_tokens, size = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(num_tokens, size)
-    in_threads(_silu_and_multiply, num_tokens, array_of(gate_up), array_of(out), least=_rows(2 * size))
+    in_threads(_silu_and_multiply, num_tokens, array_of(gate_up), array_of(out), least=cdiv(_PIECE, 2 * size))
     return out
-
-
-def _rows(numbers: int) -> int:
-    """How many rows of so many numbers are worth another thread."""
-    return cdiv(_PIECE, numbers)
 
 
 @compiled

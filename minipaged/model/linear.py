@@ -2,24 +2,11 @@
 
 A decode step multiplies a handful of rows by every weight of the model, so it takes as long as reading the weights
 does. A plain `linear` takes longer: its library wants the weight in tiles of its own shape, and lays it out at every
-call. MKL and oneDNN, which torch brings, can lay it out once and keep it. Which is the faster depends on the processor.
-All linear layers of SmolLM2-135M but the head, on two cores each, in milliseconds:
-
-    rows                                    1      8     32    256
-    Intel, AMX     float32     plain     15.9   33.0   45.8    172
-                               oneDNN    18.9   23.2   40.3    168
-                               MKL       15.9   23.2   34.7    154
-                   bfloat16    plain     17.8   18.1   19.8     42
-                               oneDNN    11.9   11.4   13.8     31
-    AMD, AVX2      float32     plain       30     57    105    453
-                               oneDNN      19     27     62    368
-                               MKL         27     58     98    433
-                   bfloat16    plain                   369
-
-A processor without bfloat16 instructions (the last line) multiplies a bfloat16 model in float32, over weights packed in
-float32; K and V stay bfloat16. `trial.py` measures which way is the fastest on this machine. Results differ by rounding
-alone (4e-6). The operators have no public name: torch's compiler writes them into CPU code
-(`torch/_inductor/mkldnn_lowerings.py`). Another device, float64 and a wanted gradient take the plain way.
+call. MKL and oneDNN, which torch brings, can lay it out once and keep it. Which is the faster depends on the processor
+(docs/tried.md has figures), so `trial.py` measures it. A processor without bfloat16 instructions multiplies a bfloat16
+model in float32, over weights packed in float32; K and V stay bfloat16. Results differ by rounding alone (4e-6). The
+operators have no public name: torch's compiler writes them into CPU code (`torch/_inductor/mkldnn_lowerings.py`).
+Another device, float64 and a wanted gradient take the plain way.
 """
 
 from contextlib import suppress
@@ -71,7 +58,9 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias, packed = self.weight, self.bias, self._packed
         is_stale = self._packed_of != weight_version(weight)
-        if packed is None or is_stale or input.dtype != weight.dtype or is_learning(input, weight, bias):
+        # The packed product has no gradient.
+        is_learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias))
+        if packed is None or is_stale or input.dtype != weight.dtype or is_learning:
             return F.linear(input, weight, bias)
         if 0 < input.numel() <= packed.way.plain_rows * self.in_features:
             return F.linear(input, weight, bias)
@@ -148,11 +137,6 @@ def product(input: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     else:
         out = F.linear(x, numbers, bias)
     return out.to(input.dtype)
-
-
-def is_learning(*tensors: Tensor | None) -> bool:
-    """Whether this call's gradient is wanted: then the plain operation is taken, which has one."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def weight_version(weight: Tensor) -> tuple[int, int]:

@@ -5,8 +5,8 @@
                     the plain way if that is clearly faster there
 
 A trial takes some tenths of a second. Its figures are kept in MINIPAGED_HOME, a file for each processor, torch, number
-of threads and dtype. Where nothing can be kept, or other programs took the processor meanwhile, a rule decides
-(`_by_rule`): two starts of one program must choose alike, and add in the same order.
+of threads and dtype, which a digest names. Where nothing can be kept, or other programs took the processor meanwhile, a
+rule decides (`_by_rule`): two starts of one program must choose alike, and add in the same order.
 """
 
 import hashlib
@@ -15,8 +15,10 @@ import math
 import os
 import tempfile
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 import torch.nn.functional as F
@@ -61,21 +63,18 @@ def fastest_dtype(device: str = "cpu") -> str:
 @lru_cache
 def trial(dtype: torch.dtype, threads: int) -> Times | None:
     """What each way takes, as it was kept, or measured now and kept. None where it cannot be, or is worth nothing."""
-    about = {
-        "format": FORMAT,
-        "processor": processor(),
-        "torch": torch.__version__,
-        "threads": threads,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    name = str(dtype).removeprefix("torch.")
+    about = {"format": FORMAT, "processor": processor(), "torch": torch.__version__, "threads": threads, "dtype": name}
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-    path, possible = home() / f"linear.{about['dtype']}.{digest}.json", ways(dtype)
-    if (kept := _read(path, about, possible)) is not None:
-        return kept
+    path, possible = home() / f"linear.{name}.{digest}.json", ways(dtype)
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no file, or a damaged one
+        kept = json.loads(path.read_text())["milliseconds"]
+        times = {way: [float(ms) for ms in kept[str(way)]] for way in possible}
+        if all(len(own) == len(_ROWS) and all(0 < ms < math.inf for ms in own) for own in times.values()):
+            return times
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Before it is measured: a result that cannot be kept is not measured.
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:  # fails before it is measured
             times, share = measure(dtype, possible)
             if share < _LEAST_SHARE:
                 return None
@@ -116,12 +115,9 @@ def _best(times: Times) -> tuple[Way, float]:
     plain = next(iter(times.values()))
     best: list[tuple[float, Way]] = []
     for way, own in times.items():
-        plain_rows, combined = 0, list(own)
-        for i, rows in enumerate(_ROWS):
-            if plain[i] > _CLEARLY * own[i]:
-                break
-            plain_rows, combined[i] = rows, plain[i]
-        best.append((math.prod(combined) ** (1 / len(combined)), way._replace(plain_rows=plain_rows)))
+        packed_from = next((i for i, ms in enumerate(own) if plain[i] > _CLEARLY * ms), len(own))
+        combined = plain[:packed_from] + own[packed_from:]
+        best.append((geometric_mean(combined), way._replace(plain_rows=[0, *_ROWS][packed_from])))
     mean, way = min(best)
     return way, mean
 
@@ -131,16 +127,3 @@ def _by_rule(possible: list[Way]) -> Way:
     own = [way for way in possible[1:] if way.dtype == possible[0].dtype] or possible[1:] or possible
     library = "MKL" if "Intel" in processor() else "oneDNN"
     return next((way for way in own if way.library == library), own[0])
-
-
-def _read(path: Path, about: dict[str, object], possible: list[Way]) -> Times | None:
-    """What was kept, if it is of this machine and has every way that is possible now; else None."""
-    try:
-        kept = json.loads(path.read_text())
-        if any(kept[name] != value for name, value in about.items()) or kept["rows"] != list(_ROWS):
-            return None
-        times = {way: [float(ms) for ms in kept["milliseconds"][str(way)]] for way in possible}
-        is_whole = all(len(ms) == len(_ROWS) and all(0 < one < math.inf for one in ms) for ms in times.values())
-        return times if is_whole else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -11,8 +11,12 @@ Letters carry the meaning and colour repeats it, so that the view can be read in
 Many blocks are drawn as a map, one sign a block.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from minipaged.memory.trace import Trace
@@ -120,3 +124,14 @@ def _map(snapshot: Snapshot, width: int) -> list[Text]:
     if snapshot.num_host_blocks:
         lines.append(Text(f"HOST: {len(snapshot.by_host_block())} of {snapshot.num_host_blocks} blocks in use"))
     return lines
+
+
+@contextmanager
+def progress_bar(wanted: bool | None, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of tokens, where there is a terminal or it is wanted; yields a function of the number of new tokens."""
+    console = Console(stderr=True)
+    hidden = not (console.is_terminal if wanted is None else wanted)
+    columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda number: bar.advance(task, number)

@@ -69,9 +69,7 @@ def masked_attention(
     raise NotImplementedError("ch01: masked_attention")
 
 
-def multi_head_attention(
-    hidden: Array, w_q: Array, w_k: Array, w_v: Array, w_o: Array, *, sliding_window: int | None = None
-) -> Array:
+def multi_head_attention(hidden: Array, w_q: Array, w_k: Array, w_v: Array, w_o: Array) -> Array:
     """MultiHead(X): project, attend in every head, concatenate, project back. Returns [num_tokens, hidden_size].
 
     hidden [num_tokens, hidden_size]; w_q [num_heads, hidden_size, head_dim]; w_k, w_v [num_kv_heads, hidden_size,

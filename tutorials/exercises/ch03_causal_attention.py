@@ -35,9 +35,7 @@ def causal_attention(
     raise NotImplementedError("ch03: causal_attention")
 
 
-def visible(
-    num_queries: int, num_keys: int, sliding_window: int | None = None, device: torch.device | str = "cpu"
-) -> Tensor:
+def visible(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
     """True where query i, at position num_keys - num_queries + i, may see key j. Shape [num_queries, num_keys]."""
     raise NotImplementedError("ch03: visible")
 

@@ -27,8 +27,7 @@ Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax" (20
 #
 # Given, in minipaged/attention/contiguous.py:
 #
-#   visible(num_queries: int, num_keys: int, sliding_window: int | None=None, device: torch.device |
-#       str='cpu') -> Tensor
+#   visible(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor
 #       True where query i, at position num_keys - num_queries + i, may see key j. Shape [num_queries,
 #       num_keys].
 #

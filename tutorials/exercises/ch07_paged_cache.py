@@ -54,6 +54,7 @@ of a step have the same tables, so the numbers in them are checked at the first 
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -34,11 +34,10 @@ from minipaged.attention.checks import INTEGERS, check, check_tensor
 from minipaged.kernels.launch import check_memory
 
 PIECE = 1024  # elements: 2 KiB of float16, 16 bytes a thread at 4 warps
+Copies = Sequence[tuple[int, int]] | Tensor
 
 
-def copy_blocks(
-    key_cache: Tensor, value_cache: Tensor, copies: Sequence[tuple[int, int]] | Tensor, *, check: bool = False
-) -> None:
+def copy_blocks(key_cache: Tensor, value_cache: Tensor, copies: Copies, *, check: bool = False) -> None:
     """Copy block `source` to block `target` for each pair of `copies`: a list, or an integer tensor [num_copies, 2].
 
     caches [num_blocks, num_kv_heads, block_size, head_dim] of one layer, or [num_layers, num_blocks, ...]: then a
@@ -58,9 +57,7 @@ def copy_blocks(
     copy_blocks_kernel[grid](key_cache, value_cache, pairs, numel, *key_cache.stride()[:2], PIECE)
 
 
-def check_copies(
-    key_cache: Tensor, value_cache: Tensor, copies: Sequence[tuple[int, int]] | Tensor, *, numbers: bool
-) -> None:
+def check_copies(key_cache: Tensor, value_cache: Tensor, copies: Copies, *, numbers: bool) -> None:
     """Raises ValueError for the first argument of copy_blocks that does not fit."""
     layers = "[num_layers, num_blocks, num_kv_heads, block_size, head_dim]"
     check(key_cache.dim() in (4, 5), f"key_cache must be {layers} or one layer of it, got {list(key_cache.shape)}")
