@@ -136,16 +136,17 @@ def test_play_pause_and_speed(player):
     page.locator(".tp-player").focus()
     page.keyboard.press("Space")
     page.wait_for_function("document.querySelector('trace-player').frame >= 3")
-    assert page.get_by_role("button", name="Pause").is_visible()
+    buttons = page.locator("trace-player").first  # the page has a second thing that plays, below
+    assert buttons.get_by_role("button", name="Pause").is_visible()
     page.keyboard.press("Space")
     stopped = page.evaluate("document.querySelector('trace-player').frame")
     page.wait_for_timeout(600)
     assert page.evaluate("document.querySelector('trace-player').frame") == stopped
-    page.get_by_role("button", name="Play").click()
+    buttons.get_by_role("button", name="Play").click()
     page.wait_for_function(
         "document.querySelector('trace-player').frame === document.querySelector('trace-player').film.length - 1"
     )
-    page.get_by_role("button", name="Play").wait_for()  # at the end it rests
+    buttons.get_by_role("button", name="Play").wait_for()  # at the end it rests
 
 
 def test_the_first_press_of_play_begins_at_the_beginning(opened):
