@@ -49,7 +49,7 @@ class Scheduler:
         self.blocks, self.max_model_len = blocks, max_model_len
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         # Tokens that get slots before they are computed: all. With a sliding window, which gives blocks back: a step's.
-        self._ahead = max_num_batched_tokens if blocks.sliding_window else max_model_len
+        self._ahead = max_num_batched_tokens if blocks.sliding_window else 1 << 62
         self.watermark_blocks = int(watermark * blocks.num_blocks)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
