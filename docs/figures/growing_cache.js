@@ -16,7 +16,9 @@ export function growingCache(place) {
   function draw() {
     const need = requests * tokens * TOKEN;
     const fit = Math.floor(ROOM / (tokens * TOKEN));
-    one.replaceChildren(part("fig-read", tokens / MOST, bytes(tokens * TOKEN)), part("", 1 - tokens / MOST, ""));
+    const labels = [bytes(tokens * TOKEN), ""]; // beside the tokens while there is no room in them
+    if (tokens < MOST / 4) labels.reverse();
+    one.replaceChildren(part("fig-read", tokens / MOST, labels[0]), part("", 1 - tokens / MOST, labels[1]));
     const shown = Math.min(need, ROOM);
     const cells = Array.from({ length: Math.min(requests, fit) }, () => part("fig-read", (tokens * TOKEN) / GPU, ""));
     const rest = Math.max(0, shown - cells.length * tokens * TOKEN);

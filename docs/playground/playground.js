@@ -106,13 +106,13 @@ export function settingsOf() {
 const film = place.querySelector("#pg-film");
 const examples = form.elements.example;
 read("./examples.json").then((found) => {
-  const show = () => {
+  const show = async () => {
     fill(found[examples.selectedIndex]);
-    film.open(new URL(`./example${examples.selectedIndex}.json`, import.meta.url)).then(() => {
-      if (!film.film) return; // it could not be loaded, and says so
-      film.go(film.film.length >> 1);
-      film.isPoster = true;
-    });
+    await customElements.whenDefined("trace-player"); // the player is another module, and may come later
+    await film.open(new URL(`./example${examples.selectedIndex}.json`, import.meta.url));
+    if (!film.film) return; // it could not be loaded, and says so
+    film.go(film.film.length >> 1);
+    film.isPoster = true;
   };
   examples.append(...found.map((example) => element("option", {}, example.name)));
   examples.addEventListener("change", show);

@@ -63,7 +63,7 @@ def exercise(chapter: ChapterOfCourse) -> str:
     parts = [folded(f"{path.relative_to(ROOT).as_posix()}{about[path]}", listing(path), "question") for path in files]
     if bugs := found((f"ch{chapter.number:02d}_*.toml",), ROOT / "tests" / "bugs"):
         parts.append(
-            f"From the other side: [{len(bugs)} bugs of this chapter](../museum/index.md#chapter-{chapter.number}), "
+            f"From the other side: [{len(bugs)} bugs of this chapter](../museum.md#chapter-{chapter.number}), "
             "each of which the suite must find.\n"
         )
     return "\n".join(parts)

@@ -44,7 +44,7 @@ def pages(repository: Repository) -> Iterator[tuple[str, str]]:
     bugs = numbered()
     blank = {"property": "not recorded yet: make bugs", "message": "not recorded yet", "script": []}
     seen = {bug.name: blank for bug in bugs.values()} | {row["bug"]: row for row in rows}
-    yield "museum/index.md", index(bugs, seen)
+    yield "museum.md", index(bugs, seen)
     for number, bug in bugs.items():
         film = film_of(seen[bug.name])
         yield f"museum/{bug.name}.md", page(number, bug, seen[bug.name], film is not None, repository)
@@ -56,16 +56,17 @@ def index(bugs: dict[str, Bug], seen: dict[str, dict]) -> str:
     about = "Bugs of a paged KV cache, each planted in our code: what is seen, and the smallest script that shows it."
     real = sum(not is_classic(bug) for bug in bugs.values())
     text = (
-        f"{len(bugs)} bugs, planted one at a time in a copy of one module. Here is what would be seen of each. Which "
-        "line is it? Each page has the smallest script that shows the bug, and the answer is folded. "
-        f"{real} were seen in a real system, which is named; the others are mistakes that many have made. "
-        "`minipaged hunt` hands you one without saying which, and `make bugs` proves that the suites find every one.\n"
+        f"{len(bugs)} bugs, planted one at a time in a copy of one module. Here is of each the property that fails, or "
+        "what a script of calls finds. Which line is it? Each page has the smallest script that shows the bug, and the "
+        f"answer is folded. {real} were seen in a real system, which is named; the others are mistakes that many have "
+        "made. `minipaged hunt` hands you one without saying which, and `make bugs` proves that the suites find every "
+        "one.\n"
     )
     for chapter, group in groupby(bugs.items(), key=lambda item: item[1].chapter):
-        text += f"\n## Chapter {chapter}\n\n| | what is seen | seen in |\n| --- | --- | --- |\n"
+        text += f"\n## Chapter {chapter}\n\n| | what fails |\n| --- | --- |\n"
         for number, bug in group:
-            source = "" if is_classic(bug) else linked(bug.source)
-            text += f"| [{number}]({bug.name}.md) | {symptom(seen[bug.name])} | {source} |\n"
+            source = "" if is_classic(bug) else f"<br>*Seen in:* {linked(bug.source)}"
+            text += f"| [{number}](museum/{bug.name}.md) | {symptom(seen[bug.name])}{source} |\n"
     return front_matter("Bug museum", about) + "# The bug museum\n\n" + text
 
 
@@ -95,7 +96,7 @@ def page(number: str, bug: Bug, row: dict, has_film: bool, repository: Repositor
         "look at first?\n",
         folded("Where it is", f"In {where} of {repository.link(module)}.", "question"),
         folded("The bug", answer, "bug"),
-        f"`minipaged check {bug.chapter}` runs the suite that finds it. All of them: [the museum](index.md).\n",
+        f"`minipaged check {bug.chapter}` runs the suite that finds it. All of them: [the museum](../museum.md).\n",
     ]
     return "\n".join(parts)
 

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from built import PATIENCE, ROOT, RUNS_PLAYGROUND
+from built import PATIENCE, ROOT, RUNS_PLAYGROUND, Watched
 
 SECONDS = 40_000 * PATIENCE  # milliseconds, to load Python and do what is asked
 needs_python = pytest.mark.skipif(
@@ -111,6 +111,19 @@ def test_an_example_plays_before_python_is_there(opened):
     page = opened("playground/")
     page.wait_for_function("document.querySelector('#pg-film').film?.length > 10")
     assert page.evaluate("performance.getEntriesByType('resource').filter(e => e.name.includes('wasm')).length") == 0
+
+
+@needs_python
+def test_an_example_plays_where_the_player_comes_last(browser, base):
+    """The page's script has the examples before the player's module is there."""
+    watched, held = Watched(browser, base), []
+    watched.context.route("**/player/player.js", held.append)
+    watched.page.goto(f"{base}playground/", wait_until="commit")
+    watched.page.wait_for_selector("select[name=example] option", state="attached")
+    held.pop().continue_()
+    watched.page.wait_for_function("document.querySelector('#pg-film').film?.length > 10")
+    watched.context.close()
+    assert watched.problems == []
 
 
 @needs_python
