@@ -1,6 +1,7 @@
 """Ranks that are threads of one process: enough to watch the algebra, and a breakpoint stops one of them."""
 
 import threading
+from contextlib import contextmanager
 
 from torch.distributed import HashStore
 
@@ -38,6 +39,23 @@ def on_threads(size, work, timeout=60.0):
     for error in sorted(errors, key=lambda error: isinstance(error, CollectiveError | threading.BrokenBarrierError)):
         raise error
     return [found[rank] for rank in range(size)]
+
+
+class Turns:
+    """What ranks do one after the other, rank 0 first: so it is written down in the same order each time."""
+
+    def __init__(self):
+        self.num_done, self.changed = 0, threading.Condition()
+
+    @contextmanager
+    def of(self, rank):
+        with self.changed:
+            self.changed.wait_for(lambda: self.num_done == rank)
+            try:
+                yield
+            finally:
+                self.num_done += 1
+                self.changed.notify_all()
 
 
 def spawn(size):

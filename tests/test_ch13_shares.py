@@ -22,7 +22,7 @@ from minipaged.model.recompute import RecomputeCache
 from minipaged.model.transformer import Transformer
 from minipaged.model.weights import source_from_transformer
 from rank_models import config, in_words, models_and_ranks, real_models_and_ranks
-from rank_threads import on_threads
+from rank_threads import Turns, on_threads
 
 pytestmark = pytest.mark.ch13
 
@@ -219,9 +219,12 @@ def test_ranks_together_compute_what_one_does_and_exchange_what_the_formula_says
     words = [(model.vocab_size - 1) * i // 6 for i in range(7)]  # of all ranks, the first and the last word among them
     batch = make_batch([words[:5], words[5:]], [0, 0], sampled=[0, 1] if ends else [])
 
+    turns = Turns()
+
     def rank_runs(group):
-        part = slice_of(source, found[group.rank], torch.float64)
-        parallelise(part, found[group.rank], model.vocab_size, group)
+        with turns.of(group.rank):
+            part = slice_of(source, found[group.rank], torch.float64)
+            parallelise(part, found[group.rank], model.vocab_size, group)
         return group, *run(part, batch)
 
     seen, hidden, logits = run(whole, batch)
