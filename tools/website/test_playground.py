@@ -117,7 +117,7 @@ def test_an_example_plays_before_python_is_there(opened):
 def test_an_example_plays_where_the_player_comes_last(browser, base):
     """The page's script has the examples before the player's module is there."""
     watched, held = Watched(browser, base), []
-    watched.context.route("**/player/player.js", held.append)
+    watched.context.route("**/player/player.js", lambda route: held.append(route))
     watched.page.goto(f"{base}playground/", wait_until="commit")
     watched.page.wait_for_selector("select[name=example] option", state="attached")
     held.pop().continue_()
