@@ -4,6 +4,7 @@
 import { bytes, choice, controls, count, element, range, stage, words } from "./parts.js";
 
 const FRAME = 6; // where the one page of the walk lies
+const START = 21; // of the slider below: 126 pages or blocks
 const LAYOUTS = {
   one: { bits: [6], offset: 3, names: ["page table"] },
   three: { bits: [2, 2, 2], offset: 3, names: ["top table", "middle table", "page table"] },
@@ -21,7 +22,7 @@ export function treeBytes(pages) {
 
 export function pageTables(place) {
   let [kind, address] = ["one", 363];
-  let pages = 126;
+  let pages = number(START);
   const walk = element("div", { class: "fig-walk" });
   const costs = element("table", { class: "fig-costs" });
   const said = words();
@@ -85,8 +86,7 @@ export function pageTables(place) {
     slider.set(address, kind === "blocks" ? 4 * BLOCKS.length - 1 : 511);
     draw();
   };
-  const used = range("Pages or blocks in use", { min: 0, max: 60, value: 21 }, (n) => number(n).toLocaleString("en"), (n) => { pages = number(n); drawCosts(); });
-  pages = number(21);
+  const used = range("Pages or blocks in use", { min: 0, max: 60, value: START }, (n) => number(n).toLocaleString("en"), (n) => { pages = number(n); drawCosts(); });
   place.replaceChildren(
     controls(choice("Look up in a", kinds, kind, chosen), slider),
     stage(walk),

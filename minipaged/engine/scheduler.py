@@ -5,8 +5,8 @@
 
 A step has a budget of tokens. Sequences in decode come first, one token each, so that a long prompt does not delay
 them. The rest of the budget goes to prompts, in chunks, in order of arrival. Then waiting sequences enter, while
-`max_num_seqs`, the budget and the free blocks allow. A finished sequence leaves at once, and a waiting one can enter
-(iteration-level scheduling: Yu et al., "Orca", OSDI 2022, section 3).
+`max_num_seqs`, the budget and the free blocks allow, unless one was preempted in this step. A finished sequence leaves
+at once, and a waiting one can enter (iteration-level scheduling: Yu et al., "Orca", OSDI 2022, section 3).
 
 All blocks of a prompt are allocated when it enters (with a sliding window: those of each chunk). When blocks run out,
 the last sequence is preempted: it moves to the host's memory if there is room, or its blocks are freed and computed
@@ -96,7 +96,7 @@ class Scheduler:
         self._make_room(output)
         for seq in sorted(self.running, key=lambda seq: seq.num_uncomputed_tokens > 1):  # decodes first
             output.schedule(seq)
-        if self.waiting and output.budget and not output.preempted:  # which does not return in the same step
+        if self.waiting and output.budget and not output.preempted and len(self.running) < self.max_num_seqs:
             self._admit(output)
         return output
 
@@ -160,7 +160,7 @@ class Scheduler:
         return seq.request_id == other.request_id and not seq.outputs and not other.outputs
 
     def _enter(self, seq: Sequence, computing: set[bytes], output: SchedulerOutput) -> bool:
-        """Blocks for all tokens of a waiting sequence, unless too few are free, or its next block is being computed."""
+        """Blocks for a waiting sequence, unless too few are free, or its next block is being computed."""
         reserve, block_size = self.watermark_blocks if self.running else 0, self.blocks.block_size
         shared: list[int] = []
         samples = [other for other in self.running if seq.request_id == other.request_id] if seq.params.n > 1 else []
@@ -169,7 +169,7 @@ class Scheduler:
             if sample.num_computed < len(shared) * block_size:  # it still computes the prompt
                 return False
         if self.blocks.is_swapped(seq.seq_id):
-            shared = shared[: self.blocks.num_tokens(seq.seq_id) // block_size]
+            shared = shared[: self.blocks.num_tokens(seq.seq_id) // block_size]  # its table may be shorter
             num_computed = max(seq.num_computed, len(shared) * block_size)
             num_slots = min(len(seq), num_computed + self._ahead)
             copies = self.blocks.swap_in(seq.seq_id, num_slots, shared, reserve)

@@ -65,6 +65,7 @@ def trial(dtype: torch.dtype, threads: int) -> Times | None:
     """What each way takes, as it was kept, or measured now and kept. None where it cannot be, or is worth nothing."""
     name = str(dtype).removeprefix("torch.")
     about = {"format": FORMAT, "processor": processor(), "torch": torch.__version__, "threads": threads, "dtype": name}
+    about["rows"] = list(_ROWS)
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     path, possible = home() / f"linear.{name}.{digest}.json", ways(dtype)
     with suppress(OSError, ValueError, KeyError, TypeError):  # no file, or a damaged one
@@ -80,7 +81,7 @@ def trial(dtype: torch.dtype, threads: int) -> Times | None:
                 return None
             milliseconds = {str(way): [round(ms, 4) for ms in times[way]] for way in possible}
             written = Path(folder) / path.name
-            written.write_text(json.dumps({**about, "rows": list(_ROWS), "milliseconds": milliseconds}, indent=1))
+            written.write_text(json.dumps({**about, "milliseconds": milliseconds}, indent=1))
             os.replace(written, path)
     except OSError:
         return None

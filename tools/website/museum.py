@@ -56,9 +56,9 @@ def index(bugs: dict[str, Bug], seen: dict[str, dict]) -> str:
     about = "Bugs of a paged KV cache, each planted in our code: what is seen, and the smallest script that shows it."
     real = sum(not is_classic(bug) for bug in bugs.values())
     text = (
-        f"{len(bugs)} bugs, planted one at a time in a copy of one module. Here is of each the property that fails, or "
-        "what a script of calls finds. Which line is it? Each page has the smallest script that shows the bug, and the "
-        f"answer is folded. {real} were seen in a real system, which is named; the others are mistakes that many have "
+        f"{len(bugs)} bugs, planted one at a time in a copy of one module. For each, this page names the property that "
+        "fails, or what a script of calls finds. Which line is it? Each page has the smallest script that shows the "
+        f"bug, and the answer is folded. {real} were seen in a real system, which is named; the others are mistakes that many have "
         "made. `minipaged hunt` hands you one without saying which, and `make bugs` proves that the suites find every "
         "one.\n"
     )

@@ -5,8 +5,8 @@
 
 A step has a budget of tokens. Sequences in decode come first, one token each, so that a long prompt does not delay
 them. The rest of the budget goes to prompts, in chunks, in order of arrival. Then waiting sequences enter, while
-`max_num_seqs`, the budget and the free blocks allow. A finished sequence leaves at once, and a waiting one can enter
-(iteration-level scheduling: Yu et al., "Orca", OSDI 2022, section 3).
+`max_num_seqs`, the budget and the free blocks allow, unless one was preempted in this step. A finished sequence leaves
+at once, and a waiting one can enter (iteration-level scheduling: Yu et al., "Orca", OSDI 2022, section 3).
 
 All blocks of a prompt are allocated when it enters (with a sliding window: those of each chunk). When blocks run out,
 the last sequence is preempted: it moves to the host's memory if there is room, or its blocks are freed and computed
@@ -196,7 +196,7 @@ class Scheduler:
         return seq.request_id == other.request_id and not seq.outputs and not other.outputs
 
     def _enter(self, seq: Sequence, computing: set[bytes], output: SchedulerOutput) -> bool:
-        """Blocks for all tokens of a waiting sequence, unless too few are free, or its next block is being computed."""
+        """Blocks for a waiting sequence, unless too few are free, or its next block is being computed."""
         raise NotImplementedError("ch10: Scheduler._enter")
 
     def _keys(self, seq: Sequence) -> list[bytes]:
