@@ -58,9 +58,9 @@ def index(bugs: dict[str, Bug], seen: dict[str, dict]) -> str:
     text = (
         f"{len(bugs)} bugs, planted one at a time in a copy of one module. For each, this page names the property that "
         "fails, or what a script of calls finds. Which line is it? Each page has the smallest script that shows the "
-        f"bug, and the answer is folded. {real} were seen in a real system, which is named; the others are mistakes that many have "
-        "made. `minipaged hunt` hands you one without saying which, and `make bugs` proves that the suites find every "
-        "one.\n"
+        f"bug, and the answer is folded. {real} were seen in a real system, which is named; the others are mistakes "
+        "that many have made. `minipaged hunt` hands you one without saying which, and `make bugs` proves that the "
+        "suites find every one.\n"
     )
     for chapter, group in groupby(bugs.items(), key=lambda item: item[1].chapter):
         text += f"\n## Chapter {chapter}\n\n| | what fails |\n| --- | --- |\n"
