@@ -1,9 +1,10 @@
 """Mutation: change our own code one operator at a time, and see whether a suite notices (`make mutation`).
 
 The museum's bugs are what people made; these are what a machine makes: `<` for `<=`, `+` for `-`, a branch left out.
-cosmic-ray makes them. Each is written into a copy of the repository, and the module's own suite runs there, a few
-examples first, and many more where it survives. A mutant that still lives is either equivalent (it changes nothing
-that can be seen) and named so in equivalent_mutants.py, or a property is missing. docs/mutation.md keeps the count.
+cosmic-ray makes them. Each is written into a copy of the repository, and the module's own suite runs there: what
+`make test` runs of it first, then, where the mutant survives, its slow tests too, with many more examples. A mutant
+that still lives is either equivalent (it changes nothing that can be seen) and named so in equivalent_mutants.py, or a
+property is missing. docs/mutation.md keeps the count.
 
     python tools/mutation.py                                   all of TARGETS: hours
     python tools/mutation.py block_allocator block_table       of these modules alone
@@ -32,7 +33,8 @@ from minipaged.course.chapters import repository
 LEAST_KILLED = 0.95
 CPU_SECONDS = 60  # of one run of a suite with the first examples: an endless loop counts as killed
 WALL_SECONDS = 900  # the same for one that waits; on a busy machine a run may stand still for a while
-EXAMPLES = (25, 400)  # of each property: as in `make test`, and then, for what survives, as in a thorough run
+# Examples of each property and the tests that run them: as in `make test`, then, for what survives, all and thoroughly.
+ROUNDS = ((25, "not slow and not oracle"), (400, "not oracle"))
 SEED = 9  # of the samples
 
 # Module -> the tests that must notice; a survivor meets them again with more examples.
@@ -92,6 +94,9 @@ class Mutant:
     line: int
     removed: str
     added: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}:\n    - {self.removed}\n    + {self.added}"
 
 
 class _Behaviour(ast.NodeTransformer):
@@ -183,7 +188,7 @@ def copy_of(root: Path, target: Path) -> None:
     (target / "without_shrinking.py").write_text(PLUGIN)
 
 
-def passes(suites: tuple[str, ...], folder: Path, examples: int) -> bool:
+def passes(suites: tuple[str, ...], folder: Path, examples: int, marks: str) -> bool:
     """Whether the suites are content with the copy as it is. One that does not end is not."""
     environment = {
         **os.environ,
@@ -193,8 +198,8 @@ def passes(suites: tuple[str, ...], folder: Path, examples: int) -> bool:
         "MINIPAGED_EXAMPLES": str(examples),
         "NUMBA_DISABLE_JIT": "1",  # a compiled loop as plain Python: an index that went wrong is an error, not a crash
     }
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "without_shrinking"]
-    rounds = examples // EXAMPLES[0]
+    options = ["-x", "-q", "-m", marks, "-p", "no:cacheprovider", "-p", "without_shrinking"]
+    rounds = examples // ROUNDS[0][0]
     limit = CPU_SECONDS * rounds
     try:
         done = subprocess.run(
@@ -211,21 +216,24 @@ def passes(suites: tuple[str, ...], folder: Path, examples: int) -> bool:
     return done.returncode == 0
 
 
-def survivors(module: str, chosen: list[Mutant], folder: Path) -> list[Mutant]:
-    """Those that the module's suites do not notice. Raises RuntimeError where they fail with nothing changed."""
+def survivors(module: str, chosen: list[Mutant], folder: Path) -> list[list[Mutant]]:
+    """Those that each of ROUNDS leaves alive, with a line for every one of them as soon as it is known. Raises
+    RuntimeError where the module's suites fail with nothing changed."""
     suites, file = TARGETS[module], folder / module
-    source = file.read_text()
-    for examples in EXAMPLES:
-        if not passes(suites, folder, examples):
+    source, left = file.read_text(), []
+    for examples, marks in ROUNDS:
+        if chosen and not passes(suites, folder, examples, marks):
             raise RuntimeError(f"{' and '.join(suites)} must pass where nothing is changed, and do not")
-        left = []
-        for mutant in chosen:
+        alive = []
+        for number, mutant in enumerate(chosen, 1):
             file.write_text(mutant.source)
-            if passes(suites, folder, examples):
-                left.append(mutant)
+            if passes(suites, folder, examples, marks):
+                alive.append(mutant)
+                print(f"  {number} of {len(chosen)} survives {examples} examples, {mutant}", flush=True)
         file.write_text(source)
-        chosen = left
-    return chosen
+        chosen = alive
+        left.append(alive)
+    return left
 
 
 def main(arguments: list[str]) -> int:
@@ -256,14 +264,15 @@ def main(arguments: list[str]) -> int:
             made = len(chosen)
             random.Random(SEED).shuffle(chosen)
             chosen = chosen[:sample]
-            left = survivors(module, chosen, Path(scratch))
+            quick, left = survivors(module, chosen, Path(scratch))
         unexplained = [mutant for mutant in left if (module, mutant.added) not in EQUIVALENT]
         equivalent = len(left) - len(unexplained)
         share = 1.0 - len(unexplained) / max(1, len(chosen) - equivalent)
-        counts = f"{len(chosen)} of {made} mutants, {len(chosen) - len(left)} killed, {equivalent} equivalent"
+        counts = f"{len(chosen)} of {made} mutants, {len(chosen) - len(quick)} killed by the quick suite, "
+        counts += f"{len(quick) - len(left)} by the thorough one alone, {equivalent} equivalent"
         print(f"{module}: {counts}, {len(unexplained)} not noticed: {share:.1%} killed", flush=True)
         for mutant in unexplained:
-            print(f"  line {mutant.line}:\n    - {mutant.removed}\n    + {mutant.added}")
+            print(f"  {mutant}")
         failed |= share < LEAST_KILLED
     return int(failed)
 
