@@ -41,7 +41,7 @@ def test_a_request_holds_the_blocks_of_its_window_alone(block_size, window, prom
     blocks = BlockManager(
         num_blocks, block_size, sliding_window=window, enable_prefix_caching=caching, num_host_blocks=num_blocks
     )
-    assert blocks.num_used == 0
+    assert blocks.num_used == 0 and blocks.num_slots == num_blocks * block_size
     tokens = list(range(longest))
     blocks.allocate_slots("a", prompt_len)
     bound = cdiv(window - 1, block_size) + 1
@@ -55,6 +55,8 @@ def test_a_request_holds_the_blocks_of_its_window_alone(block_size, window, prom
             assert len(seen) <= bound
         alive = [own_blocks(blocks, name, num_computed, window) for name in names]
         assert blocks.num_used == len({block for seen in alive for block in seen})
+        skipped = max(0, num_computed + 1 - window) // block_size * block_size
+        assert blocks.num_stored_tokens == sum(blocks.num_tokens(name) - skipped for name in names)
         what = data.draw(st.sampled_from(("go on", "fork", "swap", "another comes and goes")), label="then")
         if what == "fork" and len(names) < 2:
             stored = blocks.num_stored_tokens

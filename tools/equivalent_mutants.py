@@ -32,6 +32,26 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "while len(self._blocks) != cdiv(num_tokens, self.block_size):",
     ): "the table has never fewer blocks than its tokens take",
     (
+        "minipaged/memory/block_manager.py",
+        "return table is not None and table.allocator == self.host",
+    ): "a pool is equal to itself alone",
+    (
+        "minipaged/engine/scheduler.py",
+        "samples = [other for other in self.running if seq.request_id == other.request_id] if seq.params.n > 0 else []",
+    ): "the only sample of a request is no other one",
+    (
+        "minipaged/engine/scheduler.py",
+        "if not self.blocks.enable_prefix_caching or first >= len(seq) + self.blocks.block_size:",
+    ): "a slice that begins past the last key is empty: the test saves the hashing",
+    (
+        "minipaged/engine/scheduler.py",
+        "self._ahead = max_num_batched_tokens if blocks.sliding_window else 1 << 61",
+    ): "any number above all lengths will do",
+    (
+        "minipaged/engine/scheduler.py",
+        "self._ahead = max_num_batched_tokens if blocks.sliding_window else 2 << 62",
+    ): "any number above all lengths will do",
+    (
         "minipaged/memory/swap.py",
         "if len({id(table) for table in tables}) < len(tables):",
     ): "a set is never larger than what it is made of",
