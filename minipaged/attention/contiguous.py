@@ -43,5 +43,5 @@ def visible(num_queries: int, num_keys: int, sliding_window: int | None, device:
 
 
 def first_seen(seq_len: int, num_queries: int, sliding_window: int | None) -> int:
-    """The first position that the first of the last num_queries positions sees."""
+    """The earliest position that any of the last num_queries positions sees. Keys before it need not be read."""
     return 0 if sliding_window is None else max(0, seq_len - num_queries + 1 - sliding_window)

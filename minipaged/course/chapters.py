@@ -82,6 +82,11 @@ _SHAPES = (
     "# query, perhaps none; its last query stands at position seq_lens[s] - 1. What no token owns is never read.\n"
     "# The promised errors: call check_write_kv or check_paged_attention (minipaged/attention/checks.py) first."
 )
+_LAYERS = (
+    "Layer.forward, attention and mlp take and return [num_tokens, hidden_size]; their cos and sin are the rows of\n"
+    "# batch.positions, as rotate wants them. attention norms queries and keys where config.qk_norm is set, rotates\n"
+    "# them where self.has_rope is, and hands self.sliding_window to the cache."
+)
 _WINDOW = "A query with a sliding_window of w sees the last w positions, its own included (minipaged/reference.py)."
 _BATCH = (
     "A batch (minipaged/model/batch.py): sequence s has the rows query_start_loc[s] to query_start_loc[s + 1] - 1\n"
@@ -103,17 +108,17 @@ _CACHE = (
     "# first and once for all layers of a step (self._checked is the batch that was checked last); then check=False."
 )
 _EVENTS = (
-    "Where self.trace is not None, record each change behind it, for example\n"
+    "Where self.trace is not None, record each change after it is made, for example\n"
     '#     self.trace.record("allocate", seq=self.seq, logical=2, block=7)\n'
     "# Events here: copy (seq, logical, source, target), allocate (seq, logical, block), share (seq, logical, block)\n"
-    "# for each block of a fork or of append_shared, and behind the shares of a fork: fork (seq, parent, count)."
+    "# for each block of a fork or of append_shared, and after the shares of a fork: fork (seq, parent, count)."
 )
 _CACHED = (
     "A table has allocator, block_size, num_tokens and blocks (a copy). Where self.trace is not None, record\n"
-    '# "cache" (block) and "evict" (block) behind the change, as in self.trace.record("cache", block=3).'
+    '# "cache" (block) and "evict" (block) after the change, as in self.trace.record("cache", block=3).'
 )
 _SWAPPED = (
-    "A table has allocator and num_tokens beside what is listed below. Where table.trace is not None, record behind\n"
+    "A table has allocator and num_tokens besides what is listed below. Where table.trace is not None, record after\n"
     '# the move, for each block, table.trace.record("swap_out", seq=table.seq, logical=0, block=DEVICE,\n'
     '# host_block=HOST), or "swap_in" with the same fields.'
 )
@@ -138,6 +143,7 @@ CHAPTERS = {
                     "minipaged.model.transformer",
                     60,
                     blank=_TRANSFORMER,
+                    note=_LAYERS,
                     uses=("minipaged.model.batch.ForwardBatch", "minipaged.model.batch.KVCache"),
                 ),
             ),

@@ -41,7 +41,7 @@ class ContiguousCache:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
-        """Store the new K and V behind the old ones in each slab, then attend over the slab."""
+        """Store the new K and V after the old ones in each slab, then attend over the slab. Returns query's shape."""
         starts, lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
         slabs = batch.block_tables[:, 0].tolist()
         out = torch.empty_like(query)

@@ -50,7 +50,7 @@ class PagedCache:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
-        """Write the new K and V to their slots, then attend through the block tables."""
+        """Write the new K and V to their slots, then attend through the block tables. Returns the shape of query."""
         caches = self.key_cache[layer], self.value_cache[layer]
         tables = batch.block_tables, batch.seq_lens, batch.query_start_loc
         options: dict[str, Any] = {"scale": query.shape[-1] ** -0.5, "sliding_window": sliding_window}

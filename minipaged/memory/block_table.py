@@ -88,10 +88,10 @@ class BlockTable:
         return copies
 
     def truncate(self, num_tokens: int) -> None:
-        """Keep the first num_tokens tokens, and free the blocks behind them. Raises ValueError if there are fewer.
+        """Keep the first num_tokens tokens, and free the blocks after them. Raises ValueError if there are fewer.
 
-        The last block is freed first. A prefix cache evicts blocks in the order in which they were freed, so the end
-        of a prefix is evicted before its beginning.
+        The last block is freed first. A prefix cache (chapter 9) evicts blocks in the order in which they were freed,
+        so the end of a prefix is evicted before its beginning.
         """
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"cannot keep {num_tokens} tokens of {self.num_tokens}")
@@ -131,7 +131,7 @@ class BlockTable:
         self.num_tokens += len(blocks) * self.block_size
 
     def move(self, allocator: BlockAllocator, blocks: Sequence[int]) -> None:
-        """Name blocks of another pool instead, one for each, and free the own ones. (Chapter 9: swap.)
+        """Replace each block by one of another pool, and free the old ones. (Chapter 9: swap.)
 
         The caller took one reference to each of `blocks` for this table, which owns it from now on.
         Raises ValueError, changing nothing, for another number of blocks.

@@ -38,7 +38,7 @@ ROOT = bytes(32)  # the parent of a first block
 def block_keys(
     tokens: Sequence[int], block_size: int, cache_salt: str | None = None, parent: bytes = ROOT
 ) -> Iterator[bytes]:
-    """The key of each full block of tokens, behind the block with the key `parent`. 32 bytes each, made on demand.
+    """The key of each full block of tokens, after the block with the key `parent`. 32 bytes each, made on demand.
 
     `cache_salt` separates what tokens do not: tenants, adapters, images. Raises ValueError for a token over 64 bits.
     """

@@ -27,6 +27,10 @@ positions); Su et al., "RoFormer" (2021), section 3.4 (rotary positions); Ainsli
 # A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
 # where two errors are due, either is right.
 #
+# Layer.forward, attention and mlp take and return [num_tokens, hidden_size]; their cos and sin are the rows of
+# batch.positions, as rotate wants them. attention norms queries and keys where config.qk_norm is set, rotates
+# them where self.has_rope is, and hands self.sliding_window to the cache.
+#
 # Given: ForwardBatch, in minipaged/model/batch.py.
 #
 #   token_ids: Tensor  # int64 [num_tokens]

@@ -41,5 +41,5 @@ def visible(num_queries: int, num_keys: int, sliding_window: int | None, device:
 
 
 def first_seen(seq_len: int, num_queries: int, sliding_window: int | None) -> int:
-    """The first position that the first of the last num_queries positions sees."""
+    """The earliest position that any of the last num_queries positions sees. Keys before it need not be read."""
     raise NotImplementedError("ch03: first_seen")

@@ -72,7 +72,7 @@ class ContiguousCache:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
-        """Store the new K and V behind the old ones in each slab, then attend over the slab."""
+        """Store the new K and V after the old ones in each slab, then attend over the slab. Returns query's shape."""
         raise NotImplementedError("ch03: ContiguousCache.attend")
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:

@@ -166,7 +166,7 @@ class ReservationPool:
         raise NotImplementedError("ch04: ReservationPool.free")
 
     def account(self, next_request: tuple[int, int] | None = None) -> MemoryAccount:
-        """Split the pool into its parts, as seen by a next request (prompt_len, output_len).
+        """Split the pool into its parts, as seen by a next request (prompt_len, output_len). None: nothing is external.
 
         A free slot is external fragmentation if its free block is smaller than the block that the next request needs,
         while all free slots together are no fewer than it asks for. Else it is free: a pool without enough free slots

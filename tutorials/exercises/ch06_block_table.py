@@ -102,10 +102,10 @@ class BlockTable:
         raise NotImplementedError("ch06: BlockTable.append_tokens")
 
     def truncate(self, num_tokens: int) -> None:
-        """Keep the first num_tokens tokens, and free the blocks behind them. Raises ValueError if there are fewer.
+        """Keep the first num_tokens tokens, and free the blocks after them. Raises ValueError if there are fewer.
 
-        The last block is freed first. A prefix cache evicts blocks in the order in which they were freed, so the end
-        of a prefix is evicted before its beginning.
+        The last block is freed first. A prefix cache (chapter 9) evicts blocks in the order in which they were freed,
+        so the end of a prefix is evicted before its beginning.
         """
         raise NotImplementedError("ch06: BlockTable.truncate")
 

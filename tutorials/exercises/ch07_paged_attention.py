@@ -35,7 +35,8 @@ Source: the PagedAttention paper, section 4.1.
 # Given, in minipaged/attention/contiguous.py:
 #
 #   first_seen(seq_len: int, num_queries: int, sliding_window: int | None) -> int
-#       The first position that the first of the last num_queries positions sees.
+#       The earliest position that any of the last num_queries positions sees. Keys before it need not be
+#       read.
 #
 # Made from minipaged/attention/gathered.py by minipaged/course/generate.py.
 

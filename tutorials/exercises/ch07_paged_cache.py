@@ -92,7 +92,7 @@ class PagedCache:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
-        """Write the new K and V to their slots, then attend through the block tables."""
+        """Write the new K and V to their slots, then attend through the block tables. Returns the shape of query."""
         raise NotImplementedError("ch07: PagedCache.attend")
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:

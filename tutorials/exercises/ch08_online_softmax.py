@@ -6,7 +6,7 @@
     tiles             [ TILE tokens ][ TILE tokens ][ TILE toke.. ]      one step of the loop each
     blocks        [  7   |  1   |  3   |  0   |  9   |  4   |  2   ]     block_size tokens each, anywhere in the pool
 
-A tile is as long as the tensor cores like it, a block as the allocator likes it, and neither need be a multiple of the
+The tensor cores set the length of a tile, the allocator that of a block, and neither need be a multiple of the
 other: every *token* looks up its own block, position // BLOCK_SIZE. So one kernel serves blocks of 1, 3, 16 and 256
 tokens, and a stretch may start anywhere. Tokens of one block share its table entry, which costs one transaction.
 
@@ -49,7 +49,7 @@ def finish_softmax(softmax):
 
 @triton.jit
 def attend_context(
-    softmax,  # what start_softmax or an earlier call returned
+    softmax,  # what start_softmax or an earlier call returned; returned again with these positions in it
     q,  # [ROWS, HEAD_DIM_PADDED]
     row_position,  # [ROWS], the position of each row's query: it sees this one and those before it
     context,  # what locate_context returned

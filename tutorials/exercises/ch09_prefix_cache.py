@@ -40,7 +40,7 @@ Sources: vLLM's design page "Automatic Prefix Caching"; the PagedAttention paper
 # where two errors are due, either is right.
 #
 # A table has allocator, block_size, num_tokens and blocks (a copy). Where self.trace is not None, record
-# "cache" (block) and "evict" (block) behind the change, as in self.trace.record("cache", block=3).
+# "cache" (block) and "evict" (block) after the change, as in self.trace.record("cache", block=3).
 #
 # Given: BlockAllocator, in minipaged/memory/block_allocator.py.
 #
@@ -75,7 +75,7 @@ ROOT = bytes(32)  # the parent of a first block
 def block_keys(
     tokens: Sequence[int], block_size: int, cache_salt: str | None = None, parent: bytes = ROOT
 ) -> Iterator[bytes]:
-    """The key of each full block of tokens, behind the block with the key `parent`. 32 bytes each, made on demand.
+    """The key of each full block of tokens, after the block with the key `parent`. 32 bytes each, made on demand.
 
     `cache_salt` separates what tokens do not: tenants, adapters, images. Raises ValueError for a token over 64 bits.
     """

@@ -29,7 +29,7 @@ def test_reference_counts_are_entries_of_tables(data):
 
 @given(data=st.data())
 def test_a_prompt_finds_the_blocks_of_its_own_prefix_alone(data):
-    """Insert one prompt, release it, let others take its blocks; then match prompts that are alike for a while.
+    """Cache one prompt, release it, let others take its blocks; then match prompts that are alike for a while.
 
     What is found is the common prefix in whole blocks, never all of the prompt, and nothing that was evicted.
     Refuses: a stale key, a whole prompt that is found, a key without its parent, a key without the salt.

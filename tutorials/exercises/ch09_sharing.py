@@ -27,10 +27,10 @@ Chapter 9 extends the same class: a block that two tables name is shared, and it
 # A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
 # where two errors are due, either is right.
 #
-# Where self.trace is not None, record each change behind it, for example
+# Where self.trace is not None, record each change after it is made, for example
 #     self.trace.record("allocate", seq=self.seq, logical=2, block=7)
 # Events here: copy (seq, logical, source, target), allocate (seq, logical, block), share (seq, logical, block)
-# for each block of a fork or of append_shared, and behind the shares of a fork: fork (seq, parent, count).
+# for each block of a fork or of append_shared, and after the shares of a fork: fork (seq, parent, count).
 #
 # Given: BlockAllocator, in minipaged/memory/block_allocator.py.
 #
@@ -104,10 +104,10 @@ class BlockTable:
         raise NotImplementedError("ch09: BlockTable.append_tokens")
 
     def truncate(self, num_tokens: int) -> None:
-        """Keep the first num_tokens tokens, and free the blocks behind them. Raises ValueError if there are fewer.
+        """Keep the first num_tokens tokens, and free the blocks after them. Raises ValueError if there are fewer.
 
-        The last block is freed first. A prefix cache evicts blocks in the order in which they were freed, so the end
-        of a prefix is evicted before its beginning.
+        The last block is freed first. A prefix cache (chapter 9) evicts blocks in the order in which they were freed,
+        so the end of a prefix is evicted before its beginning.
         """
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"cannot keep {num_tokens} tokens of {self.num_tokens}")
@@ -136,7 +136,7 @@ class BlockTable:
         raise NotImplementedError("ch09: BlockTable.append_shared")
 
     def move(self, allocator: BlockAllocator, blocks: Sequence[int]) -> None:
-        """Name blocks of another pool instead, one for each, and free the own ones. (Chapter 9: swap.)
+        """Replace each block by one of another pool, and free the old ones. (Chapter 9: swap.)
 
         The caller took one reference to each of `blocks` for this table, which owns it from now on.
         Raises ValueError, changing nothing, for another number of blocks.

@@ -22,7 +22,7 @@ Source: the PagedAttention paper, section 4.5, which compares this with recomput
 # A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
 # where two errors are due, either is right.
 #
-# A table has allocator and num_tokens beside what is listed below. Where table.trace is not None, record behind
+# A table has allocator and num_tokens besides what is listed below. Where table.trace is not None, record after
 # the move, for each block, table.trace.record("swap_out", seq=table.seq, logical=0, block=DEVICE,
 # host_block=HOST), or "swap_in" with the same fields.
 #
@@ -31,9 +31,9 @@ Source: the PagedAttention paper, section 4.5, which compares this with recomput
 #   blocks -> list[int]
 #       Physical block of each logical block (a copy).
 #   move(allocator: BlockAllocator, blocks: Sequence[int]) -> None
-#       Name blocks of another pool instead, one for each, and free the own ones. (Chapter 9: swap.) The
-#       caller took one reference to each of `blocks` for this table, which owns it from now on. Raises
-#       ValueError, changing nothing, for another number of blocks.
+#       Replace each block by one of another pool, and free the old ones. (Chapter 9: swap.) The caller took
+#       one reference to each of `blocks` for this table, which owns it from now on. Raises ValueError,
+#       changing nothing, for another number of blocks.
 #
 # Given: BlockAllocator, in minipaged/memory/block_allocator.py.
 #

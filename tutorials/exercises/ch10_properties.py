@@ -22,7 +22,7 @@ from serving_model import Engine
 def test_an_aborted_request_leaves_nothing_behind(data):
     """Add requests, step a few times, abort all: both pools are free again, and no sequence waits or runs.
 
-    Refuses: a leak on abort. A pool that is too small for all, and a host, have sequences in every place to abort.
+    Refuses: a leak on abort. With a pool too small for all and a host pool, some run, some wait, some are swapped out.
     """
     raise NotImplementedError("ch10: test_an_aborted_request_leaves_nothing_behind")
 

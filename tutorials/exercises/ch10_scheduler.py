@@ -134,7 +134,7 @@ class Scheduler:
         *,
         watermark: float = 0.01,
     ):
-        """watermark: the share of the pool that is left to those running when one enters. Raises ValueError."""
+        """watermark: the share of the pool that stays free for running sequences when one enters. Raises ValueError."""
         if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs:
             raise ValueError(f"max_num_seqs must be from 1 to {max_num_batched_tokens=}, got {max_num_seqs}")
         if not 0.0 <= watermark < 1.0:
@@ -196,7 +196,7 @@ class Scheduler:
         return seq.request_id == other.request_id and not seq.outputs and not other.outputs
 
     def _enter(self, seq: Sequence, computing: set[bytes], output: SchedulerOutput) -> bool:
-        """Blocks for a waiting sequence, unless too few are free, or its next block is being computed."""
+        """Give a waiting sequence its blocks. False if too few are free, or its next key is among `computing`."""
         raise NotImplementedError("ch10: Scheduler._enter")
 
     def _keys(self, seq: Sequence) -> list[bytes]:

@@ -89,7 +89,7 @@ class StepTraffic:
 
 
 def step_traffic(config: ModelConfig, size: int, num_tokens: int, num_ends: int, dtype: torch.dtype) -> StepTraffic:
-    """Of a step of num_tokens tokens, num_ends of them the last of a sequence. None where there is one rank.
+    """Of a step of num_tokens tokens, num_ends of them the last of a sequence. All 0 where there is one rank.
 
     all-reduces: one after the embedding, two in each layer, of [num_tokens, hidden_size].
     gather: one, where any logits are needed, of [num_ends, ceil(vocab_size / size)].
