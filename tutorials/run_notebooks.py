@@ -88,6 +88,7 @@ def run(path: Path, limit: float, keep: Path | None) -> tuple[Path, float, str |
     client = NotebookClient(
         notebook,
         timeout=round(limit),
+        coalesce_streams=True,  # what a cell printed in one piece
         resources={"metadata": {"path": FOLDER}},
         extra_arguments=["--log-level=ERROR"],  # of the kernel: it warns of its own port
     )

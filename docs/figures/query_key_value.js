@@ -18,13 +18,14 @@ export function queryKeyValue(place) {
     const scores = KEY.slice(0, step).map((key) => dot(QUERY[step - 1], key) / Math.SQRT2);
     const weights = softmax(scores);
     const output = [0, 1].map((i) => dot(weights, VALUE.map((value) => value[i]).slice(0, step)));
-    const cells = ["token", "Q", "K", "V", "weight"].map((name) => element("span", { class: "fig-head" }, name));
+    const cells = ["token", "Q", "K", "V", "score", "weight"].map((name) => element("span", { class: "fig-head" }, name));
     TOKENS.forEach((token, row) => {
       const [now, past] = [row === step - 1, row < step - 1];
       const state = now || (past && !kept) ? "computed" : past ? "read" : "later";
       cells.push(element("span", { class: now ? "fig-token fig-now" : "fig-token" }, row < step ? token : "…"));
       cells.push(vector(QUERY[row], now || (past && !kept) ? "computed" : past ? "unused" : "later", "q", row));
       cells.push(vector(KEY[row], state, "k", row), vector(VALUE[row], state, "v", row));
+      cells.push(element("span", { class: "fig-qk" }, row < step ? scores[row].toFixed(2) : ""));
       const width = row < step ? `${Math.round(100 * weights[row])}%` : "0";
       const bar = element("span", { class: "fig-bar", style: { width } });
       cells.push(element("span", { class: "fig-weight" }, bar, row < step ? weights[row].toFixed(2) : ""));

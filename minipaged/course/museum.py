@@ -3,7 +3,7 @@
     chapter = 9                                    the chapter whose suite must kill it
     module = "minipaged.memory.prefix_cache"
     about = "..."                                  what goes wrong, and how one meets it
-    source = "nano-vllm issue 163"                 where a system had it; "a classic" where many have
+    source = "GeeeekExplorer/nano-vllm#163"        where a system had it; "a classic" where many have
     find = '''...'''                               lines of the module, which stand there exactly once
     replace = '''...'''
 

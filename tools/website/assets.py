@@ -2,23 +2,21 @@
 
     pyodide, CodeMirror (npm)                         Python for the browser, four files, 14 MB; and an editor
     hypothesis, pytest and what they need (PyPI)      pure-Python wheels, unpacked in the browser
-    minipaged.zip (here)                              our own plain-Python modules and the suite of chapter 6
+    minipaged.zip (here)                              our own package and the suite of chapter 6
 
 Without npm the site builds all the same, and its Playground says that it cannot run. Files are kept in build/site.
 """
 
-import hashlib
 import io
 import json
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from course import ROOT
-
-sys.path.insert(0, str(ROOT / "docs" / "playground"))
+from course import ROOT, found
 from playground import run
 
 KEPT = ROOT / "build" / "site"
@@ -41,21 +39,10 @@ WHEELS = (
     "packaging==26.3",
     "pygments==2.21.0",
 )
-# What runs in the browser: no torch, no NumPy, no typer.
+# The browser imports of it what needs no torch, no NumPy and no typer.
 OURS = (
     "pyproject.toml",
-    "minipaged/__init__.py",
-    "minipaged/cdiv.py",
-    "minipaged/memory/*.py",
-    "minipaged/engine/__init__.py",
-    "minipaged/engine/arguments.py",
-    "minipaged/engine/beam_scheduler.py",
-    "minipaged/engine/scheduler.py",
-    "minipaged/engine/scheduler_output.py",
-    "minipaged/engine/sequence.py",
-    "minipaged/simulator/*.py",
-    "minipaged/viz/*.py",
-    "minipaged/course/*.py",
+    "minipaged/**/*.py",
     "tests/by_chapter.py",
     "tests/conftest.py",
     "tests/memory_model.py",
@@ -64,23 +51,36 @@ OURS = (
 )
 
 
-def from_npm() -> Path | str:
-    """The folder of npm's packages, or the sentence that says why they are not there. No package's script is run."""
-    folder, wanted = KEPT / "npm", [f"{name}@{version}" for name, version in NPM.items()]
+def brought(folder: Path, wanted: Sequence[str], command: Sequence[str | Path]) -> None:
+    """Fill a folder by a command that is given what is wanted, once. Raises RuntimeError with why it cannot."""
     mark = folder / "complete"
-    if not mark.is_file() or mark.read_text() != "\n".join(wanted):
-        npm = shutil.which("npm")
-        if npm is None:
-            return "npm is not on this machine, and brings Python for the browser"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        command = [npm, "install", "--no-save", "--ignore-scripts", "--no-audit", "--silent", *wanted]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            return f"npm could not bring {', '.join(wanted)}: {said}"
-        mark.write_text("\n".join(wanted))
-    return folder / "node_modules"
+    if mark.is_file() and mark.read_text() == "\n".join(wanted):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    done = subprocess.run([*command, *wanted], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
+        raise RuntimeError(f"{Path(command[0]).name} could not bring {', '.join(wanted)}: {said}")
+    mark.write_text("\n".join(wanted))
+
+
+def from_npm() -> Path:
+    """The folder of npm's packages. No package's script is run."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise RuntimeError("npm is not on this machine, and brings Python for the browser")
+    wanted = [f"{name}@{version}" for name, version in NPM.items()]
+    brought(KEPT / "npm", wanted, [npm, "install", "--no-save", "--ignore-scripts", "--no-audit", "--silent"])
+    return KEPT / "npm" / "node_modules"
+
+
+def wheels() -> list[Path]:
+    """The pure-Python wheels."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    anywhere = ["--only-binary", ":all:", "--platform", "any", "--python-version", "3.14", "--abi", "none"]
+    brought(KEPT / "wheels", WHEELS, [*pip, *anywhere, "--implementation", "py"])
+    return sorted((KEPT / "wheels").glob("*.whl"))
 
 
 def editor(packages: Path) -> bytes:
@@ -90,60 +90,33 @@ def editor(packages: Path) -> bytes:
     return subprocess.run(command, cwd=packages.parent, input=source, capture_output=True, check=True).stdout
 
 
-def wheels() -> list[Path] | str:
-    """The pure-Python wheels, or why they are not there."""
-    folder = KEPT / "wheels"
-    mark = folder / "complete"
-    if not mark.is_file() or mark.read_text() != "\n".join(WHEELS):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        anywhere = ["--only-binary", ":all:", "--platform", "any", "--python-version", "3.14", "--abi", "none"]
-        done = subprocess.run(
-            [*pip, *anywhere, "--implementation", "py", "-d", str(folder), *WHEELS],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            return f"pip could not bring the wheels: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}"
-        mark.write_text("\n".join(WHEELS))
-    return sorted(folder.glob("*.whl"))
-
-
 def ours() -> bytes:
     """Our own modules as a zip. The same sources give the same bytes."""
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted({path for pattern in OURS for path in ROOT.glob(pattern)}):
+        for path in sorted(found(OURS)):
             name = zipfile.ZipInfo(path.relative_to(ROOT).as_posix(), (1980, 1, 1, 0, 0, 0))
-            name.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(name, path.read_bytes())
+            archive.writestr(name, path.read_bytes(), zipfile.ZIP_DEFLATED)
     return sink.getvalue()
 
 
-def playground() -> tuple[dict[str, Path | bytes], str]:
-    """(path in the site -> file or bytes, why it cannot run or "")."""
-    packages, libraries, archive = from_npm(), wheels(), ours()
-    if isinstance(packages, str) or isinstance(libraries, str):
-        return {}, next(each for each in (packages, libraries) if isinstance(each, str))
-    files: dict[str, Path | bytes] = {f"playground/runtime/{name}": packages / "pyodide" / name for name in RUNTIME}
-    files |= {f"playground/wheels/{path.name}": path for path in libraries}
-    files |= {"playground/minipaged.zip": archive, "playground/editor.js": editor(packages)}
+def playground() -> dict[str, Path | bytes]:
+    """Path in the site -> file or bytes. Raises RuntimeError with why the playground cannot run."""
+    packages, libraries = from_npm(), wheels()
     manifest = {
-        "pyodide": NPM["pyodide"],
         "wheels": [path.name for path in libraries],
-        "modules": hashlib.sha256(archive).hexdigest()[:16],
         "editable": {
             name: (ROOT / "minipaged" / "memory" / name).read_text(encoding="utf-8")
             for name in ("block_allocator.py", "block_table.py")
         },
     }
-    files["playground/manifest.json"] = json.dumps(manifest, ensure_ascii=True).encode()
-    return files, ""
+    files: dict[str, Path | bytes] = {f"runtime/{name}": packages / "pyodide" / name for name in RUNTIME}
+    files |= {f"wheels/{path.name}": path for path in libraries}
+    files |= {"minipaged.zip": ours(), "editor.js": editor(packages), "manifest.json": json.dumps(manifest).encode()}
+    return {f"playground/{name}": content for name, content in files.items()}
 
 
 def examples() -> dict[str, str]:
     """The playground's examples, as they were run now: they play before Python is there."""
-    found = json.loads((ROOT / "docs" / "playground" / "examples.json").read_text(encoding="utf-8"))
-    return {f"playground/example{number}.json": run(settings) for number, settings in enumerate(found)}
+    settings = json.loads((ROOT / "docs" / "playground" / "examples.json").read_text(encoding="utf-8"))
+    return {f"playground/example{number}.json": run(each) for number, each in enumerate(settings)}

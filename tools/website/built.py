@@ -31,6 +31,7 @@ KINDS = [  # one of each kind of page, and those with a shape of their own
     "museum/",
     "museum/ch09_fork_without_a_reference/",
     "paper/",
+    "then_and_now/",
     "measured/",
     "mutation/",
     "tensor_parallel/",

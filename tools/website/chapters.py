@@ -22,18 +22,14 @@ def page(chapter: ChapterOfCourse, notebook: dict[str, Any], repository: Reposit
     parts = [title, picture(chapter), opening, ways_in(chapter, repository)]
     for cell in cells:
         parts.append(to_markdown(cell))
-        for name in tagged(cell, "player"):
-            words = "" if name == "fragmentation" else RECORDED
-            parts.append(f"{words}\n\n<!-- player: {name} -->")
+        for tag in cell["metadata"].get("tags", ()):
+            if tag.startswith("player:") and tag != "player:fragmentation":
+                parts.append(RECORDED)
+            if tag.startswith(("player:", "side-by-side")):
+                parts.append(f"<!-- {tag} -->")
         if re.search(r"^## \d+\. Exercise", "".join(cell["source"]), flags=re.MULTILINE):
             parts.append(exercise(chapter))
     return head + "\n\n".join([*parts, modules(chapter, repository), properties(chapter, repository)])
-
-
-def tagged(cell: dict[str, Any], kind: str) -> list[str]:
-    """What the tags "kind:name" of a cell name."""
-    tags = cell["metadata"].get("tags", [])
-    return [tag.removeprefix(f"{kind}:") for tag in tags if tag.startswith(f"{kind}:")]
 
 
 def title_of(chapter: ChapterOfCourse, notebook: dict[str, Any]) -> str:

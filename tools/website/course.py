@@ -1,12 +1,14 @@
 """The course as the site shows it: the files of each chapter of its map, and pieces of Markdown for pages."""
 
 import re
+import sys
 from pathlib import Path
 
 from minipaged.course.course_map import ChapterOfCourse, course_map
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = course_map()  # number -> chapter
+sys.path += [str(ROOT / "docs" / "playground"), str(ROOT / "tutorials")]  # what the browser and `make notebooks` run
 
 
 def page_of(chapter: ChapterOfCourse) -> str:

@@ -3,16 +3,18 @@
     <!-- player: two_requests -->       the player with docs/traces/two_requests.json
     <!-- film: ch06_freed_twice -->     the player with the smallest script of a bug of the museum
     <!-- course map -->                 the table of chapters
-    <!-- measured: memory -->           a command, and the tables and charts of what it wrote into docs/measured/
+    <!-- measured: memory -->           the tables and charts of what a command wrote into docs/measured/
     <!-- workloads -->                  what minipaged bench runs
     <!-- in the wild: 9 -->             what a notebook says of other systems
     <!-- museum size -->                how many bugs there are
+    <!-- side-by-side -->, <!-- ours -->    the figures of home.py
     <!-- clone -->, <!-- colab -->      how to get a copy, and to run a notebook elsewhere
 
 A page's Markdown is made here and rendered by MkDocs like any other. The modules beside this file say how.
 """
 
 import re
+from collections.abc import Callable
 from html import unescape
 from itertools import pairwise
 from pathlib import Path
@@ -38,11 +40,12 @@ COLAB = (
     "the first cell installs what is needed there."
 )
 _ran: dict = {}  # notebook -> what the build ran
-_kept: dict[str, str] = {}  # why the playground cannot run
+_missing = ""  # why the playground cannot run
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The places of chapters and of the reference in the navigation: their titles are those of the pages."""
+    config.edit_uri = "edit/main/docs/" if config.repo_url else ""
     made = {"Course": ["course/index.md", *map(page_of, CHAPTERS.values())]}
     made["Reference"] = ["reference/index.md", *(f"reference/{package}.md" for package in packages())]
     for entry in (each for each in config.nav or () if isinstance(each, dict)):
@@ -52,25 +55,34 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages and files that are made now."""
+    global _missing
     repository = Repository(config.repo_url or "")
     try:
         _ran.update(notebooks.executed(map(notebook_of, CHAPTERS.values())))
     except RuntimeError as error:
         raise PluginError(str(error)) from error
     made: dict[str, str | bytes | Path] = {}
+    written = {}  # page -> where its text is changed, from docs/
     for chapter in CHAPTERS.values():
         made[page_of(chapter)] = chapters.page(chapter, _ran[notebook_of(chapter)], repository)
         made[f"course/{chapter.notebook}"] = notebook_of(chapter)
+        written[page_of(chapter)] = f"../tutorials/{chapter.notebook}"
+    for bug in museum.numbered().values():
+        written[f"museum/{bug.name}.md"] = f"../tests/bugs/{bug.name}.toml"
     made |= museum.pages(repository)
     made |= {f"player/{path.name}": path for path in (ROOT / "minipaged" / "viz" / "player").iterdir()}
-    made[home.RECORDED] = home.recorded()
-    made |= reference() | assets.examples()
-    playground, _kept["problem"] = assets.playground()
-    if _kept["problem"]:
-        print(f"the Playground cannot run: {_kept['problem']}", flush=True)
-    for path, content in (made | playground).items():
+    made |= {home.RECORDED: home.recorded()} | reference() | assets.examples()
+    try:
+        made |= assets.playground()
+        _missing = ""
+    except RuntimeError as error:
+        _missing = str(error)
+        print(f"the Playground cannot run: {error}", flush=True)
+    for path, content in made.items():
         source = {"abs_src_path": str(content)} if isinstance(content, Path) else {"content": content}
-        files.append(File.generated(config, path, **source))
+        file = File.generated(config, path, **source)
+        file.edit_uri = written.get(path)
+        files.append(file)
     return files
 
 
@@ -85,10 +97,11 @@ def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in the marks."""
-    page.edit_url = edit_url(page, config)
     repository = Repository(config.repo_url or "")
 
     def here(path: str) -> str:
+        if files.get_file_from_path(path) is None:
+            raise PluginError(f"{page.file.src_uri} names {path}, and there is no such file")
         return get_relative_url(path, page.url)
 
     fills = {
@@ -97,33 +110,22 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         "workloads": lambda _: measured.workloads(),
         "in the wild": lambda number: chapters.in_the_wild(_ran, int(number)),
         "museum size": lambda _: str(len(museum.numbered())),
-        "player": lambda name: player(here(f"traces/{name}.json"), files.get_file_from_path(f"traces/{name}.json")),
-        "film": lambda name: player(here(f"museum/{name}.json"), files.get_file_from_path(f"museum/{name}.json")),
+        "player": lambda name: player(here, f"traces/{name}.json"),
+        "film": lambda name: player(here, f"museum/{name}.json"),
         "clone": lambda _: repository.clone(),
         "colab": lambda _: COLAB if repository.colab(ROOT / "README.md") else "",
-        "playground": lambda _: _kept["problem"],
-        "side by side": lambda _: home.side_by_side(here, _kept["problem"]),
+        "playground": lambda _: _missing,
+        "side-by-side": lambda _: home.side_by_side(here, _missing),
         "ours": home.ours,
     }
-    markdown = home.placed(markdown, page.file.src_uri)
-
-    def filled(match: re.Match[str]) -> str:
-        return fills[match[1]](match[2] or "")
-
-    markdown = re.sub(rf"<!-- ({'|'.join(fills)})(?:: ([\w-]+))? -->", filled, markdown)
-    if "<trace-player" in markdown:  # loaded by the pages that have one
-        markdown += f'\n\n<script type="module" src="{here("player/player.js")}"></script>\n'
-    if "<side-by-side" in markdown:
-        markdown += f'\n\n<script type="module" src="{here("figures/side_by_side.js")}"></script>\n'
-    return markdown
+    return re.sub(rf"<!-- ({'|'.join(fills)})(?:: ?(.+?))? -->", lambda mark: fills[mark[1]](mark[2]), markdown)
 
 
-def player(address: str, film: File | None) -> str:
-    """The element, and inside of it what a page without scripts shows."""
-    if film is None:
-        raise PluginError(f"there is no {address} to play: make traces")
-    words = f'The player needs JavaScript. Here is <a href="{address}">the recorded trace</a>.'
-    return f'<div><trace-player src="{address}"><noscript><p>{words}</p></noscript></trace-player></div>'
+def player(here: Callable[[str], str], film: str) -> str:
+    """The element with its script, which is loaded once a page, and inside of it what a page without scripts shows."""
+    words = f'The player needs JavaScript. Here is <a href="{here(film)}">the recorded trace</a>.'
+    element = f'<trace-player src="{here(film)}"><noscript><p>{words}</p></noscript></trace-player>'
+    return f'<div>{element}<script type="module" src="{here("player/player.js")}"></script></div>'
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -131,26 +133,13 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     html = to_mathml(html)
     if page.file.src_uri == "paper.md":
         html = re.sub(r'<img alt="([^"]*)" src="[./\w]*?(\w+\.svg)"\s*/?>', chart, html)
-    html = re.sub(r'<div class="(highlight|nb-out)">', r'<div class="\1" data-search-exclude>', html)
-    html = re.sub(r"<(t[dh])>([^<]*[\u4e00-\u9fff][^<]*)</\1>", r'<\1 lang="zh-Hans">\2</\1>', html)
-    return re.sub(r'<(div class="nb-html"|pre class="nb-text")', r'<\1 tabindex="0"', html)  # it may scroll
+    html = html.replace('<div class="highlight">', '<div class="highlight" data-search-exclude>')
+    return re.sub(r"<(t[dh])>([^<]*[\u4e00-\u9fff][^<]*)</\1>", r'<\1 lang="zh-Hans">\2</\1>', html)
 
 
 def chart(match: re.Match[str]) -> str:
     """A chart of docs/paper/ as a part of the page, so that it follows the page's colours."""
     return in_page((ROOT / "docs" / "paper" / match[2]).read_text(encoding="utf-8"), unescape(match[1]))
-
-
-def edit_url(page: Page, config: MkDocsConfig) -> str | None:
-    """Where the text of a page is changed: a chapter's in its notebook, a bug's in its file."""
-    repository = Repository(config.repo_url or "")
-    path = page.file.src_uri
-    if found := re.fullmatch(r"course/ch(\d\d)\.md", path):
-        return repository.edit(notebook_of(CHAPTERS[int(found[1])]))
-    if found := re.fullmatch(r"museum/(ch\w+)\.md", path):
-        return repository.edit(ROOT / "tests" / "bugs" / f"{found[1]}.toml")
-    written = ROOT / "docs" / path
-    return repository.edit(written) if written.is_file() else None
 
 
 # ---- the reference --------------------------------------------------------------

@@ -3,7 +3,7 @@
 docs/measured/NAME.json     what a benchmark wrote
 docs/measured/NAME.txt      what it printed, where it writes no JSON
 
-The commands stand here once: the page shows them from here, and a test holds the Makefile's `measured` against them.
+The commands stand on the page. A test holds the Makefile's `measured` against them.
 """
 
 import ast
@@ -16,18 +16,6 @@ import measured_tables
 from course import ROOT, fenced
 
 FOLDER = ROOT / "docs" / "measured"
-COMMANDS = {
-    "bench": "minipaged bench A B C D S --dtype float32 --dtype bfloat16 --out docs/measured/bench.json",
-    "growth": "minipaged bench growth --out docs/measured/growth.json",
-    "attention": "minipaged bench attention --json docs/measured/attention.json",
-    "memory": "minipaged bench memory | tee docs/measured/memory.txt",
-    "engine": "minipaged bench engine | tee docs/measured/engine.txt",
-    "kernels-compile": (
-        "python -m minipaged.bench.kernel_report --targets sm_75,sm_80,sm_90,sm_100,gfx942 "
-        "| tee docs/measured/kernels-compile.txt"
-    ),
-    "kernels": "minipaged bench kernels --json docs/measured/kernels.json",
-}
 SHAPES: dict[str, Callable[[Any], str]] = {
     "bench": measured_tables.bench,
     "growth": measured_tables.growth,
@@ -37,11 +25,7 @@ SHAPES: dict[str, Callable[[Any], str]] = {
 
 
 def shown(name: str) -> str:
-    """The command of a file, and what is in the file: as Markdown, or the sentence that it is not there yet."""
-    return f"{fenced(COMMANDS[name])}\n{figures(name)}"
-
-
-def figures(name: str) -> str:
+    """What is in a file, as Markdown, or the sentence that it is not there yet."""
     data, text = FOLDER / f"{name}.json", FOLDER / f"{name}.txt"
     if data.is_file():
         found = json.loads(data.read_text(encoding="utf-8"))

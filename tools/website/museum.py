@@ -7,25 +7,14 @@ what `make bugs` found: of each bug the property that it breaks, and the smalles
 import difflib
 import json
 import re
-import sys
 from collections.abc import Iterator
 from itertools import groupby
 
 from course import ROOT, Repository, fenced, folded, front_matter
+from playground import film_of
 
 from minipaged.course.generate import source_of
 from minipaged.course.museum import Bug, load_bugs
-
-sys.path.insert(0, str(ROOT / "docs" / "playground"))
-from playground import film_of
-
-REPOSITORIES = {
-    "vLLM": "vllm-project/vllm",
-    "nano-vllm": "GeeeekExplorer/nano-vllm",
-    "sglang": "sgl-project/sglang",
-    "text-generation-inference": "huggingface/text-generation-inference",
-    "llm-d-inference-sim": "llm-d/llm-d-inference-sim",
-}
 
 
 def numbered() -> dict[str, Bug]:
@@ -122,15 +111,5 @@ def is_classic(bug: Bug) -> bool:
 
 
 def linked(source: str) -> str:
-    """Numbers of issues and pull requests as links to the project that was named before them."""
-    project = ""
-
-    def link(match: re.Match[str]) -> str:
-        nonlocal project
-        if match[1]:
-            project = REPOSITORIES[match[1]]
-            return match[1]
-        return f"{match[2]}[{match[3]}](https://github.com/{project}/issues/{match[3]})" if project else match[0]
-
-    names = "|".join(sorted(REPOSITORIES, key=len, reverse=True))
-    return re.sub(rf"\b({names})\b|((?:issues?|requests?|and) )(\d{{2,6}})\b", link, source)
+    """GitHub's short form, owner/name#number, as a link to the issue or the pull request."""
+    return re.sub(r"([\w.-]+/[\w.-]+)#(\d+)", r"[\g<0>](https://github.com/\1/issues/\2)", source)

@@ -12,13 +12,13 @@ import html
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from course import ROOT, fenced, folded
+from run_notebooks import run
 
 KEPT = ROOT / "build" / "site" / "notebooks"
 SECONDS = 240.0  # for one notebook while the site is built; `make notebooks` holds them to less
@@ -40,11 +40,6 @@ def executed(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
 
 
 def _run(path: Path, target: Path) -> None:
-    sys.path.insert(0, str(ROOT / "tutorials"))
-    try:
-        from run_notebooks import run
-    finally:
-        sys.path.pop(0)
     folder = KEPT / f"running-{path.stem}"
     _, seconds, problem = run(path, SECONDS, folder)
     print(f"  {path.name:<34}{seconds:6.1f} s", flush=True)
@@ -120,8 +115,8 @@ def to_markdown(cell: dict[str, Any]) -> str:
         return link_chapters(source.replace("<details>", '<details markdown="1">'))
     code = fenced(source, "python")
     shown = folded("How it is drawn", code, "code") if "hide-input" in tags else code
-    outputs = "".join(_output(output) for output in _merged(cell["outputs"]))
-    return f'{shown}\n<div class="nb-out">{outputs}</div>' if outputs else shown
+    outputs = "".join(_output(output) for output in cell["outputs"])
+    return f'{shown}\n<div class="nb-out" data-search-exclude>{outputs}</div>' if outputs else shown
 
 
 def link_chapters(source: str, folder: str = "") -> str:
@@ -140,25 +135,14 @@ def link_chapters(source: str, folder: str = "") -> str:
     return "\n".join(lines)
 
 
-def _merged(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a cell printed in one piece, although other outputs may have come between."""
-    merged: list[dict[str, Any]] = []
-    for output in outputs:
-        if merged and output["output_type"] == merged[-1]["output_type"] == "stream":
-            merged[-1]["text"] = [*merged[-1]["text"], *output["text"]]
-        else:
-            merged.append(dict(output))
-    return merged
-
-
 def _output(output: dict[str, Any]) -> str:
-    """An output as one line, so that no blank line ends the block of HTML for Markdown."""
+    """An output as one line, so that no blank line ends the block of HTML for Markdown. A keyboard can scroll it."""
     data = output.get("data", {"text/plain": output.get("text", "")})
     for kind in ("text/html", "image/svg+xml"):
         if kind in data:
-            return f'<div class="nb-html">{one_block("".join(data[kind]))}</div>'
-    text = html.escape("".join(data.get("text/plain", "")).rstrip())
-    return f'<pre class="nb-text">{text.replace(chr(10), "&#10;")}</pre>' if text.strip() else ""
+            return f'<div class="nb-html" tabindex="0">{one_block("".join(data[kind]))}</div>'
+    text = html.escape("".join(data.get("text/plain", "")).rstrip().expandtabs())
+    return f'<pre class="nb-text" tabindex="0">{text.replace(chr(10), "&#10;")}</pre>' if text.strip() else ""
 
 
 def one_block(text: str) -> str:

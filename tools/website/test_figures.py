@@ -145,7 +145,9 @@ def test_query_key_value(figure):
             assert state == ("computed" if row == step else past if row < step else "later"), (step, cell)
         assert place.get_attribute("data-computed") == "3"
         weights = [float(text) for text in place.locator(".fig-weight").all_text_contents() if text]
-        assert len(weights) == step and sum(weights) == pytest.approx(1, abs=0.02)
+        scores = [float(text) for text in place.locator(".fig-qk").all_text_contents() if text]
+        total = sum(map(math.exp, scores))
+        assert len(weights) == step and weights == pytest.approx([math.exp(s) / total for s in scores], abs=0.01)
     place.locator("label", has_text="no").click()
     assert place.get_attribute("data-computed") == "24" and "24 vectors" in said(place)
 
@@ -295,6 +297,23 @@ def test_kernel_program(figure):
         assert read == table, program
         assert math.isfinite(float(place.get_attribute("data-answer")))
         assert "writes a / l" in said(place)
+
+
+CROSSED = """place => { const frame = place.querySelector('.fig-links').getBoundingClientRect();
+    const path = place.querySelector('.fig-links path'), length = path.getTotalLength();
+    const entries = [...place.querySelectorAll('.fig-entry:not(.fig-now)')].map(e => e.getBoundingClientRect());
+    return Array.from({ length: 101 }, (_, i) => path.getPointAtLength(i * length / 100)).some(({ x, y }) =>
+        entries.some(box => box.left < x + frame.left && x + frame.left < box.right &&
+                            box.top < y + frame.top && y + frame.top < box.bottom)); }"""
+
+
+def test_the_line_to_a_block_crosses_no_other_entry(figure):
+    place = figure("kernelProgram")
+    for program, steps in (("A, head 0", (4, 9, 14)), ("B, head 0", (4, 9))):
+        place.locator("label", has_text=program).click()
+        for step in steps:
+            slide(place.get_by_label("Step of the program"), step)
+            assert not place.evaluate(CROSSED), (program, step)
 
 
 @pytest.mark.parametrize("width", [360, 1280])
