@@ -354,20 +354,31 @@ def test_what_cannot_be_cached():
     cache = PrefixCache(6, 2)
     table = BlockTable(cache, 2)
     table.append_tokens(5)
-    foreign, wider = BlockTable(PrefixCache(6, 2), 2), BlockTable(cache, 4)
+    foreign, wider, narrower = BlockTable(PrefixCache(6, 2), 2), BlockTable(cache, 4), BlockTable(cache, 1)
     foreign.append_tokens(2)
     wider.append_tokens(4)
-    before = state(cache, table, wider)
+    narrower.append_tokens(2)
+    before = state(cache, table, wider, narrower)
     for bad, tokens in (
         (table, [1, 2, 3, 4, 5, 6]),  # longer than its table
         (table, [1, 2, 3, 2**63]),  # no token id; and the block before it must not be cached after
         (foreign, [1, 2]),
         (wider, [1, 2]),
+        (narrower, [1, 2]),
     ):
         with pytest.raises(ValueError):
             cache.cache_blocks(bad, tokens)
-        assert state(cache, table, wider) == before
+        assert state(cache, table, wider, narrower) == before
         assert num_found(cache, [1, 2]) == 0
+
+
+def test_blocks_of_more_tokens_than_small_numbers_are_cached():
+    """Numbers up to 256 are single objects in CPython; two equal ones above are not."""
+    cache, tokens = PrefixCache(2, int("300")), list(range(300))
+    table = BlockTable(cache, int("300"))
+    table.append_tokens(300)
+    cache.cache_blocks(table, tokens)
+    assert num_found(cache, tokens) == 1
 
 
 @pytest.mark.parametrize("sizes", [(0, 2), (-1, 2), (2, 0)])

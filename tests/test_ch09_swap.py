@@ -149,6 +149,8 @@ def test_a_swapped_out_sequence_may_be_released():
 def test_blocks_that_the_device_has_are_named_and_not_copied(tokens, more, block_size, room, data):
     """The sequence that stayed holds its first tokens in the blocks that both name, and neither block is copied."""
     memory = Memory(40, 40, block_size)
+    first = BlockTable(memory.device, block_size)  # free again at the swap: both pools then use the same numbers
+    first.append_tokens(room * block_size)
     stays = memory.sequence(tokens)
     moves = stays.fork()
     memory.pool.copy(moves.append_tokens(len(more)))
@@ -158,7 +160,8 @@ def test_blocks_that_the_device_has_are_named_and_not_copied(tokens, more, block
     known = dict(zip(moves.blocks[:num_known], stays.blocks, strict=False))
     missing = len(moves.blocks) - num_known
     other = BlockTable(memory.device, block_size)
-    other.append_tokens((memory.device.num_free - room) * block_size)
+    other.append_tokens(memory.device.num_free * block_size)
+    first.release()
     before = memory.state(stays, moves, other)
     if missing > room:
         with pytest.raises(OutOfBlocks):
