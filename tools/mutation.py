@@ -61,6 +61,12 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "minipaged/attention/online_softmax.py": ("test_ch07_paged_attention.py",),
     "minipaged/attention/checks.py": ("test_ch07_paged_attention.py",),
     "minipaged/attention/compiled.py": ("test_ch07_paged_attention.py",),
+    "minipaged/kvcache/contiguous.py": ("test_ch03_contiguous_cache.py",),
+    "minipaged/kvcache/paged.py": (
+        "test_ch03_contiguous_cache.py",
+        "test_ch07_paged_attention.py",
+        "test_ch08_engine.py",
+    ),
     "minipaged/kvcache/swap_space.py": ("test_ch09_swap.py",),
     "minipaged/engine/sampling.py": ("test_ch10_sampling.py", "test_ch10_arguments.py"),
     "minipaged/engine/llm_engine.py": ("test_ch10_llm.py", "test_ch10_engine.py"),
