@@ -5,6 +5,9 @@ Module -> the mutated line, stripped -> why. An empty line: lines were taken out
 
 # `is` for `==`.
 _SAME_OBJECT = "names in the code and the version's small number are one object in CPython"
+# Another number for the last dimension, `*` for `&`.
+_LAST_OF_TWO = "of two dimensions, 1 and -1 are one"
+_AND_OF_TRUTHS = "a product of truth values is their and"
 
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
@@ -115,4 +118,48 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "finite = new_maximum.masked_fill(new_maximum == -torch.inf, -1.0)",
     ): "any finite number will do: exp(-inf) is 0",
     ("minipaged/attention/gathered.py", "if rows.start >= rows.stop:"): "a checked query_start_loc never falls",
+    (
+        "minipaged/engine/sampling.py",
+        "kept[:, 1:] = torch.where((top_p >= 1.0) | (before < top_p * total), kept, 0.0)[:, 1:]",
+    ): "a top_p is at most 1",
+    (
+        "minipaged/engine/sampling.py",
+        "if num_sorted >= vocab_size or bool(enough.all()):",
+    ): "no more tokens are sorted than there are",
+    (
+        "minipaged/engine/sampling.py",
+        "if not (likeliest.values.isfinite() & adjusted.amin(1).isfinite()).all():",
+    ): _LAST_OF_TWO,
+    (
+        "minipaged/engine/sampling.py",
+        "total = weights.cumsum(+1)  # [num_rows, vocab_size]",
+    ): _LAST_OF_TWO,
+    (
+        "minipaged/engine/sampling.py",
+        "if not (likeliest.values.isfinite() * adjusted.amin(-1).isfinite()).all():",
+    ): _AND_OF_TRUTHS,
+    (
+        "minipaged/engine/sampling.py",
+        "reached = (top_p < 1.0) & (top_k == vocab_size) * (kept.sum(-1, keepdim=True) >= top_p * total)",
+    ): _AND_OF_TRUTHS,
+    (
+        "minipaged/engine/sampling.py",
+        "reached = (top_p < 1.0) & (top_k == vocab_size) & (kept.sum(-1, keepdim=True) >= top_p + total)",
+    ): "a few tokens are sorted for speed: all of them give the same answer",
+    (
+        "minipaged/engine/sampling.py",
+        "if any(p.top_k > -1 or p.top_p < 1.0 for p in params):",
+    ): "a top_k is -1 or at least 1",
+    (
+        "minipaged/engine/sampling.py",
+        "if any(p.top_k != - 2 or p.top_p < 1.0 for p in params):",
+    ): "the special case is for speed: where no token is dropped, all are kept",
+    (
+        "minipaged/simulator/simulate.py",
+        "total = sum(self.slots) or 2.0",
+    ): "no slots are no share, whatever they are divided by",
+    (
+        "minipaged/kvcache/swap_space.py",
+        'pinned = cache.key_cache.device.type is "cuda"',
+    ): "without a GPU no device is one; with one, the names are one object",
 }
