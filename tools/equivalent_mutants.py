@@ -7,6 +7,7 @@ Module -> the mutated line, stripped -> why. An empty line: lines were taken out
 _SAME_OBJECT = "names in the code and the version's small number are one object in CPython"
 # Another number for the last dimension, `*` for `&`.
 _LAST_OF_TWO = "of two dimensions, 1 and -1 are one"
+_PINNED = "pinned memory makes copies to a GPU faster, and changes none"
 _AND_OF_TRUTHS = "a product of truth values is their and"
 
 EQUIVALENT: dict[tuple[str, str], str] = {
@@ -161,5 +162,17 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "minipaged/kvcache/swap_space.py",
         'pinned = cache.key_cache.device.type is "cuda"',
-    ): "without a GPU no device is one; with one, the names are one object",
+    ): _PINNED,
+    (
+        "minipaged/kvcache/swap_space.py",
+        'pinned = cache.key_cache.device.type > "cuda"',
+    ): _PINNED,
+    (
+        "minipaged/kvcache/swap_space.py",
+        'pinned = cache.key_cache.device.type >= "cuda"',
+    ): "of the devices that the engine runs on, a CPU's name comes first, and a GPU's is this one",
+    (
+        "minipaged/kvcache/swap_space.py",
+        "sources, targets = (torch.tensor(blocks) for blocks in zip(*plan, strict=False))",
+    ): "every entry of a plan is a pair",
 }
