@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from minipaged.model import fetch
 from minipaged.model.gguf_file import ModelFileError, open_gguf
 from minipaged.model.load import load_model
-from minipaged.model.tokenizer import TextTokenizer
+from minipaged.model.tokenizer import TextTokenizer, panics_are_errors
 from minipaged.model.tokenizer_files import byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from model_files import EOS, SMALL, TOKENS, random_weights, write_folder, write_gguf
 
@@ -455,6 +455,13 @@ def exploding():
     made.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
     made.decoder = decoders.Replace(Regex("(a+)+b"), "")
     return made
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, ZeroDivisionError, TypeError])
+def test_what_is_no_panic_stays_what_it_is(error):
+    """Ctrl-C above all."""
+    with pytest.raises(error), panics_are_errors():
+        raise error
 
 
 def test_a_pattern_that_explodes_is_an_error_of_its_text_alone():

@@ -175,4 +175,20 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "minipaged/kvcache/swap_space.py",
         "sources, targets = (torch.tensor(blocks) for blocks in zip(*plan, strict=False))",
     ): "every entry of a plan is a pair",
+    (
+        "minipaged/model/tokenizer.py",
+        "_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 257)]",
+    ): "the character 256 gets its byte from the second half of the table",
+    (
+        "minipaged/model/tokenizer.py",
+        "return max([*ids, not 1 if self.bos_token_id is None else self.bos_token_id])",
+    ): "a vocabulary has a token, and no id is less than 0",
+    (
+        "minipaged/model/tokenizer.py",
+        "self._before = [token for token in prompt_token_ids if token not in self._skipped][~1:]",
+    ): "one token before a text is enough, and two do as well",
+    (
+        "minipaged/model/tokenizer.py",
+        "_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 ^ i): byte for i, byte in enumerate(_OTHERS)}",
+    ): "there are fewer than 256 others, so nothing is carried",
 }
