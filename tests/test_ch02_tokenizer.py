@@ -432,6 +432,8 @@ def test_a_conversation_begins_as_its_template_says(text, writes, bos):
         ("{{ {'b': '<é>', 'a': 1} | tojson(indent=1) }}", '{\n "b": "<é>",\n "a": 1\n}'),
         ("{{ {'b': 1, 'a': 1} | tojson(separators=(',', ':'), sort_keys=true) }}", '{"a":1,"b":1}'),
         ("{{ messages[0].nothing is defined }}", "False"),
+        ("{% if true %}\nA\n{% endif %}\n!", "A\n!"),  # a line break behind a block is no text
+        ("A\n  {% if true %}B{% endif %}", "A\nB"),  # nor are spaces before one
     ],
 )
 def test_templates_find_what_transformers_gives_them(template, expected):
