@@ -50,7 +50,8 @@ def array_of(tensor: torch.Tensor) -> Any:
     """The memory of the tensor, as a NumPy array. Numba has no 16-bit floats, so these are given by their bits; the
     integer's type says which float it is (`compiling_helpers.number`)."""
     bits = BITS.get(tensor.dtype)
-    return (tensor if bits is None else tensor.view(bits)).detach().numpy()
+    tensor = tensor.detach() if tensor.requires_grad else tensor  # a call of its own, of a microsecond
+    return (tensor if bits is None else tensor.view(bits)).numpy()
 
 
 def compiled(function: Callable[..., Any]) -> Any:

@@ -226,6 +226,7 @@ def test_no_request_waits_for_a_block_that_it_could_not_use(prompt, block_size, 
 
 @given(prompt=prompts, block_size=st.sampled_from((1, 2, 4)), copies=st.integers(2, 4), known=st.integers(0, 8))
 @example(prompt=[0, 0, 0], block_size=1, copies=2, known=1)
+@example(prompt=[0] * 6, block_size=2, copies=2, known=2)
 def test_equal_prompts_that_come_together_are_computed_once(prompt, block_size, copies, known):
     """Admitted in one step, they would each compute all of it (nano-vllm #219 then counts the block twice). Some of
     their first tokens may be known from an earlier request."""
@@ -322,6 +323,20 @@ def test_more_samples_than_run_at_once(n, max_num_seqs, prompt, others):
     output = engine.step()
     assert [seq for seq in output.sampled if seq in seqs] == seqs[:max_num_seqs]
     engine.check_state()
+    engine.finish_all()
+
+
+@given(n=st.integers(2, 4), prompt=prompts, block_size=st.sampled_from((1, 2, 3, 4, 20)), ends_after=st.integers(1, 3))
+@example(n=2, prompt=[0] * 3, block_size=2, ends_after=1)
+def test_a_sample_that_enters_late_begins_with_the_full_blocks_of_one_that_runs(n, prompt, block_size, ends_after):
+    """A request that ends leaves it a place, while the other samples decode; nothing is cached."""
+    engine = Engine(64, block_size, max_model_len=MAX_MODEL_LEN + 8, max_num_seqs=n)
+    engine.add([1], ends_after)
+    late = engine.add(prompt, 8, n=n)[-1]
+    while late not in (output := engine.step()).num_scheduled_tokens:
+        engine.check_state()
+    full = (len(prompt) - 1) // block_size * block_size  # of the last block it computes a token in any case
+    assert output.num_scheduled_tokens[late] == len(prompt) - full
     engine.finish_all()
 
 

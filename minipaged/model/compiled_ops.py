@@ -67,7 +67,7 @@ def use_compiled_ops(transformer: Transformer) -> None:
 def add_rms_norm(hidden: Tensor, added: Tensor, norm: nn.RMSNorm) -> Tensor:
     """hidden += added, in place; returns RMSNorm(hidden), a new tensor. All [num_tokens, hidden_size]."""
     out = torch.empty_like(hidden)
-    arrays = array_of(hidden), array_of(added), array_of(norm.weight.detach())
+    arrays = array_of(hidden), array_of(added), array_of(norm.weight)
     in_threads(_add_rms_norm, len(hidden), *arrays, norm.eps, array_of(out), least=cdiv(_PIECE, hidden.shape[1]))
     return out
 
