@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -334,6 +334,7 @@ spelt_tokens = st.integers(0, len(SPELT) - 1) | st.sampled_from(
 
 
 @given(strips=st.booleans(), prompt=st.lists(spelt_tokens, max_size=6), token_ids=st.lists(spelt_tokens, max_size=20))
+@example(strips=False, prompt=[SPELT.index("<0x00>"), 0], token_ids=[SPELT.index("<0x80>")])
 def test_streamed_bytes_that_turn_out_to_be_no_text(strips, prompt, token_ids):
     """Whatever the tokens: no error, nothing taken back, and the pieces are what the tokens add to the prompt."""
     tokenizer = spelling_tokenizer(strips)
