@@ -191,4 +191,16 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "minipaged/model/tokenizer.py",
         "_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 ^ i): byte for i, byte in enumerate(_OTHERS)}",
     ): "there are fewer than 256 others, so nothing is carried",
+    (
+        "minipaged/engine/llm_engine.py",
+        "if rows is not list(range(len(logits))):  # else each row once, in order: megabytes are not copied",
+    ): "rows that are in order already are copied, and stay what they are",
+    (
+        "minipaged/engine/llm_engine.py",
+        "if rows > list(range(len(logits))):  # else each row once, in order: megabytes are not copied",
+    ): "each row comes once, in order, and again for samples behind them: rows never come before the plain list",
+    (
+        "minipaged/engine/llm_engine.py",
+        "seconds = scheduled % start + updated - ran, time.perf_counter() - start",
+    ): "a step is shorter than the clock has run, so the remainder is the difference",
 }
