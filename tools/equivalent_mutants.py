@@ -8,6 +8,7 @@ _SAME_OBJECT = "names in the code and the version's small number are one object 
 # Another number for the last dimension, `*` for `&`.
 _LAST_OF_TWO = "of two dimensions, 1 and -1 are one"
 _PINNED = "pinned memory makes copies to a GPU faster, and changes none"
+_FIRST_NAME = "no name of a device comes before a CPU's"
 _AND_OF_TRUTHS = "a product of truth values is their and"
 
 EQUIVALENT: dict[tuple[str, str], str] = {
@@ -203,4 +204,16 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "minipaged/engine/llm_engine.py",
         "seconds = scheduled % start + updated - ran, time.perf_counter() - start",
     ): "a step is shorter than the clock has run, so the remainder is the difference",
+    (
+        "minipaged/kvcache/paged.py",
+        'if device.type <= "cpu" and "triton" not in sys.modules:',
+    ): _FIRST_NAME,
+    (
+        "minipaged/kvcache/paged.py",
+        'if interpreted != (device.type <= "cpu"):',
+    ): _FIRST_NAME,
+    (
+        "minipaged/kvcache/paged.py",
+        "return compiled.paged_attention(query, *caches, *tables, **options, check=True)",
+    ): "what was found right is checked again",
 }
