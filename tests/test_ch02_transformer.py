@@ -199,6 +199,32 @@ def test_every_layer_asks_the_cache_once_under_its_own_number(model, data):
     assert recorder.calls == [(layer, query, key, key, batch) for layer in range(config.num_layers)]
 
 
+class Deaf:
+    """A cache in which no token sees another; it keeps what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def attend(self, layer, query, key, value, batch, sliding_window=None):
+        self.asked.append((query, key, value))
+        return torch.zeros_like(query)
+
+
+@given(model=models(), data=st.data())
+def test_queries_and_keys_carry_their_own_position_wherever_a_chunk_begins(model, data):
+    """Differences of positions alone would not show it: a cached key meets queries of later chunks, of other batches."""
+    token_ids = data.draw(token_lists(model.config), label="tokens")
+    starts = data.draw(st.lists(st.integers(0, len(token_ids) - 1), min_size=1, max_size=3), label="chunks from")
+    whole, chunks = Deaf(), Deaf()
+    with torch.inference_mode():
+        model(make_batch([token_ids], [0]), whole)
+        model(make_batch([token_ids[start:] for start in starts], starts), chunks)
+    for expected, found in zip(whole.asked, chunks.asked, strict=True):
+        for all_at_once, parts in zip(expected, found, strict=True):
+            pieces = torch.cat([all_at_once[start:] for start in starts])
+            np.testing.assert_allclose(parts.numpy(), pieces.numpy(), **CLOSE)
+
+
 @given(model=models(), data=st.data())
 def test_next_logits_are_those_of_each_texts_last_token(model, data):
     texts = data.draw(st.lists(token_lists(model.config, 8), min_size=1, max_size=4), label="texts")
@@ -386,10 +412,10 @@ def test_the_bytes_of_a_token_are_those_of_its_k_and_v(config, dtype):
     assert config.kv_bytes_per_token(dtype) == stored.nbytes
 
 
-@given(config=configs())
-def test_the_widest_window_sees_what_any_layer_sees(config):
-    windows = config.sliding_windows or (None,)
-    seen = {back for back in range(40) for window in windows if window is None or back < window}
+@given(st.lists(st.integers(1, 39), max_size=3) | st.lists(st.none() | st.integers(1, 39), max_size=3))
+def test_the_widest_window_sees_what_any_layer_sees(windows):
+    config = ModelConfig(**{**GOOD, "num_layers": len(windows) or 1, "sliding_windows": tuple(windows)})
+    seen = {back for back in range(40) for window in windows or [None] if window is None or back < window}
     assert seen == set(range(40 if config.widest_window is None else config.widest_window))
 
 
