@@ -212,7 +212,7 @@ class Deaf:
 
 @given(model=models(), data=st.data())
 def test_queries_and_keys_carry_their_own_position_wherever_a_chunk_begins(model, data):
-    """Differences of positions alone would not show it: a cached key meets queries of later chunks, of other batches."""
+    """Differences alone would not show in one step: a cached key meets the queries of later ones."""
     token_ids = data.draw(token_lists(model.config), label="tokens")
     starts = data.draw(st.lists(st.integers(0, len(token_ids) - 1), min_size=1, max_size=3), label="chunks from")
     whole, chunks = Deaf(), Deaf()
