@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from minipaged.model import fetch
 from minipaged.model.gguf_file import ModelFileError, open_gguf
 from minipaged.model.load import load_model
-from minipaged.model.tokenizer import TextTokenizer
+from minipaged.model.tokenizer import TextTokenizer, panics_are_errors
 from minipaged.model.tokenizer_files import byte_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from model_files import EOS, SMALL, TOKENS, random_weights, write_folder, write_gguf
 
@@ -432,6 +432,8 @@ def test_a_conversation_begins_as_its_template_says(text, writes, bos):
         ("{{ {'b': '<é>', 'a': 1} | tojson(indent=1) }}", '{\n "b": "<é>",\n "a": 1\n}'),
         ("{{ {'b': 1, 'a': 1} | tojson(separators=(',', ':'), sort_keys=true) }}", '{"a":1,"b":1}'),
         ("{{ messages[0].nothing is defined }}", "False"),
+        ("{% if true %}\nA\n{% endif %}\n!", "A\n!"),  # a line break behind a block is no text
+        ("A\n  {% if true %}B{% endif %}", "A\nB"),  # nor are spaces before one
     ],
 )
 def test_templates_find_what_transformers_gives_them(template, expected):
@@ -455,6 +457,13 @@ def exploding():
     made.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
     made.decoder = decoders.Replace(Regex("(a+)+b"), "")
     return made
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, ZeroDivisionError, TypeError])
+def test_what_is_no_panic_stays_what_it_is(error):
+    """Ctrl-C above all."""
+    with pytest.raises(error), panics_are_errors():
+        raise error
 
 
 def test_a_pattern_that_explodes_is_an_error_of_its_text_alone():

@@ -199,6 +199,32 @@ def test_every_layer_asks_the_cache_once_under_its_own_number(model, data):
     assert recorder.calls == [(layer, query, key, key, batch) for layer in range(config.num_layers)]
 
 
+class Deaf:
+    """A cache in which no token sees another; it keeps what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def attend(self, layer, query, key, value, batch, sliding_window=None):
+        self.asked.append((query, key, value))
+        return torch.zeros_like(query)
+
+
+@given(model=models(), data=st.data())
+def test_queries_and_keys_carry_their_own_position_wherever_a_chunk_begins(model, data):
+    """Differences alone would not show in one step: a cached key meets the queries of later ones."""
+    token_ids = data.draw(token_lists(model.config), label="tokens")
+    starts = data.draw(st.lists(st.integers(0, len(token_ids) - 1), min_size=1, max_size=3), label="chunks from")
+    whole, chunks = Deaf(), Deaf()
+    with torch.inference_mode():
+        model(make_batch([token_ids], [0]), whole)
+        model(make_batch([token_ids[start:] for start in starts], starts), chunks)
+    for expected, found in zip(whole.asked, chunks.asked, strict=True):
+        for all_at_once, parts in zip(expected, found, strict=True):
+            pieces = torch.cat([all_at_once[start:] for start in starts])
+            np.testing.assert_allclose(parts.numpy(), pieces.numpy(), **CLOSE)
+
+
 @given(model=models(), data=st.data())
 def test_next_logits_are_those_of_each_texts_last_token(model, data):
     texts = data.draw(st.lists(token_lists(model.config, 8), min_size=1, max_size=4), label="texts")
@@ -358,3 +384,44 @@ def test_a_shape_that_cannot_be_is_refused_with_its_name_and_number(wrong):
         ModelConfig(**{**GOOD, name: value})
     assert name in str(error.value)
     assert repr(value).replace(",", "") in str(error.value).replace(",", "")
+
+
+_BOUNDS = {
+    "rope_theta": (1.0, 1e12),
+    "rms_norm_eps": (0.0, 1.0),
+    "rope_attention_factor": (1e-3, 1e3),
+    "rope_factors": (1e-6, 1e6),
+    "max_position": (1, MAX_POSITION),
+}
+
+
+@pytest.mark.parametrize("name", _BOUNDS)
+@pytest.mark.parametrize("place", [0, 1], ids=["least", "most"])
+def test_a_bound_is_taken_and_the_next_number_past_it_is_not(name, place):
+    bound, away = _BOUNDS[name][place], (-np.inf, np.inf)[place]
+    past = bound + (-1, 1)[place] if isinstance(bound, int) else float(np.nextafter(bound, away))
+    bound, past = ((bound,), (past,)) if name == "rope_factors" else (bound, past)
+    assert getattr(ModelConfig(**{**GOOD, name: bound}), name) == bound
+    with pytest.raises(ValueError, match=name):
+        ModelConfig(**{**GOOD, name: past})
+
+
+@given(config=configs(), dtype=st.sampled_from((torch.float64, torch.float32, torch.bfloat16)))
+def test_the_bytes_of_a_token_are_those_of_its_k_and_v(config, dtype):
+    stored = torch.empty(2, config.num_layers, config.num_kv_heads, config.head_dim, dtype=dtype)
+    assert config.kv_bytes_per_token(dtype) == stored.nbytes
+
+
+@given(st.lists(st.integers(1, 39), max_size=3) | st.lists(st.none() | st.integers(1, 39), max_size=3))
+def test_the_widest_window_sees_what_any_layer_sees(windows):
+    config = ModelConfig(**{**GOOD, "num_layers": len(windows) or 1, "sliding_windows": tuple(windows)})
+    seen = {back for back in range(40) for window in windows or [None] if window is None or back < window}
+    assert seen == set(range(40 if config.widest_window is None else config.widest_window))
+
+
+@given(config=configs(), dtype=st.sampled_from((torch.float32, torch.bfloat16)))
+def test_what_is_saved_are_the_weights_and_no_table(config, dtype):
+    """A table that was saved with them would be rounded again wherever they are read in another dtype."""
+    model = Transformer(config, dtype)
+    assert not [name for name in model.state_dict() if "weight" not in name and "bias" not in name]
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {dtype}

@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -471,3 +473,58 @@ def test_a_token_without_a_slot_is_not_stored():
     assert torch.equal(cache.key_cache[0, 3, :, 1], key[1])
     cache.key_cache[0, 3, :, 1] = 0.0
     assert not cache.key_cache.any()
+
+
+def choose_triton(monkeypatch, interpret, imported, kernels):
+    """A process in which TRITON_INTERPRET is so (None: not set), and triton is imported or not."""
+    monkeypatch.setenv("TRITON_INTERPRET", interpret or "")
+    if interpret is None:
+        monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setitem(sys.modules, "triton", sys)
+    if not imported:
+        monkeypatch.delitem(sys.modules, "triton")
+    monkeypatch.setitem(sys.modules, "minipaged.kernels", kernels)
+
+
+@pytest.mark.parametrize(
+    ("device", "interpret", "imported", "needed"),
+    [
+        ("cpu", None, False, None),
+        ("cpu", None, True, "1"),
+        ("cpu", "0", False, "1"),
+        ("cpu", "1", True, None),
+        ("cuda", None, False, None),
+        ("cuda", "0", True, None),
+        ("cuda", "1", False, "0"),
+        ("cuda", "1", True, "0"),
+    ],
+)
+def test_triton_is_taken_where_it_runs_as_the_device_needs_it(monkeypatch, device, interpret, imported, needed):
+    """On a CPU its interpreter is chosen where nothing was chosen yet, and triton is not imported. A GPU's is left."""
+    kernels = SimpleNamespace(write_kv=lambda *_: None, paged_attention=lambda *_, **options: ("triton", options))
+    choose_triton(monkeypatch, interpret, imported, kernels)
+    if needed:
+        with pytest.raises(ValueError, match=f"'{device}' needs TRITON_INTERPRET={needed}"):
+            PagedCache(CONFIG, 4, 2, device=device, backend="triton")
+    elif device == "cuda":
+        with suppress(AssertionError, RuntimeError):  # of torch, where no GPU is
+            PagedCache(CONFIG, 4, 2, device=device, backend="triton")
+    else:
+        cache = PagedCache(CONFIG, 4, 2, backend="triton")
+        batch = make_batch([[1, 2]], [0], [[3]], block_size=2)
+        name, options = cache.attend(0, drawn(2, 4, 4), drawn(2, 2, 4), drawn(2, 2, 4), batch, 5)
+        assert name == "triton"
+        assert options == {"scale": 0.5, "sliding_window": 5, "max_query_len": 2}
+    assert os.environ.get("TRITON_INTERPRET") == ("1" if device == "cpu" and not needed else interpret)
+
+
+@pytest.mark.parametrize("backend", ["", "a", "tri", "tritons", "z"])
+def test_an_unknown_backend_is_refused(backend):
+    with pytest.raises(ValueError, match=f"'torch' or 'triton', got '{backend}'"):
+        PagedCache(CONFIG, 4, 2, backend=backend)
+
+
+def test_a_backend_that_cannot_be_imported_is_refused(monkeypatch):
+    choose_triton(monkeypatch, "1", True, None)
+    with pytest.raises(ValueError, match="backend 'triton' cannot be used"):
+        PagedCache(CONFIG, 4, 2, backend="triton")

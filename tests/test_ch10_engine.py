@@ -3,6 +3,7 @@
 The model is `tiny` in float64: random weights, and every greedy token depends on all tokens before it.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from alone import alone as answer_alone
 from minipaged import LLM, SamplingParams
 from minipaged.cdiv import cdiv
-from minipaged.model.load import load_model
+from minipaged.model.load import TINY, Model, load_model, tiny_transformer
 from minipaged.model.tokenizer import TextTokenizer
 from minipaged.model.tokenizer_files import byte_tokenizer
 from strategies import costly
@@ -238,6 +240,36 @@ def test_a_stop_string_ends_the_text_before_it(text, at, length):
     assert stop not in answer.text
     assert whole.startswith(answer.text)
     assert answer.finish_reason == "stop"
+
+
+WORDS = ["<s>", "\u2581the", "\u2581cat", "\u2581sat", "s", "\u2581"]
+
+
+@cache
+def spaced():
+    """`tiny` over words that bring the space before them, which a decoder strips where a text begins (Llama 2)."""
+    made = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(WORDS)}, merges=[]))
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    made.add_special_tokens(WORDS[:1])
+    transformer = tiny_transformer(torch.float64, config=replace(TINY, vocab_size=len(WORDS)))
+    return Model(transformer, TextTokenizer(made))
+
+
+@given(prompt=st.lists(st.integers(1, 5), min_size=1, max_size=5), fails=st.booleans(), seed=st.integers(0, 99))
+def test_the_text_is_what_its_tokens_add_to_the_prompt(prompt, fails, seed):
+    """The space before the first word too, and also where a step fails and the texts are written again."""
+    llm = LLM(spaced(), max_model_len=CONTEXT, num_blocks=8)
+    request = llm.add_request({"prompt_token_ids": prompt}, SamplingParams(temperature=3.0, seed=seed, max_tokens=4))
+    llm.step()
+    if fails:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(llm.runner, "run", lambda *_: 1 / 0)
+            llm.step()
+    while llm.has_unfinished():
+        llm.step()
+    answer, decode = request.output().outputs[0], spaced().tokenizer.decode
+    assert decode(prompt) + answer.text == decode(prompt + answer.token_ids)
+    assert "".join(piece.text for piece in request.seqs[0].pieces(0)) == answer.text
 
 
 # ---- what can never run -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import random
 import time
 from dataclasses import replace
 from functools import cache
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -368,6 +369,25 @@ def test_ctrl_c_in_the_middle_of_a_step_gives_back_everything():
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     answer = llm.generate("abc", params)[0]
     assert [answer.outputs[0].token_ids] == alone(tuple(answer.prompt_token_ids), params)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_ctrl_c_at_the_last_token_leaves_a_finished_request(n):
+    """Its tokens are there: so the next call finds it finished, and counts it once."""
+    llm = engine()
+    params = SamplingParams(n=n, temperature=1.0, max_tokens=2, ignore_eos=True)
+    request, other = llm.add_request("abc", params), llm.add_request("abc", replace(params, max_tokens=4))
+    llm.step()
+    for _ in request.seqs:  # an interrupt at each one's end
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(llm.scheduler, "finish", Mock(side_effect=KeyboardInterrupt))
+            llm.step()
+    llm.step()
+    assert [len(seq.outputs) for seq in request.seqs] == [2] * n
+    assert request.finished and list(llm.requests) == [other.request_id]
+    while llm.has_unfinished():
+        llm.step()
+    assert llm.metrics().num_finished == 2 and not llm.blocks.tables
 
 
 def test_a_request_is_added_once_and_can_be_aborted_once():

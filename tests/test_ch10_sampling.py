@@ -78,8 +78,8 @@ def test_min_p_keeps_what_is_so_many_times_as_likely_as_the_likeliest(logits, te
 @given(
     logits=st.lists(numbers(-1, 1), min_size=1, max_size=3, unique=True)
     | st.lists(numbers(-1, 1), min_size=6, max_size=12, unique=True),
-    top_p=st.floats(0.5, 1.0) | st.floats(0.01, 1.0),
-    top_k=st.just(-1) | st.integers(1, 14) | st.integers(3, 5),
+    top_p=st.just(1.0) | st.floats(0.5, 1.0) | st.floats(0.01, 1.0),
+    top_k=st.just(-1) | st.integers(1, 14) | st.integers(1, 5),
     min_p=st.just(0.0) | st.floats(0.0, 0.5),
     candidates=st.sampled_from((1, 2, 1024)),
 )
@@ -104,6 +104,23 @@ def test_min_p_comes_first_then_top_k_and_top_p_is_a_share_of_what_is_left(logit
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+@given(bits=st.integers(0, 4), data=st.data(), top_k=st.sampled_from((-1, 16)))
+def test_tokens_that_make_up_top_p_exactly_are_enough(bits, data, top_k):
+    """2^bits equally likely tokens, whose sums are exact: k of them make up k / 2^bits."""
+    count = data.draw(st.integers(1, 2**bits), label="k")
+    params = SamplingParams(temperature=1.0, top_p=count / 2**bits, top_k=top_k)
+    kept = probabilities(torch.zeros(1, 2**bits), [params])[0]
+    assert int((kept > 0).sum()) == count
+
+
+def test_who_asks_for_all_tokens_keeps_the_least_likely_one():
+    """However little a rounded sum sees of it, and whatever the row beside it keeps."""
+    params = [SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.5)]
+    scores = torch.linspace(0.0, -600.0, 2 * sampling.CANDIDATES, dtype=torch.float64)
+    kept = probabilities(torch.stack([scores, scores]), params)
+    assert (kept[0] > 0).all() and int((kept[1] > 0).sum()) < 10
+
+
 def test_a_long_tail_is_sorted_as_far_as_top_p_needs():
     """A vocabulary of 5,000 nearly equal tokens: the first 1,024 that are sorted do not make up 90 %."""
     scores = torch.linspace(0.0, 0.001, 5000, dtype=torch.float64)
@@ -114,14 +131,17 @@ def test_a_long_tail_is_sorted_as_far_as_top_p_needs():
 
 @given(
     weights=st.lists(st.sampled_from((0.0, 1e-30, 0.1, 0.3, 1.0)), min_size=1, max_size=8).filter(any),
-    number=st.floats(0.0, 1.0, exclude_max=True),
+    number=st.floats(0.0, 1.0, exclude_max=True) | st.just(1.0 - 2.0**-53),
+    dtype=st.sampled_from((torch.float64, torch.float32)),
 )
-def test_a_draw_is_where_the_running_sum_passes_the_number(weights, number):
-    row = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+def test_a_draw_is_where_the_running_sum_passes_the_number(weights, number, dtype):
+    """In float32 the last number below 1 is rounded to 1, which no running sum passes."""
+    row = torch.tensor(weights, dtype=dtype) / sum(weights)
     token = draw(row[None], [number])[0]
+    near = 1e-12 if dtype == torch.float64 else 1e-6
     assert row[token] > 0, "a token of no probability was drawn"
-    assert float(row[:token].sum()) <= number + 1e-12
-    assert number <= float(row[: token + 1].sum()) + 1e-12
+    assert float(row[:token].sum()) <= number + near
+    assert number <= float(row[: token + 1].sum()) + near
 
 
 def test_what_is_drawn_follows_the_distribution():
@@ -132,15 +152,21 @@ def test_what_is_drawn_follows_the_distribution():
     assert np.abs(shares - row.numpy()).max() < 5 * 0.005
 
 
-@given(st.integers(-(2**70), 2**70), st.integers(0, 100), st.integers(0, 10_000))
-def test_every_token_has_a_random_number_of_its_own(seed, index, position):
+@given(
+    st.integers(-(2**70), 2**70),
+    st.integers(0, 100),
+    st.integers(0, 10_000),
+    st.integers(0, 63).map(lambda bit: 2**bit) | st.integers(1, 2**64 - 1),
+)
+def test_every_token_has_a_random_number_of_its_own(seed, index, position, other):
+    """`other` is added: seeds may differ in any of their 64 bits."""
     number = uniform(seed, index, position)
     assert 0.0 <= number < 1.0
     assert number == uniform(seed, index, position)
     others = (
-        uniform(seed + 1, index, position),
-        uniform(seed, index + 1, position),
-        uniform(seed, index, position + 1),
+        uniform(seed + other, index, position),
+        uniform(seed, index + 1 + other % 1000, position),
+        uniform(seed, index, position + 1 + other % 1000),
     )
     assert number not in others
 
@@ -182,6 +208,34 @@ def test_logprobs_are_the_chosen_token_and_the_likeliest(logits, token, number):
     if number:
         worst = min(value for i, value in found.items() if i != token or len(found) == min(number, 5))
         assert all(float(expected[i]) <= worst + 1e-9 for i in range(5) if i not in found)
+
+
+@given(data=st.data(), num_seqs=st.integers(1, 5), seed=st.integers(0, 99))
+def test_each_sequence_of_a_step_is_sampled_as_it_asks(data, num_seqs, seed):
+    """A second writing, sequence by sequence: greedy ones beside drawn ones, with logprobs and without."""
+    logits = torch.randn(num_seqs, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    some = st.builds(
+        SamplingParams,
+        temperature=st.sampled_from((0.0, 0.7, 3.0)),
+        repetition_penalty=st.sampled_from((1.0, 5.0)),
+        logprobs=st.none() | st.integers(0, 3),
+        top_k=st.sampled_from((-1, 1, 3)),
+    )
+    seqs = [
+        Sequence(str(i), data.draw(st.integers(0, 2)), data.draw(st.lists(st.integers(0, 5), min_size=1)), params, i)
+        for i, params in enumerate(data.draw(st.lists(some, min_size=num_seqs, max_size=num_seqs), label="params"))
+    ]
+    for row, seq, found in zip(logits, seqs, sample(logits, seqs), strict=True):
+        after = penalised(row[None], [seq])
+        if seq.params.temperature == 0.0:
+            assert found.token_id == int(after[0].argmax())
+        else:
+            number = uniform(seq.seed, seq.index, len(seq.prompt_token_ids))
+            assert [found.token_id] == draw(probabilities(after, [seq.params]), [number])
+        if seq.params.logprobs is None:
+            assert found.logprobs is None
+        else:  # the model's own, which neither penalty nor temperature moves
+            assert found.logprobs == logprobs(row[None], [found.token_id], [seq.params.logprobs])[0]
 
 
 class Refused:

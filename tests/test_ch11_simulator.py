@@ -208,6 +208,46 @@ def test_the_window_weighs_steps_with_their_seconds():
     assert late.finished == 1
 
 
+@given(server=servers(), script=scripts(), seed=st.integers(0, 5), every=st.integers(0, 3), data=st.data())
+def test_totals_are_what_the_steps_of_the_window_add_up_to(server, script, seed, every, data):
+    """A second writing, from what each step shows. All arrive at once: so the clock is the sum of the steps."""
+    script = [replace(request, arrival=0.0) for request in script]
+    steps, clocks, blocks = [], [0.0], server.name == "paged"
+
+    def look(server, output, seconds):
+        account = server.account()
+        parts = *account[:3], sum(account[3:])
+        tables = [server.memory.blocks(seq.seq_id) for seq in server.running] if blocks else []
+        steps.append((seconds, len(server.running), parts, sum(map(len, tables)), server.num_slots))
+        clocks.append(clocks[-1] + seconds)
+
+    whole = simulate(script, replace(server), on_step=look, seed=seed)
+    first, last = sorted(data.draw(st.lists(st.integers(0, len(steps)), min_size=2, max_size=2), label="steps"))
+    window = clocks[first], clocks[last]
+    options = {"count_blocks": blocks, "seed": seed} | ({} if every == 1 else {"account_every": every})
+    totals = simulate(script, replace(server), window=window, **options).totals
+    inside = steps[first:last]
+    assert totals.seconds == pytest.approx(sum(step[0] for step in inside))
+    assert totals.sequences == pytest.approx(sum(step[0] * step[1] for step in inside))
+    looked = [step for number, step in enumerate(inside, start=first + 1) if every and number % every == 0]
+    assert totals.slots == pytest.approx([sum(step[0] * step[2][place] for step in looked) for place in range(4)])
+    assert sum(totals.shares) == pytest.approx(100.0 if looked else 0.0)
+    if looked:
+        pool = sum(step[0] * step[4] for step in looked)
+        assert totals.shares.held == pytest.approx(100 * sum(step[0] * step[2][0] for step in looked) / pool)
+    if blocks:
+        assert totals.tables == pytest.approx(sum(step[0] * step[3] for step in inside))
+        assert 0.0 <= totals.saved < 1.0
+    if inside:
+        assert totals.batch == pytest.approx(totals.sequences / totals.seconds)
+        assert totals.throughput == pytest.approx(totals.finished / totals.seconds)
+    else:
+        assert (totals.batch, totals.throughput, totals.saved) == (0.0, 0.0, 0.0)
+    others = [(0.0, window[0]), (window[1], math.inf)]
+    finished = [simulate(script, replace(server), window=each, seed=seed).totals.finished for each in others]
+    assert totals.finished + sum(finished) == len(script) == whole.totals.finished
+
+
 def test_samples_share_the_prompt_and_nothing_else():
     """Prompt of 32, blocks of 16: two samples name its two blocks, and have one of their own each from token 33 on."""
     seen = Totals(0.0, math.inf)

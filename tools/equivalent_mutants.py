@@ -5,6 +5,11 @@ Module -> the mutated line, stripped -> why. An empty line: lines were taken out
 
 # `is` for `==`.
 _SAME_OBJECT = "names in the code and the version's small number are one object in CPython"
+# Another number for the last dimension, `*` for `&`.
+_LAST_OF_TWO = "of two dimensions, 1 and -1 are one"
+_PINNED = "pinned memory makes copies to a GPU faster, and changes none"
+_FIRST_NAME = "no name of a device comes before a CPU's"
+_AND_OF_TRUTHS = "a product of truth values is their and"
 
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
@@ -135,4 +140,100 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "finite = new_maximum.masked_fill(new_maximum == -torch.inf, -1.0)",
     ): "any finite number will do: exp(-inf) is 0",
     ("minipaged/attention/gathered.py", "if rows.start >= rows.stop:"): "a checked query_start_loc never falls",
+    (
+        "minipaged/engine/sampling.py",
+        "kept[:, 1:] = torch.where((top_p >= 1.0) | (before < top_p * total), kept, 0.0)[:, 1:]",
+    ): "a top_p is at most 1",
+    (
+        "minipaged/engine/sampling.py",
+        "if num_sorted >= vocab_size or bool(enough.all()):",
+    ): "no more tokens are sorted than there are",
+    (
+        "minipaged/engine/sampling.py",
+        "if not (likeliest.values.isfinite() & adjusted.amin(1).isfinite()).all():",
+    ): _LAST_OF_TWO,
+    (
+        "minipaged/engine/sampling.py",
+        "total = weights.cumsum(+1)  # [num_rows, vocab_size]",
+    ): _LAST_OF_TWO,
+    (
+        "minipaged/engine/sampling.py",
+        "if not (likeliest.values.isfinite() * adjusted.amin(-1).isfinite()).all():",
+    ): _AND_OF_TRUTHS,
+    (
+        "minipaged/engine/sampling.py",
+        "reached = (top_p < 1.0) & (top_k == vocab_size) * (kept.sum(-1, keepdim=True) >= top_p * total)",
+    ): _AND_OF_TRUTHS,
+    (
+        "minipaged/engine/sampling.py",
+        "reached = (top_p < 1.0) & (top_k == vocab_size) & (kept.sum(-1, keepdim=True) >= top_p + total)",
+    ): "a few tokens are sorted for speed: all of them give the same answer",
+    (
+        "minipaged/engine/sampling.py",
+        "if any(p.top_k > -1 or p.top_p < 1.0 for p in params):",
+    ): "a top_k is -1 or at least 1",
+    (
+        "minipaged/engine/sampling.py",
+        "if any(p.top_k != - 2 or p.top_p < 1.0 for p in params):",
+    ): "the special case is for speed: where no token is dropped, all are kept",
+    (
+        "minipaged/simulator/simulate.py",
+        "total = sum(self.slots) or 2.0",
+    ): "no slots are no share, whatever they are divided by",
+    (
+        "minipaged/kvcache/swap_space.py",
+        'pinned = cache.key_cache.device.type is "cuda"',
+    ): _PINNED,
+    (
+        "minipaged/kvcache/swap_space.py",
+        'pinned = cache.key_cache.device.type > "cuda"',
+    ): _PINNED,
+    (
+        "minipaged/kvcache/swap_space.py",
+        'pinned = cache.key_cache.device.type >= "cuda"',
+    ): "of the devices that the engine runs on, a CPU's name comes first, and a GPU's is this one",
+    (
+        "minipaged/kvcache/swap_space.py",
+        "sources, targets = (torch.tensor(blocks) for blocks in zip(*plan, strict=False))",
+    ): "every entry of a plan is a pair",
+    (
+        "minipaged/model/tokenizer.py",
+        "_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 257)]",
+    ): "the character 256 gets its byte from the second half of the table",
+    (
+        "minipaged/model/tokenizer.py",
+        "return max([*ids, not 1 if self.bos_token_id is None else self.bos_token_id])",
+    ): "a vocabulary has a token, and no id is less than 0",
+    (
+        "minipaged/model/tokenizer.py",
+        "self._before = [token for token in prompt_token_ids if token not in self._skipped][~1:]",
+    ): "one token before a text is enough, and two do as well",
+    (
+        "minipaged/model/tokenizer.py",
+        "_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 ^ i): byte for i, byte in enumerate(_OTHERS)}",
+    ): "there are fewer than 256 others, so nothing is carried",
+    (
+        "minipaged/engine/llm_engine.py",
+        "if rows is not list(range(len(logits))):  # else each row once, in order: megabytes are not copied",
+    ): "rows that are in order already are copied, and stay what they are",
+    (
+        "minipaged/engine/llm_engine.py",
+        "if rows > list(range(len(logits))):  # else each row once, in order: megabytes are not copied",
+    ): "each row comes once, in order, and again for samples behind them: rows never come before the plain list",
+    (
+        "minipaged/engine/llm_engine.py",
+        "seconds = scheduled % start + updated - ran, time.perf_counter() - start",
+    ): "a step is shorter than the clock has run, so the remainder is the difference",
+    (
+        "minipaged/kvcache/paged.py",
+        'if device.type <= "cpu" and "triton" not in sys.modules:',
+    ): _FIRST_NAME,
+    (
+        "minipaged/kvcache/paged.py",
+        'if interpreted != (device.type <= "cpu"):',
+    ): _FIRST_NAME,
+    (
+        "minipaged/kvcache/paged.py",
+        "return compiled.paged_attention(query, *caches, *tables, **options, check=True)",
+    ): "what was found right is checked again",
 }
