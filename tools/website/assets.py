@@ -51,11 +51,13 @@ OURS = (
 )
 
 
-def brought(folder: Path, wanted: Sequence[str], command: Sequence[str | Path]) -> None:
+def brought(folder: Path, wanted: Sequence[str], command: Sequence[str]) -> None:
     """Fill a folder by a command that is given what is wanted, once. Raises RuntimeError with why it cannot."""
     mark = folder / "complete"
     if mark.is_file() and mark.read_text() == "\n".join(wanted):
         return
+    if shutil.which(command[0]) is None:
+        raise RuntimeError(f"{command[0]} is not on this machine, and brings Python for the browser")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     done = subprocess.run([*command, *wanted], cwd=folder, capture_output=True, text=True, check=False)
@@ -67,11 +69,8 @@ def brought(folder: Path, wanted: Sequence[str], command: Sequence[str | Path]) 
 
 def from_npm() -> Path:
     """The folder of npm's packages. No package's script is run."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise RuntimeError("npm is not on this machine, and brings Python for the browser")
     wanted = [f"{name}@{version}" for name, version in NPM.items()]
-    brought(KEPT / "npm", wanted, [npm, "install", "--no-save", "--ignore-scripts", "--no-audit", "--silent"])
+    brought(KEPT / "npm", wanted, ["npm", "install", "--no-save", "--ignore-scripts", "--no-audit", "--silent"])
     return KEPT / "npm" / "node_modules"
 
 
