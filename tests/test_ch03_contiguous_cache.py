@@ -183,6 +183,7 @@ def test_a_batch_translates_every_position_to_its_slot(block_size, spans, rng):
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 4)])
 def test_a_cache_of_no_size_is_refused(sizes):
     for kind in (ContiguousCache, PagedCache):
+        kind(config(1, 1, 2), 1, 1)  # the smallest there is
         with pytest.raises(ValueError) as error:
             kind(config(1, 1, 2), *sizes)
         assert says(error.value, min(sizes)), f"the message does not name {min(sizes)}: {error.value}"

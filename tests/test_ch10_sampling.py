@@ -40,9 +40,10 @@ def numbers(low, high):
 def test_the_distribution_is_the_likeliest_part_of_softmax(logits, temperature, top_p, top_k):
     scores = torch.tensor(logits, dtype=torch.float64)
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
-    other = SamplingParams(temperature=1.0, top_k=1, min_p=0.5)  # a row beside it that has nothing to do with it
-    kept = probabilities(torch.stack([scores, -scores]), [params, other])[0]
+    other = SamplingParams(temperature=1.0, top_k=2, min_p=0.5)  # a row beside it that has nothing to do with it
+    kept, beside = probabilities(torch.stack([scores, -scores]), [params, other])
     torch.testing.assert_close(kept, probabilities(scores[None], [params])[0], rtol=0.0, atol=0.0)
+    torch.testing.assert_close(beside, probabilities(-scores[None], [other])[0], rtol=0.0, atol=0.0)
     full = ((scores - scores.max()) / temperature).softmax(-1)
     support = kept > 0
     assert float(kept.sum()) == pytest.approx(1.0)
@@ -220,6 +221,8 @@ def test_each_sequence_of_a_step_is_sampled_as_it_asks(data, num_seqs, seed):
         repetition_penalty=st.sampled_from((1.0, 5.0)),
         logprobs=st.none() | st.integers(0, 3),
         top_k=st.sampled_from((-1, 1, 3)),
+        top_p=st.sampled_from((0.5, 1.0)),
+        min_p=st.sampled_from((0.0, 0.5)),
     )
     seqs = [
         Sequence(str(i), data.draw(st.integers(0, 2)), data.draw(st.lists(st.integers(0, 5), min_size=1)), params, i)
