@@ -34,5 +34,5 @@ def side_by_side(here: Callable[[str], str], problem: str) -> str:
     missing = f' missing="{html.escape(problem, quote=True)}"' if problem else ""
     alt = "Two pools of one size: seven long runs, mostly empty, beside small blocks that fill the pool"
     picture = f'<noscript><img src="{here("figures/still/sideBySide.png")}" alt="{alt}"></noscript>'
-    script = f'<script type="module" src="{here("figures/side_by_side.js")}"></script>'
+    script = f'<script async type="module" src="{here("figures/side_by_side.js")}"></script>'
     return f'<div><side-by-side src="{here(RECORDED)}"{missing}>{picture}</side-by-side>{script}</div>'

@@ -122,10 +122,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def player(here: Callable[[str], str], film: str) -> str:
-    """The element with its script, which is loaded once a page, and inside of it what a page without scripts shows."""
+    """The element, and inside of it what a page without scripts shows; and its script, which is loaded once a page and
+    for which no other script of the page waits."""
     words = f'The player needs JavaScript. Here is <a href="{here(film)}">the recorded trace</a>.'
     element = f'<trace-player src="{here(film)}"><noscript><p>{words}</p></noscript></trace-player>'
-    return f'<div>{element}<script type="module" src="{here("player/player.js")}"></script></div>'
+    return f'<div>{element}<script async type="module" src="{here("player/player.js")}"></script></div>'
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
