@@ -7,7 +7,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minipaged import LLM, BeamSearchParams, SamplingParams
@@ -109,10 +109,13 @@ WHOLE = (
     "max_num_batched_tokens",
     "seed",
 )
-OTHERS = ("cache", "backend", "preemption", "enable_prefix_caching", "watermark", "trace")
+OTHERS = ("cache", "backend", "preemption", "enable_prefix_caching", "watermark", "trace", "dtype", "device")
 
 
 @given(name=st.sampled_from(WHOLE + OTHERS), value=SPECIAL)
+@example(name="cache", value=np.arange(2))
+@example(name="device", value=np.arange(2))
+@example(name="dtype", value=[1])
 def test_any_object_in_any_argument_of_the_engine(model, name, value):
     if name == "trace" and isinstance(value, str):
         return  # the path of a file
@@ -124,6 +127,12 @@ def test_any_object_in_any_argument_of_the_engine(model, name, value):
     else:
         assert not (name in WHOLE and isinstance(value, bool | float)), "it is no whole number"
         assert len(llm.generate("a", SamplingParams(max_tokens=2), progress=False)[0].outputs) == 1
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "a", None, [1], np.arange(2)], ids=repr)
+def test_a_number_of_ranks_is_a_number(model, size):
+    with pytest.raises(ValueError, match="tensor_parallel_size must be a whole number, at least 1"):
+        LLM(model, tensor_parallel_size=size)
 
 
 def test_numbers_of_numpy_are_numbers(llm):

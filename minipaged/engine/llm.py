@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from minipaged.engine.arguments import flag, items, number, whole
+from minipaged.engine.arguments import flag, items, number, text, whole
 from minipaged.engine.beam_scheduler import BeamSearchParams
 from minipaged.engine.beam_search import beam_search
-from minipaged.engine.cache_config import make_cache_config
+from minipaged.engine.cache_config import check_cache, make_cache_config
 from minipaged.engine.llm_engine import LLMEngine
 from minipaged.engine.prompt import Prompt, Prompts, read_prompt
 from minipaged.engine.runner import Runner
@@ -64,10 +64,14 @@ class LLM(LLMEngine):
         tensor_parallel_size: int = 1,
         distributed_timeout: float = 60.0,
     ):
-        seed, max_num_seqs = whole("seed", seed), whole("max_num_seqs", max_num_seqs)
+        seed, watermark = whole("seed", seed), number("watermark", watermark)
+        max_num_seqs = whole("max_num_seqs", max_num_seqs)
         max_num_batched_tokens = whole("max_num_batched_tokens", max_num_batched_tokens)
-        watermark = number("watermark", watermark)
+        tensor_parallel_size = whole("tensor_parallel_size", tensor_parallel_size, least=1)
+        dtype = dtype if dtype is None else text("dtype", dtype)
+        device = device if device is None else text("device", device)
         trace = trace if isinstance(trace, str | Path) else flag("trace", trace)
+        check_cache(cache)
         if trace and cache != "paged":
             raise ValueError(f"a trace shows the blocks of the paged cache, and cache is {cache!r}")
         sharded = None
@@ -213,8 +217,8 @@ class LLM(LLMEngine):
                 self.scheduler.check(len(token_ids), params.max_tokens)
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from error
-            text = prompt.get("prompt") if isinstance(prompt, dict) else str(prompt)
-            checked.append((text, token_ids, cache_salt))
+            prompt_text = prompt.get("prompt") if isinstance(prompt, dict) else str(prompt)
+            checked.append((prompt_text, token_ids, cache_salt))
         requests = []
         for prompt_text, token_ids, cache_salt in checked:
             request_id = next(self._request_ids)
