@@ -129,6 +129,12 @@ def test_any_object_in_any_argument_of_the_engine(model, name, value):
         assert len(llm.generate("a", SamplingParams(max_tokens=2), progress=False)[0].outputs) == 1
 
 
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")], ids=repr)
+def test_a_device_is_its_name_or_torchs_object(model, device):
+    for name in ("tiny", model):
+        assert LLM(name, device=device, max_model_len=32, num_blocks=4).runner.device.type == "cpu"
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "a", None, [1], np.arange(2)], ids=repr)
 def test_a_number_of_ranks_is_a_number(model, size):
     with pytest.raises(ValueError, match="tensor_parallel_size must be a whole number, at least 1"):

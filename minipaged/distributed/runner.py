@@ -26,7 +26,7 @@ from minipaged.distributed.launch import Ranks, WorkerError
 from minipaged.distributed.load import load_slice
 from minipaged.distributed.message import HEADER_LENGTH, encode
 from minipaged.distributed.worker import Links, rank_device, report, serve
-from minipaged.engine.arguments import number, whole
+from minipaged.engine.arguments import number
 from minipaged.engine.cache_config import CacheConfig
 from minipaged.engine.runner import Runner
 from minipaged.engine.scheduler_output import SchedulerOutput
@@ -46,7 +46,7 @@ class ShardedModel:
         """timeout: seconds that a rank may let the others wait, once all are there.
 
         Raises ValueError where the model, the ranks or the devices do not go together. Starts nothing."""
-        size, timeout = whole("tensor_parallel_size", size, least=1), number("distributed_timeout", timeout)
+        timeout = number("distributed_timeout", timeout)
         rank, world = launch.torchrun_rank_and_size()
         device = device or default_device()
         gpus = size if world > 1 or not device.startswith("cuda") else torch.cuda.device_count()

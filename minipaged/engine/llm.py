@@ -69,7 +69,7 @@ class LLM(LLMEngine):
         max_num_batched_tokens = whole("max_num_batched_tokens", max_num_batched_tokens)
         tensor_parallel_size = whole("tensor_parallel_size", tensor_parallel_size, least=1)
         dtype = dtype if dtype is None else text("dtype", dtype)
-        device = device if device is None else text("device", device)
+        device = device if device is None else str(device)  # a torch.device has its name
         trace = trace if isinstance(trace, str | Path) else flag("trace", trace)
         check_cache(cache)
         if trace and cache != "paged":
