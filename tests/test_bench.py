@@ -2,6 +2,9 @@
 
 import gc
 import json
+import os
+import subprocess
+import sys
 from statistics import median
 
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipaged.bench import attention, engine, kernels, memory
+from minipaged.bench.compare import WORKER
 from minipaged.bench.kernel_peers import Problem, Shape
 from minipaged.bench.timing import in_turn, turns
 from minipaged.processor import processor
@@ -114,3 +118,15 @@ def test_kernels_are_timed_beside_the_peers_that_run_here(monkeypatch, capsys):
         assert all(row["best"][name] < row["ms"][name] < row["worst"][name] for name in row["ms"])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1 << 40))
     assert kernels.measure(problem, ["right"], 1, told)["ms"] == {}, "there is no memory for it"
+
+
+def test_a_peer_finds_no_module_of_ours_in_place_of_its_own(tmp_path):
+    """transformers asks whether there is a `kernels`: the benchmark of this name stands beside the worker."""
+    names = sorted(path.stem for path in WORKER.parent.glob("*.py"))
+    fake = f"import importlib.util, sys\nprint([importlib.util.find_spec(name) for name in {names}], file=sys.stderr)"
+    (tmp_path / "vllm.py").write_text(f"{fake}\nLLM = lambda *_, **__: None\nSamplingParams = None\n")
+    command = [sys.executable, str(WORKER), "vllm", "a-model", "float32"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and done.stderr.startswith("["), done.stderr
+    assert "kernels" in names and str(WORKER.parent) not in done.stderr

@@ -16,6 +16,10 @@ from typing import Any
 
 Run = Callable[[dict[str, Any]], dict[str, Any]]
 
+# Python puts this file's folder first, and transformers asks whether there is a module `kernels`: it would find ours.
+if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+    del sys.path[0]
+
 
 def ours(cache: str, model: str, dtype: str, caching: bool = False, static: bool = False) -> Run:
     """The engine with one of its caches, kept from one run of a workload to the next as a server's is.
