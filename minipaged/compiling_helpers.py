@@ -11,21 +11,21 @@ from minipaged.compiling import exactly, inlined
 
 
 @inlined
-def widen(halves, widened):
+def widen(halves, head_dim, widened):
     """Halves [slots, head_dim], by their bits, as float32 in the first rows of `widened`; returns those rows."""
     for s in range(len(halves)):
-        for d in range(halves.shape[1]):
+        for d in range(head_dim):
             widened[s, d] = number(halves[s, d])
     return widened[: len(halves)]
 
 
 @inlined
-def scores(q, rows, keys, following, weights):
+def scores(q, rows, keys, head_dim, following, weights):
     """weights[row, slot] = q[row] . keys[slot]. Meanwhile the same slots of the following block are prefetched.
 
     Slots are taken by four: a number of q is loaded once for four products. (The last four may overlap those before.)
     """
-    num_slots, head_dim = keys.shape
+    num_slots = len(keys)
     for begin in range(0, num_slots, 4):
         prefetch(following, begin, min(begin + 4, num_slots))
         s = max(min(begin, num_slots - 4), 0)
@@ -42,9 +42,9 @@ def scores(q, rows, keys, following, weights):
 
 
 @inlined
-def add_weighted(weights, rows, values, following, sums):
+def add_weighted(weights, rows, values, head_dim, following, sums):
     """sums[row] += weights[row, slot] * values[slot], of all slots, four for each load of sums."""
-    num_slots, head_dim = values.shape
+    num_slots = len(values)
     whole = num_slots - num_slots % 4
     for s in range(0, whole, 4):
         prefetch(following, s, s + 4)

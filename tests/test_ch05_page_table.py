@@ -350,8 +350,9 @@ def test_a_shared_frame_lives_as_long_as_one_process_names_it():
     memory, a, b = two_processes()
     a.map(0)
     b.share(3, a, 0)
-    a.store(1, 42)
-    assert b.load(3 * 4 + 1) == 42, "what a writes, b reads"
+    for byte in (0, 255, 42):  # the least, the largest, and one that stays
+        a.store(1, byte)
+        assert b.load(3 * 4 + 1) == byte, "what a writes, b reads"
     a.unmap(0)
     assert b.load(3 * 4 + 1) == 42, "a is gone from the frame, b is not"
     assert memory.num_free == 1

@@ -285,6 +285,9 @@ def test_a_header_is_read_and_written_as_it_is():
 
 def test_a_step_that_falls_behind_the_last_one_is_refused():
     trace = Trace(2, 2)
+    trace.step = -1  # the first is behind none, but there is no step before 0
+    with pytest.raises(ValueError, match="only rise"):
+        trace.record("cache", block=0)
     for step in (0, 3):
         trace.step = step
         trace.record("cache", block=0)

@@ -117,6 +117,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "a count never falls below 0: `_in_use` saw to it",
     (
         "minipaged/memory/trace.py",
+        'least = 0 if name >= "num_host_blocks" else 1',
+    ): "the two other names come before it in the alphabet",
+    (
+        "minipaged/memory/trace.py",
         'if fields.get("schema") != SCHEMA or fields.get("version") is not VERSION:',
     ): _SAME_OBJECT,
     (

@@ -31,7 +31,7 @@ from equivalent_mutants import EQUIVALENT
 from minipaged.course.chapters import repository
 
 LEAST_KILLED = 0.95
-CPU_SECONDS = 60  # of one run of a suite with the first examples: an endless loop counts as killed
+TIMES_LONGER = 5  # than the suite needs of the processor where nothing is changed: an endless loop counts as killed
 WALL_SECONDS = 900  # the same for one that waits; on a busy machine a run may stand still for a while
 # Examples of each property and the tests that run them: as in `make test`, then, for what survives, all and thoroughly.
 ROUNDS = ((25, "not slow and not oracle"), (400, "not oracle"))
@@ -197,10 +197,11 @@ def copy_of(root: Path, target: Path) -> None:
     (target / "without_shrinking.py").write_text(PLUGIN)
 
 
-def passes(suites: tuple[str, ...], folder: Path, examples: int, marks: str, plain: bool = True) -> bool:
+def passes(suites: tuple[str, ...], folder: Path, examples: int, marks: str, plain: bool, limit: int = -1) -> bool:
     """Whether the suites are content with the copy as it is. One that does not end is not.
 
-    plain: compiled loops run as plain Python, where an index that went wrong is an error and not a crash."""
+    plain: compiled loops run as plain Python, where an index that went wrong is an error and not a crash. limit:
+    seconds of the processor."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -211,7 +212,6 @@ def passes(suites: tuple[str, ...], folder: Path, examples: int, marks: str, pla
     }
     options = ["-x", "-q", "-m", marks, "-p", "no:cacheprovider", "-p", "without_shrinking"]
     rounds = examples // ROUNDS[0][0]
-    limit = CPU_SECONDS * rounds
     try:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *(f"tests/{suite}" for suite in suites)],
@@ -237,12 +237,14 @@ def survivors(module: str, chosen: list[Mutant], folder: Path) -> list[list[Muta
         raise RuntimeError(f"{' and '.join(suites)} pass without {module}: they import another copy than {folder}")
     file.write_text(source)
     for examples, marks in ROUNDS:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         if chosen and not passes(suites, folder, examples, marks, plain):
             raise RuntimeError(f"{' and '.join(suites)} must pass where nothing is changed, and do not")
+        limit = 10 + TIMES_LONGER * int(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
         alive = []
         for number, mutant in enumerate(chosen, 1):
             file.write_text(mutant.source)
-            if passes(suites, folder, examples, marks, plain):
+            if passes(suites, folder, examples, marks, plain, limit):
                 alive.append(mutant)
                 print(f"  {number} of {len(chosen)} survives {examples} examples, {mutant}", flush=True)
         file.write_text(source)

@@ -1,17 +1,15 @@
 """Chapter 7. Paged attention for a processor: the loop of `online_softmax.py`, compiled by Numba. The engine runs this.
 
-    seq_len 700        part 0              part 1              part 2
-    KV head 0      [ 0 ... 255 ]       [ 256 ... 511 ]     [ 512 ... 699 ]        each: m, l, acc of its slots
-    KV head 1      [ 0 ... 255 ]       [ 256 ... 511 ]     [ 512 ... 699 ]
+                    block table of the sequence: [ 7 | 2 | 9 ]
+    KV head 0       block 7  ->  block 2  ->  block 9      m, l and sums of its query heads, in one thread
+    KV head 1       block 7  ->  block 2  ->  block 9      the same in this one, or in another
 
-A part walks the block table over PART_SLOTS positions and reads each block where it lies, once for all query heads of
-the group. Threads share the parts out; then m, l and acc of a row's parts are merged by the same rescaling (chapter 8
-calls it split-KV). Parts begin at fixed positions: an answer depends, to the last bit, neither on the number of threads
-nor on the rest of the batch. Each block is prefetched while the one before it is computed with: without this, half of
-the time goes into waiting for memory.
+A KV head of a sequence walks the block table and reads each block where it lies, once for all query heads of the group.
+Threads share out these walks, and none is cut: an answer depends, to the last bit, neither on the number of threads nor
+on the rest of the batch. Each block is prefetched while the one before it is computed with: without this, half of the
+time goes into waiting for memory. (Chapter 8 cuts a long walk into parts, since a GPU has far more than a few cores.)
 """
 
-import math
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,11 +24,11 @@ from minipaged.cdiv import cdiv
 from minipaged.compiling import BITS, array_of, can_compile, compiled, in_threads, inlined
 from minipaged.compiling_helpers import add_weighted, exp, scores, widen
 
-PART_SLOTS = 256  # positions of a part
 # Sequences with more queries in a step are gathered: K and V are then used so often that copying them costs little, and
 # the matrix products of torch's attention win. (Figures: docs/design.md, section 6.)
 MOST_QUERIES = 8
-LEAST_PARTS = 4  # that are worth waking up a thread
+LEAST_SLOTS = 1024  # that are worth waking up a thread
+UNROLLED = (64, 128)  # common sizes of a head: a loop compiled for one alone takes a fifth less time
 NO_WINDOW = 2**30  # positions
 
 
@@ -58,14 +56,14 @@ def paged_attention(
     q, (table, lens, starts) = array_of(wide), [array_of(tensor.to(torch.int32).contiguous()) for tensor in tables]
     out, counts = np.empty_like(q), np.diff(query_start_loc.numpy())
     is_long = counts > MOST_QUERIES  # [num_seqs]
-    if rows := query.shape[1] // key_cache.shape[1] * counts[~is_long].max(initial=0):
-        max_parts = cdiv(block_tables.shape[1] * key_cache.shape[2], PART_SLOTS)
-        parts = max_parts, len(lens), key_cache.shape[1], rows
-        m_l_acc = np.empty(parts, q.dtype), np.empty(parts, q.dtype), np.empty((*parts, query.shape[2]), q.dtype)
-        window = q.dtype.type(scale), min(sliding_window or NO_WINDOW, NO_WINDOW)
-        work = (q, array_of(key_cache), array_of(value_cache), table, lens, starts, *window, *m_l_acc)
-        in_threads(_loop(query.dtype), math.prod(parts[:3]), *work, least=LEAST_PARTS)
-        _merge(starts, *m_l_acc, out)
+    window = q.dtype.type(scale), min(sliding_window or NO_WINDOW, NO_WINDOW)
+    _, num_kv_heads, block_size, size = key_cache.shape
+    loop, least = (
+        _loop(query.dtype, size if size in UNROLLED else 0),
+        cdiv(LEAST_SLOTS, max(1, table.shape[1] * block_size)),
+    )
+    caches = array_of(key_cache), array_of(value_cache)
+    in_threads(loop, len(lens) * num_kv_heads, q, *caches, table, lens, starts, *window, out, least=least)
     answers = torch.from_numpy(out)
     if is_long.any():
         mine, seqs = torch.from_numpy(np.repeat(is_long, counts)), torch.from_numpy(is_long)
@@ -92,61 +90,54 @@ def write_kv(
 def _store(first, last, key, value, key_cache, value_cache, slot_mapping):
     _, num_kv_heads, block_size, head_dim = key_cache.shape
     for token in range(first, last):
-        slot = slot_mapping[token]
-        for head in range(num_kv_heads if slot >= 0 else 0):
+        block, offset = slot_mapping[token] // block_size, slot_mapping[token] % block_size
+        for head in range(num_kv_heads if slot_mapping[token] >= 0 else 0):
             for d in range(head_dim):
-                key_cache[slot // block_size, head, slot % block_size, d] = key[token, head, d]
-                value_cache[slot // block_size, head, slot % block_size, d] = value[token, head, d]
+                key_cache[block, head, offset, d] = key[token, head, d]
+                value_cache[block, head, offset, d] = value[token, head, d]
 
 
 @lru_cache
-def _loop(dtype: torch.dtype) -> Any:
-    """The loop for caches of one dtype. What a closure holds is a constant to Numba: dead branches are left out."""
+def _loop(dtype: torch.dtype, size: int) -> Any:
+    """The loop for caches of one dtype and one head size (0: any). What a closure holds is a constant to Numba."""
     is_half = dtype in BITS
 
     @compiled
-    def attend_parts(
-        first, last, query, key_cache, value_cache, block_tables, seq_lens, starts, scale, window, m, l, acc
-    ):
-        """For parts first to last - 1: the maximum m of the scores and the sum l of the weights, of shape [max_parts,
-        num_seqs, num_kv_heads, rows], and acc [..., head_dim] of weight * value. A row: a query, one of its heads."""
-        num_kv_heads, block_size, head_dim = key_cache.shape[1:]
-        group = query.shape[1] // num_kv_heads
-        q = np.empty((m.shape[3], head_dim), query.dtype)
-        weights = np.empty((m.shape[3], block_size), query.dtype)
-        widened = np.empty((block_size, head_dim), query.dtype)
-        for part in range(first, last):
-            kv_head, seq = part % num_kv_heads, part // num_kv_heads % len(seq_lens)
-            nth = part // num_kv_heads // len(seq_lens)  # the parts that all sequences have come first
-            place = nth, seq, kv_head
-            m[place] = -np.inf
-            num_queries = starts[seq + 1] - starts[seq]
-            position = seq_lens[seq] - num_queries  # of the first query
-            begin, end = max(nth * PART_SLOTS, position + 1 - window), min((nth + 1) * PART_SLOTS, seq_lens[seq])
-            if begin >= end or not 0 < num_queries <= MOST_QUERIES:
+    def attend(first, last, query, key_cache, value_cache, block_tables, seq_lens, starts, scale, window, out):
+        """For items first to last - 1: an item is a KV head of a sequence. A row: a query, one of its heads."""
+        num_kv_heads, block_size = key_cache.shape[1:3]
+        head_dim, group = size or key_cache.shape[3], query.shape[1] // num_kv_heads
+        q = np.empty((MOST_QUERIES * group, head_dim), query.dtype)
+        m, l, sums = np.empty(len(q), q.dtype), np.empty(len(q), q.dtype), np.empty_like(q)
+        weights, widened = np.empty((len(q), block_size), q.dtype), np.empty((block_size, head_dim), q.dtype)
+        for item in range(first, last):
+            seq, kv_head = item // num_kv_heads, item % num_kv_heads
+            num_queries, end = starts[seq + 1] - starts[seq], seq_lens[seq]
+            if not 0 < num_queries <= MOST_QUERIES:
                 continue
-            rows = num_queries * group
+            rows, position = num_queries * group, end - num_queries  # position: of the first query
             for row in range(rows):
-                for d in range(head_dim):
-                    q[row, d] = query[starts[seq] + row // group, kv_head * group + row % group, d] * scale
-            maxima, totals, sums = m[place], l[place], acc[place]
-            totals[:], sums[:] = 0, 0
+                q[row] = query[starts[seq] + row // group, kv_head * group + row % group] * scale
+            m[:rows], l[:rows], sums[:rows] = -np.inf, 0, 0
+            begin = max(position + 1 - window, 0)
             for origin in range(begin // block_size * block_size, end, block_size):
                 low, high = max(begin - origin, 0), min(end - origin, block_size)  # only these slots are read
                 block = block_tables[seq, origin // block_size]
                 following = block_tables[seq, min(origin + block_size, end - 1) // block_size]
                 keys = key_cache[block, kv_head, low:high]  # [slots, head_dim]
                 if is_half:
-                    keys = widen(keys, widened)
-                scores(q, rows, keys, key_cache[following, kv_head], weights)
+                    keys = widen(keys, head_dim, widened)
+                scores(q, rows, keys, head_dim, key_cache[following, kv_head], weights)
                 newest = position - origin - low  # the last of the slots that the first query sees
-                _soften(weights, rows, high - low, group, newest, window, maxima, totals, sums)
+                _soften(weights, rows, high - low, group, newest, window, m, l, sums)
                 values = value_cache[block, kv_head, low:high]
                 if is_half:
-                    values = widen(values, widened)
-                add_weighted(weights, rows, values, value_cache[following, kv_head], sums)
+                    values = widen(values, head_dim, widened)
+                add_weighted(weights, rows, values, head_dim, value_cache[following, kv_head], sums)
+            for row in range(rows):
+                out[starts[seq] + row // group, kv_head * group + row % group] = sums[row] / l[row]
 
-    return attend_parts
+    return attend
 
 
 @inlined
@@ -170,25 +161,3 @@ def _soften(weights, rows, num_slots, group, newest, window, m, l, sums):
         m[row], l[row] = maximum, l[row] * rescale + total
         for d in range(sums.shape[1] if rescale != 1 else 0):
             sums[row, d] *= rescale
-
-
-@compiled
-def _merge(starts, m, l, acc, out):
-    """The parts of each row become its answer, out [num_tokens, num_heads, head_dim]. An empty one has m = -inf."""
-    max_parts, num_seqs, num_kv_heads, _ = m.shape
-    group = out.shape[1] // num_kv_heads
-    for seq in range(num_seqs):
-        first, num_queries = starts[seq], starts[seq + 1] - starts[seq]
-        for row in range(num_queries * group if num_queries <= MOST_QUERIES else 0):
-            for kv_head in range(num_kv_heads):
-                answer = out[first + row // group, kv_head * group + row % group]
-                maximum, total = m[:, seq, kv_head, row].max(), m.dtype.type(0)
-                answer[:] = 0
-                for nth in range(max_parts):
-                    if m[nth, seq, kv_head, row] != -np.inf:
-                        rescale = np.exp(m[nth, seq, kv_head, row] - maximum)
-                        total += l[nth, seq, kv_head, row] * rescale
-                        for d in range(len(answer)):
-                            answer[d] += acc[nth, seq, kv_head, row, d] * rescale
-                for d in range(len(answer)):
-                    answer[d] /= total
