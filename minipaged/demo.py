@@ -96,6 +96,11 @@ def run(
     console.print(
         f"[bold]{len(PROMPTS)} prompts, one ragged batch, up to {max_tokens} greedy tokens each, three caches[/bold]\n"
     )
+    if not interpreted:
+        with console.status("warming up"):  # what is compiled once, and read for the first time, is in no figure below
+            for cache in CACHES:
+                once = LLM(loaded, cache=cache, backend=backends[cache], **sizes)
+                once.generate(PROMPTS[-1], SamplingParams(max_tokens=min(2, max_tokens)), progress=False)
     names = {"paged": "paged, Triton"} if backend == "triton" else {}
     runs = [Run(cache, names.get(cache, cache)) for cache in ("recompute", *CACHES)]
     how: dict[str, Any] = {"refresh_per_second": REFRESHES_PER_SECOND, "vertical_overflow": "crop"}
