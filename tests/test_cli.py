@@ -162,7 +162,8 @@ def test_models_from_files_run(run, tmp_path):
 def test_demo_runs_in_a_pipe_and_ends_with_0():
     process = program("demo", "--model", "tiny", "--max-tokens", 3)
     out, err = process.communicate(timeout=HANG)
-    assert (process.returncode, err) == (0, b"")
+    said = err.decode().replace("minipaged: compiling loops for this processor, once (some seconds)\n", "")
+    assert (process.returncode, said) == (0, ""), "but for what takes the seconds of the very first run"
     assert "tokens are equal" in out.decode()
     assert "\x1b" not in out.decode(), "colours in a pipe"
 
