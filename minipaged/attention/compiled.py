@@ -29,7 +29,6 @@ from minipaged.compiling_helpers import add_weighted, exp, scores, widen
 MOST_QUERIES = 8
 LEAST_SLOTS = 1024  # that are worth waking up a thread
 UNROLLED = (64, 128)  # common sizes of a head: a loop compiled for one alone takes a fifth less time
-NO_WINDOW = 2**30  # positions
 
 
 def paged_attention(
@@ -54,22 +53,21 @@ def paged_attention(
     # In a step of the model, an operation of torch takes 5 to 10 us before it computes anything: here are few of them.
     wide = query.to(torch.promote_types(query.dtype, torch.float32)).contiguous()  # halves are computed in float32
     q, (table, lens, starts) = array_of(wide), [array_of(tensor.to(torch.int32).contiguous()) for tensor in tables]
-    out, counts = np.empty_like(q), np.diff(query_start_loc.numpy())
+    out, counts = torch.empty_like(wide), np.diff(query_start_loc.numpy())
     is_long = counts > MOST_QUERIES  # [num_seqs]
-    window = q.dtype.type(scale), min(sliding_window or NO_WINDOW, NO_WINDOW)
+    window = q.dtype.type(scale), min(sliding_window or 2**30, 2**30)
     _, num_kv_heads, block_size, size = key_cache.shape
     loop, least = (
         _loop(query.dtype, size if size in UNROLLED else 0),
         cdiv(LEAST_SLOTS, max(1, table.shape[1] * block_size)),
     )
     caches = array_of(key_cache), array_of(value_cache)
-    in_threads(loop, len(lens) * num_kv_heads, q, *caches, table, lens, starts, *window, out, least=least)
-    answers = torch.from_numpy(out)
+    in_threads(loop, len(lens) * num_kv_heads, q, *caches, table, lens, starts, *window, array_of(out), least=least)
     if is_long.any():
         mine, seqs = torch.from_numpy(np.repeat(is_long, counts)), torch.from_numpy(is_long)
         tables = block_tables[seqs], seq_lens[seqs], torch.from_numpy(np.append(0, counts[is_long].cumsum()))
-        answers[mine] = gathered(query[mine], key_cache, value_cache, *tables).to(answers.dtype)
-    return answers.to(query.dtype)
+        out[mine] = gathered(query[mine], key_cache, value_cache, *tables).to(out.dtype)
+    return out.to(query.dtype)
 
 
 def write_kv(
@@ -125,14 +123,11 @@ def _loop(dtype: torch.dtype, size: int) -> Any:
                 block = block_tables[seq, origin // block_size]
                 following = block_tables[seq, min(origin + block_size, end - 1) // block_size]
                 keys = key_cache[block, kv_head, low:high]  # [slots, head_dim]
-                if is_half:
-                    keys = widen(keys, head_dim, widened)
+                keys = widen(keys, head_dim, widened) if is_half else keys
                 scores(q, rows, keys, head_dim, key_cache[following, kv_head], weights)
-                newest = position - origin - low  # the last of the slots that the first query sees
-                _soften(weights, rows, high - low, group, newest, window, m, l, sums)
+                _soften(weights, rows, high - low, group, position - origin - low, window, m, l, sums)
                 values = value_cache[block, kv_head, low:high]
-                if is_half:
-                    values = widen(values, head_dim, widened)
+                values = widen(values, head_dim, widened) if is_half else values
                 add_weighted(weights, rows, values, head_dim, value_cache[following, kv_head], sums)
             for row in range(rows):
                 out[starts[seq] + row // group, kv_head * group + row % group] = sums[row] / l[row]
@@ -143,9 +138,7 @@ def _loop(dtype: torch.dtype, size: int) -> Any:
 @inlined
 def _soften(weights, rows, num_slots, group, newest, window, m, l, sums):
     """Scores of a block become weights, 0 for a slot that the row's query may not see; what was summed is rescaled.
-
-    newest: the last slot that the first query sees, counted from the first of these.
-    """
+    newest: the last slot that the first query sees, counted from the first of these."""
     for row in range(rows):
         last, maximum, total = newest + row // group, m[row], weights.dtype.type(0)  # last: the last slot it sees
         for s in range(num_slots):

@@ -34,7 +34,6 @@ def paged_attention_online(
     """Arguments, answer and errors of `paged_attention_gathered`; each block is read where it lies."""
     check_paged_attention(query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, sliding_window)
     _, num_kv_heads, block_size, head_dim = key_cache.shape
-    num_heads = query.shape[1]
     out = torch.empty_like(query)
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     for seq, seq_len in enumerate(lens):
@@ -66,5 +65,5 @@ def paged_attention_online(
             total = total * rescale + weights.sum(-1, keepdim=True)
             accumulator = accumulator * rescale + weights @ value
             maximum = new_maximum
-        out[rows] = (accumulator / total).reshape(num_heads, num_queries, head_dim).transpose(0, 1)
+        out[rows] = (accumulator / total).reshape(-1, num_queries, head_dim).transpose(0, 1)
     return out
