@@ -57,7 +57,9 @@ class Checked(np.ndarray):
                     raise IndexError(f"index {number} is negative")
 
 
-if os.environ.get("NUMBA_DISABLE_JIT") == "1":  # the loops are plain Python: each index that they use is looked at
+is_python = os.environ.get("NUMBA_DISABLE_JIT") == "1"
+of_compiled_code = pytest.mark.skipif(is_python, reason="plain Python holds its lock: its threads take turns")
+if is_python:  # the loops are plain Python: each index that they use is looked at
     plain_array_of = compiled.array_of
     compiled.array_of = lambda tensor: plain_array_of(tensor).view(Checked)
 scales = st.floats(0.05, 2.0)
@@ -130,8 +132,8 @@ def test_every_half_is_widened_exactly(bits):
 
 
 @every_form
-def test_long_contexts_of_many_parts_and_wide_heads(attend):
-    """Contexts at the edges of the parts that threads share, a head as wide as real ones, and blocks of 16."""
+def test_long_contexts_and_wide_heads(attend):
+    """Walks that threads share, over many blocks of 16, with a head as wide as real ones."""
     generator = torch.Generator().manual_seed(0)
     lens = [1, 255, 256, 257, 511, 600]
     counts = [cdiv(n, 16) for n in lens]
@@ -194,6 +196,7 @@ def _decodes_right(seq_len, threads, times=20):
     return all(torch.allclose(out, expected, rtol=1e-4, atol=1e-5) for out in outs)
 
 
+@of_compiled_code
 def test_two_threads_may_attend_at_once():
     with ThreadPoolExecutor(3) as callers:
         assert all(callers.map(_decodes_right, (700, 500, 300), (2, 2, 2)))
@@ -212,6 +215,7 @@ def test_other_threads_and_a_small_piece_of_work_raise_what_goes_wrong_there():
             in_threads(loop, 100, wrong)
 
 
+@of_compiled_code
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_child_forked_after_use_attends():
@@ -235,7 +239,7 @@ def test_a_child_forked_after_use_attends():
         child.join()
 
 
-@pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="this is that run")
+@pytest.mark.skipif(is_python, reason="this is that run")
 @pytest.mark.parametrize(
     "chosen",
     [
