@@ -1,8 +1,7 @@
 """Chapter 7. Paged attention for a processor: the loop of `online_softmax.py`, compiled by Numba. The engine runs this.
 
-                    block table of the sequence: [ 7 | 2 | 9 ]
-    KV head 0       block 7  ->  block 2  ->  block 9      m, l and sums of its query heads, in one thread
-    KV head 1       block 7  ->  block 2  ->  block 9      the same in this one, or in another
+    block table [ 7 | 2 | 9 ]       KV head 0:  block 7 -> block 2 -> block 9      m, l, sums, in one thread
+                                    KV head 1:  block 7 -> block 2 -> block 9      in this one, or in another
 
 A KV head of a sequence walks the block table and reads each block where it lies, once for all query heads of the group.
 Threads share out these walks, and none is cut: an answer depends, to the last bit, neither on the number of threads nor
@@ -22,7 +21,7 @@ from minipaged.attention.gathered import paged_attention_gathered
 from minipaged.attention.gathered import write_kv as write_kv_by_index
 from minipaged.cdiv import cdiv
 from minipaged.compiling import BITS, array_of, can_compile, compiled, in_threads, inlined
-from minipaged.compiling_helpers import add_weighted, exp, scores, widen
+from minipaged.compiling_helpers import add_weighted, borrowed, exp, scores, widen
 
 # Sequences with more queries in a step are gathered: K and V are then used so often that copying them costs little, and
 # the matrix products of torch's attention win. (Figures: docs/design.md, section 6.)
@@ -103,6 +102,7 @@ def _loop(dtype: torch.dtype, size: int) -> Any:
     @compiled
     def attend(first, last, query, key_cache, value_cache, block_tables, seq_lens, starts, scale, window, out):
         """For items first to last - 1: an item is a KV head of a sequence. A row: a query, one of its heads."""
+        key_cache, value_cache = borrowed(key_cache), borrowed(value_cache)
         num_kv_heads, block_size = key_cache.shape[1:3]
         head_dim, group = size or key_cache.shape[3], query.shape[1] // num_kv_heads
         q = np.empty((MOST_QUERIES * group, head_dim), query.dtype)
