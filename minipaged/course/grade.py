@@ -18,7 +18,7 @@ from minipaged.course.recorder import REPORT
 HOLDS, WRONG, NOT_WRITTEN, STOPPED = 0, 1, 3, 130  # exit codes; 2 is a mistake in the command
 SMALL = 6  # calls that change something: a script of so many is read at a glance
 EVERY = "MINIPAGED_EVERY"  # an environment variable: no test is left out behind a counterexample
-SECONDS_TO_STOP = 10  # after Ctrl-C, which pytest is told too
+SECONDS_TO_STOP = 100  # after Ctrl-C, which pytest is told too; a second one ends it at once
 
 
 @dataclass
