@@ -124,6 +124,14 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         'if fields.get("schema") != SCHEMA or fields.get("version") is not VERSION:',
     ): _SAME_OBJECT,
     (
+        "minipaged/attention/gathered.py",
+        "skipped = first >> block_size",
+    ): "more blocks are gathered, and cut off again",
+    (
+        "minipaged/attention/checks.py",
+        "wrong = tensor[(tensor < low) + (tensor > high)]",
+    ): "a sum of truth values is their or",
+    (
         "minipaged/attention/contiguous.py",
         "if num_queries == 0 and sliding_window is None:",
     ): "the special case is for speed: the general one has the same answer",

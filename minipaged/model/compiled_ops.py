@@ -24,7 +24,7 @@ from minipaged.compiling_helpers import computed, exp, number, rounded
 from minipaged.model.batch import ForwardBatch, KVCache
 from minipaged.model.transformer import Layer, Transformer
 
-_PIECE = 1 << 16  # numbers: rows that hold as many are worth another thread
+_PIECE = 1 << 18  # numbers: rows that hold as many are worth another thread
 
 
 class CompiledTransformer(Transformer):
