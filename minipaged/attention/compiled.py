@@ -56,12 +56,11 @@ def paged_attention(
     is_long = counts > MOST_QUERIES  # [num_seqs]
     window = q.dtype.type(scale), min(sliding_window or 2**30, 2**30)
     _, num_kv_heads, block_size, size = key_cache.shape
-    loop, least = (
-        _loop(query.dtype, size if size in UNROLLED else 0),
-        cdiv(LEAST_SLOTS, max(1, table.shape[1] * block_size)),
-    )
-    caches = array_of(key_cache), array_of(value_cache)
-    in_threads(loop, len(lens) * num_kv_heads, q, *caches, table, lens, starts, *window, array_of(out), least=least)
+    if not is_long.all():
+        loop = _loop(query.dtype, size if size in UNROLLED else 0)
+        least = cdiv(LEAST_SLOTS, max(1, table.shape[1] * block_size))
+        work = (q, array_of(key_cache), array_of(value_cache), table, lens, starts, *window, array_of(out))
+        in_threads(loop, len(lens) * num_kv_heads, *work, least=least)
     if is_long.any():
         mine, seqs = torch.from_numpy(np.repeat(is_long, counts)), torch.from_numpy(is_long)
         tables = block_tables[seqs], seq_lens[seqs], torch.from_numpy(np.append(0, counts[is_long].cumsum()))
