@@ -3,8 +3,6 @@
 Module -> the mutated line, stripped -> why. An empty line: lines were taken out and none was put in.
 """
 
-# `is` for `==`.
-_SAME_OBJECT = "names in the code and the version's small number are one object in CPython"
 # Another number for the last dimension, `*` for `&`.
 _LAST_OF_TWO = "of two dimensions, 1 and -1 are one"
 _PINNED = "pinned memory makes copies to a GPU faster, and changes none"
@@ -119,10 +117,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "minipaged/memory/trace.py",
         'least = 0 if name >= "num_host_blocks" else 1',
     ): "the two other names come before it in the alphabet",
-    (
-        "minipaged/memory/trace.py",
-        'if fields.get("schema") != SCHEMA or fields.get("version") is not VERSION:',
-    ): _SAME_OBJECT,
     (
         "minipaged/attention/gathered.py",
         "skipped = first >> block_size",

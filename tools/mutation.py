@@ -197,7 +197,7 @@ def copy_of(root: Path, target: Path) -> None:
     (target / "without_shrinking.py").write_text(PLUGIN)
 
 
-def passes(suites: tuple[str, ...], folder: Path, examples: int, marks: str, plain: bool, limit: int = -1) -> bool:
+def passes(suites: tuple[str, ...], folder: Path, examples: int, marks: str, plain: bool, limit: int) -> bool:
     """Whether the suites are content with the copy as it is. One that does not end is not.
 
     plain: compiled loops run as plain Python, where an index that went wrong is an error and not a crash. limit:
@@ -233,12 +233,12 @@ def survivors(module: str, chosen: list[Mutant], folder: Path) -> list[list[Muta
     suites, file = TARGETS[module], folder / module
     source, left, plain = file.read_text(), [], module.startswith(PLAIN_LOOPS)
     file.write_text("raise RuntimeError")
-    if passes(suites, folder, *ROUNDS[0], plain):
+    if passes(suites, folder, *ROUNDS[0], plain, resource.RLIM_INFINITY):
         raise RuntimeError(f"{' and '.join(suites)} pass without {module}: they import another copy than {folder}")
     file.write_text(source)
     for examples, marks in ROUNDS:
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        if chosen and not passes(suites, folder, examples, marks, plain):
+        if chosen and not passes(suites, folder, examples, marks, plain, resource.RLIM_INFINITY):
             raise RuntimeError(f"{' and '.join(suites)} must pass where nothing is changed, and do not")
         limit = 10 + TIMES_LONGER * int(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
         alive = []
