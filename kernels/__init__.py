@@ -1,13 +1,12 @@
 """Chapter 8. Attention through a block table, in Triton. Read in this order:
 
-    kv_write.py            write_kv             store K and V of new tokens in their slots
-    block_copy.py          copy_blocks          whole blocks (source, target), for copy-on-write
-    online_softmax.py      attend_context       chapter 7's loop over the context, which all attention kernels share
-    paged_decode.py        paged_decode         one query a sequence: one program per (sequence, KV head)
-    paged_decode_split.py  paged_decode_split   the same with the context cut over programs, and a merge
-    paged_prefill.py       paged_prefill        any number of queries a sequence, behind a cached prefix
-    attention.py           paged_attention      the one signature, which picks among the three
-    launch.py                                   what launchers share: checks, strides, tiles, warps and stages
+    kv_write.py        write_kv         store K and V of new tokens in their slots
+    block_copy.py      copy_blocks      whole blocks (source, target), for copy-on-write
+    online_softmax.py  attend_context   chapter 7's loop over the context, which both attention kernels share
+    paged_decode.py    paged_decode     one query a sequence: a program per (sequence, KV head), or several and a merge
+    paged_prefill.py   paged_prefill    any number of queries a sequence, behind a cached prefix
+    attention.py       paged_attention  the one signature, which picks one of the two
+    launch.py                           what launchers share: checks, strides, tiles, warps and stages
 
 Shapes and names are those of docs/design.md, section 3, and of `minipaged.attention`. On a machine with no GPU the
 kernels run in Triton's interpreter: set TRITON_INTERPRET=1 before they are imported, and pass tensors on the CPU.

@@ -1,10 +1,8 @@
-"""Chapter 8. The one signature, over three kernels.
+"""Chapter 8. The one signature, over two kernels.
 
     one query in every sequence?
         no   paged_prefill          prefill, chunked prefill, and any mix
-        yes  do the programs (sequence, KV head) fill the GPU?
-                 yes  paged_decode
-                 no   paged_decode_split
+        yes  paged_decode           split, where the programs (sequence, KV head) do not fill the GPU
 
 With `max_query_len`, which a scheduler knows, neither question waits for the device.
 """
@@ -14,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from minipaged.kernels.launch import check_attention
-from minipaged.kernels.paged_decode import paged_decode
-from minipaged.kernels.paged_decode_split import choose_num_splits, count_multiprocessors, paged_decode_split
+from minipaged.kernels.paged_decode import choose_num_splits, count_multiprocessors, paged_decode
 from minipaged.kernels.paged_prefill import paged_prefill
 
 
@@ -54,6 +51,4 @@ def paged_attention(
     _, num_kv_heads, block_size, _ = key_cache.shape
     longest = min(max_blocks * block_size, sliding_window or max_blocks * block_size)  # no sequence is longer
     num_splits = choose_num_splits(num_seqs, num_kv_heads, longest, count_multiprocessors(query.device))
-    if num_splits == 1:
-        return paged_decode(*tensors, **options)
-    return paged_decode_split(*tensors, num_splits=num_splits, **options)
+    return paged_decode(*tensors, num_splits=num_splits, **options)

@@ -115,7 +115,7 @@ def strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
 
 
 def decode_constants(query: Tensor, key_cache: Tensor, sliding_window: int | None, tile: int | None) -> dict[str, Any]:
-    """The constexprs and options of the decode kernels, split or not."""
+    """The constexprs and options of the decode kernel."""
     constants = _constants(query, key_cache, sliding_window)
     rows = max(16, triton.next_power_of_2(constants["GROUP"]))
     tiling = _pick(target(query.device).decode, _DECODE_FMA, constants, query)

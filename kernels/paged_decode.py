@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Chapter 8. Decode: every sequence has one query. One program for each (sequence, KV head).
+"""Chapter 8. Decode: every sequence has one query. One program for each (sequence, KV head), or several that split it.
 
                 KV head 0     KV head 1              program (1, 0) reads K and V of KV head 0 of sequence 1, once,
     sequence 0  (0, 0)        (0, 1)                 for all query heads of the group:
@@ -8,15 +8,51 @@
 
 Decode is bound by memory: each byte of K and V is used for GROUP queries and never again. So the heads of a group share
 one read, and the tensor cores, which take 16 rows at least, work on padding that costs no bytes.
+
+One sequence of 32 K tokens with 8 KV heads is 8 programs for 132 multiprocessors: most of the GPU, and of its memory
+bandwidth, is idle. Then the context is cut over several programs, and a second kernel merges what they found:
+
+    context   [ tile tile tile | tile tile tile | tile tile .. ]       whole tiles; a short sequence leaves splits empty
+    program        split 0          split 1          split 2           grid (sequence, KV head, split)
+                 m0  l0  o0       m1  l1  o1       m2  l2  o2          maximum, sum, and output, float32
+                        \\              |              /
+    merge            m = max(m0, m1, m2),  w_i = exp2(m_i - m) l_i,  out = sum w_i o_i / sum w_i   grid (sequence, head)
+
+The merge is the online softmax of chapter 7 with a split in the place of a block.
+Source: Dao et al., "Flash-Decoding for long-context inference" (2023).
 """
+
+import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from minipaged.cdiv import cdiv
 from minipaged.kernels.launch import LOG2_E, check_attention, decode_constants, strides
 from minipaged.kernels.online_softmax import attend_context, finish_softmax, locate_context, locate_rows, start_softmax
+
+MAX_SPLITS = 64  # the merge holds all splits of a head in registers
+MIN_TOKENS = 128  # of a split: below, what is written for the merge weighs against the K and V that is read
+PROGRAMS_PER_MULTIPROCESSOR = 2  # enough loads in flight to fill the memory's latency
+
+
+def choose_num_splits(num_seqs: int, num_kv_heads: int, max_seq_len: int, num_multiprocessors: int) -> int:
+    """How many programs shall share one (sequence, KV head): 1 where the batch fills the GPU by itself.
+
+    The fewest splits that give every multiprocessor its programs, but none shorter than MIN_TOKENS.
+    """
+    programs = max(1, num_seqs * num_kv_heads)
+    wanted = cdiv(PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors, programs)
+    return max(1, min(wanted, max_seq_len // MIN_TOKENS, MAX_SPLITS))
+
+
+@functools.cache
+def count_multiprocessors(device: torch.device) -> int:
+    """Of the GPU; 1 on a CPU, where the interpreter runs one program after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def paged_decode(
@@ -27,27 +63,48 @@ def paged_decode(
     seq_lens: Tensor,
     *,
     scale: float,
+    num_splits: int = 1,
     sliding_window: int | None = None,
     out: Tensor | None = None,
     tile: int | None = None,
 ) -> Tensor:
     """`paged_attention` of one query a sequence, at position seq_lens - 1: query [num_seqs, num_heads, head_dim].
 
-    `tile` is the number of tokens a step of the loop takes, a power of two from 16; None: what fits the head size.
+    Each context is cut into `num_splits` parts, 1 to MAX_SPLITS. `tile` is the number of tokens a step of the loop
+    takes, a power of two from 16; None: what fits the head size.
     """
     tensors = query, key_cache, value_cache, block_tables, seq_lens
     check_attention(*tensors, None, sliding_window, out=out, tile=tile)
+    if not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits must lie in 1 to {MAX_SPLITS}, got {num_splits}")
+    num_seqs, num_heads, head_dim = query.shape
     out = torch.empty_like(query) if out is None else out
-    if len(query) > 0:
-        places = strides(out, query, key_cache, block_tables)
-        constants = decode_constants(query, key_cache, sliding_window, tile)
-        paged_decode_kernel[(len(query), key_cache.shape[1])](out, *tensors, scale * LOG2_E, *places, **constants)
+    if num_seqs == 0:
+        return out
+    outputs, maxima, totals = out, None, None
+    if num_splits > 1:
+        options: dict[str, Any] = {"dtype": torch.promote_types(query.dtype, torch.float32), "device": query.device}
+        outputs = torch.empty((num_seqs, num_heads, num_splits, head_dim), **options)
+        maxima, totals = torch.empty((2, num_seqs, num_heads, num_splits), **options)
+    constants = decode_constants(query, key_cache, sliding_window, tile)
+    places = outputs.stride()[:2], *strides(query, key_cache, block_tables)
+    grid = num_seqs, key_cache.shape[1], num_splits
+    paged_decode_kernel[grid](outputs, maxima, totals, *tensors, scale * LOG2_E, *places, **constants)
+    if num_splits > 1:
+        merge_splits_kernel[(num_seqs, num_heads)](
+            *(out, outputs, maxima, totals, num_splits, *strides(out)),
+            HEAD_DIM=head_dim,
+            HEAD_DIM_PADDED=constants["HEAD_DIM_PADDED"],
+            SPLITS_PADDED=triton.next_power_of_2(num_splits),
+        )
     return out
 
 
 @triton.jit
 def paged_decode_kernel(
-    out_ptr,  # [num_seqs, num_heads, HEAD_DIM]
+    out_ptr,  # [num_seqs, num_heads, HEAD_DIM], or [num_seqs, num_heads, num_splits, HEAD_DIM], splits in one piece
+    maxima_ptr,  # [num_seqs, num_heads, num_splits]; None with one split, which needs no merge
+    totals_ptr,  # the same
     query_ptr,  # [num_seqs, num_heads, HEAD_DIM]
     key_cache_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE, HEAD_DIM]
     value_cache_ptr,
@@ -66,11 +123,17 @@ def paged_decode_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    seq, kv_head = tl.program_id(0), tl.program_id(1)
+    seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_splits = tl.num_programs(2)
     seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
-    start = 0
+
+    # My part of the context: whole tiles, as many for each split of this sequence; the last splits may get none.
+    first = 0
     if WINDOW > 0:
-        start = tl.maximum(seq_len - WINDOW, 0)  # what lies before the window is not even loaded
+        first = tl.maximum(seq_len - WINDOW, 0)  # what lies before the window is not even loaded
+    tokens = tl.cdiv(tl.cdiv(seq_len - first, TILE), num_splits) * TILE
+    start = first + split * tokens
+    end = tl.minimum(start + tokens, seq_len)
 
     row = tl.arange(0, ROWS)
     head = kv_head * GROUP + row  # [ROWS], the query heads that read this KV head
@@ -82,7 +145,42 @@ def paged_decode_kernel(
         seq, kv_head, key_cache_ptr, value_cache_ptr, block_tables_ptr, cache_strides, table_strides
     )
     softmax = attend_context(
-        start_softmax(q), q, position, context, start, seq_len, scale_log2, HEAD_DIM, BLOCK_SIZE, TILE, 0, MASKED=True
+        start_softmax(q), q, position, context, start, end, scale_log2, HEAD_DIM, BLOCK_SIZE, TILE, 0, MASKED=True
     )
     out = finish_softmax(softmax).to(out_ptr.dtype.element_ty)
-    tl.store(locate_rows(out_ptr, seq, head, out_strides, HEAD_DIM_PADDED), out, mask=exists)
+    tl.store(locate_rows(out_ptr, seq, head, out_strides, HEAD_DIM_PADDED) + split * HEAD_DIM, out, mask=exists)
+    if maxima_ptr is not None:
+        maximum, total, _ = softmax
+        place = (seq.to(tl.int64) * tl.num_programs(1) * GROUP + head) * num_splits + split  # [ROWS]
+        tl.store(maxima_ptr + place, maximum, mask=row < GROUP)  # -inf of an empty split: it weighs 0
+        tl.store(totals_ptr + place, total, mask=row < GROUP)
+
+
+@triton.jit
+def merge_splits_kernel(
+    out_ptr,  # [num_seqs, num_heads, HEAD_DIM]
+    outputs_ptr,  # [num_seqs, num_heads, num_splits, HEAD_DIM]
+    maxima_ptr,  # [num_seqs, num_heads, num_splits]
+    totals_ptr,  # [num_seqs, num_heads, num_splits]
+    num_splits,
+    out_strides,  # of a sequence and a head
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+):
+    seq, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    split = tl.arange(0, SPLITS_PADDED)  # [SPLITS_PADDED]
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    place = (seq * tl.num_programs(1) + head) * num_splits + split
+    exists = split < num_splits
+    maxima = tl.load(maxima_ptr + place, mask=exists, other=-float("inf"))
+    totals = tl.load(totals_ptr + place, mask=exists, other=0.0)
+    exists = exists[:, None] & (dim < HEAD_DIM)[None, :]  # [SPLITS_PADDED, HEAD_DIM_PADDED]
+    outputs = tl.load(outputs_ptr + place[:, None] * HEAD_DIM + dim[None, :], mask=exists, other=0.0)
+
+    maximum = tl.max(maxima, 0)
+    weights = tl.exp2(maxima - tl.where(maximum == -float("inf"), 0.0, maximum)) * totals  # [SPLITS_PADDED]
+    total = tl.sum(weights, 0)
+    out = tl.sum(outputs * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)  # [HEAD_DIM_PADDED]
+    out_place = seq * out_strides[0] + head * out_strides[1] + dim
+    tl.store(out_ptr + out_place, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -21,7 +21,7 @@ from minipaged.kernels.launch import TARGETS
 pytestmark = [pytest.mark.ch08, pytest.mark.slow]
 
 HEAD_DIMS = (64, 128)
-DECODE = ("paged_decode_kernel", "paged_decode_split_kernel")
+DECODE = ("paged_decode_kernel", "paged_decode_kernel_split")
 ATTENTION = (*DECODE, "paged_prefill_kernel")
 IDS = re.compile(r"block_tables_ptr|slot_mapping_ptr|copies_ptr")
 

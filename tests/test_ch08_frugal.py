@@ -18,7 +18,6 @@ import triton
 from checked_interpreter import checked
 from minipaged.kernels import copy_blocks, paged_attention, write_kv
 from minipaged.kernels.paged_decode import paged_decode
-from minipaged.kernels.paged_decode_split import paged_decode_split
 from minipaged.kernels.paged_prefill import paged_prefill
 from strategies import BLOCK_SIZES, costly, generators, paged_batches
 
@@ -30,16 +29,14 @@ pytestmark = [
 # The interpreter takes some milliseconds a program, and a merge is one a query head: few sequences, and all the edges.
 few = {"max_seqs": 3, "max_kv_heads": 2}
 windows = st.integers(1, 20)
-# (num_splits, tile): no splits, or so many and a merge; a short tile, so that short contexts have several.
-ways = st.tuples(st.sampled_from([None, 1, 4, 8]), st.sampled_from([16, None]))
+# (num_splits, tile): one, or more and a merge; a short tile, so that short contexts have several.
+ways = st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([16, None]))
 
 
 def decode(batch, way, **options):
     num_splits, tile = way
     arguments = batch.arguments[:-1]  # one query a sequence: query_start_loc says nothing
-    if num_splits is None:
-        return paged_decode(*arguments, scale=0.5, tile=tile, **options)
-    return paged_decode_split(*arguments, scale=0.5, tile=tile, num_splits=num_splits, **options)
+    return paged_decode(*arguments, scale=0.5, tile=tile, num_splits=num_splits, **options)
 
 
 def live(batch, window=None):
@@ -152,7 +149,7 @@ def test_a_whole_decode_call_is_near_the_floor(num_seqs, num_kv_heads, num_split
     block_tables = torch.randperm(blocks, generator=rng).view(num_seqs, -1).int()
     seq_lens = torch.full((num_seqs,), context, dtype=torch.int32)
     with checked() as memory:
-        paged_decode_split(query, key_cache, value_cache, block_tables, seq_lens, scale=0.1, num_splits=num_splits)
+        paged_decode(query, key_cache, value_cache, block_tables, seq_lens, scale=0.1, num_splits=num_splits)
     floor = 2 * num_seqs * context * num_kv_heads * head_dim * key_cache.element_size()
     assert memory.loaded["key_cache"] + memory.loaded["value_cache"] == floor
     moved = memory.loaded.total() + memory.stored.total()

@@ -29,8 +29,7 @@ pytest.importorskip("triton", reason="the kernels need Triton, which runs on Lin
 import minipaged.kernels
 from minipaged.cdiv import cdiv
 from minipaged.kernels import attention, copy_blocks, paged_attention, write_kv
-from minipaged.kernels.paged_decode import paged_decode
-from minipaged.kernels.paged_decode_split import MAX_SPLITS, MIN_TOKENS, choose_num_splits, paged_decode_split
+from minipaged.kernels.paged_decode import MAX_SPLITS, MIN_TOKENS, choose_num_splits, paged_decode
 from minipaged.kernels.paged_prefill import paged_prefill
 
 pytestmark = pytest.mark.ch08
@@ -52,8 +51,8 @@ tiles = st.sampled_from((16, 64))
 ragged_kernels = st.builds(partial, st.just(paged_prefill), rows=st.sampled_from((32, 128)), tile=tiles) | st.just(
     paged_attention
 )
-decode_kernels = st.builds(partial, st.just(one_query_each), st.just(paged_decode), tile=tiles) | st.builds(
-    partial, st.just(one_query_each), st.just(paged_decode_split), tile=tiles, num_splits=st.integers(1, 6)
+decode_kernels = st.builds(
+    partial, st.just(one_query_each), st.just(paged_decode), tile=tiles, num_splits=st.just(1) | st.integers(2, 6)
 )
 
 
@@ -240,7 +239,7 @@ every_kernel = pytest.mark.parametrize(
     "kernel",
     [
         partial(one_query_each, paged_decode),
-        partial(one_query_each, paged_decode_split, num_splits=3),
+        partial(one_query_each, paged_decode, num_splits=3),
         paged_prefill,
     ],
     ids=["decode", "split", "prefill"],
@@ -306,7 +305,7 @@ def test_a_small_batch_is_split(monkeypatch):
     launched = []
     monkeypatch.setattr(attention, "count_multiprocessors", lambda device: 132)
     monkeypatch.setattr(
-        attention, "paged_decode_split", lambda *a, **k: launched.append(k["num_splits"]) or paged_decode_split(*a, **k)
+        attention, "paged_decode", lambda *a, **k: launched.append(k["num_splits"]) or paged_decode(*a, **k)
     )
     batch = fixed_batch(2, 1, 16, 16, seq_lens=(2 * MIN_TOKENS + 5, 3), num_queries=(1, 1))
     assert_near(attend(paged_attention, batch), batch.expected(0.25), 1e-5)
@@ -345,7 +344,7 @@ def test_a_block_far_into_the_pool():
     write_kv(key, key, pool, pool, torch.tensor(slots, device=DEVICE))
     assert torch.equal(pool[far, 0], key[:16, 0])
     decode = partial(one_query_each, paged_decode)
-    split = partial(one_query_each, paged_decode_split, num_splits=2)
+    split = partial(one_query_each, paged_decode, num_splits=2)
     for kernel in (decode, split, paged_prefill):
         assert_near(attend(kernel, batch), batch.expected(0.25), 2e-3)
     copy_blocks(pool, pool, [(far, 1), (0, far + 1)])
@@ -430,8 +429,8 @@ def test_what_does_not_fit_is_refused_by_name(name, wrong, said):
         (paged_decode, {"tile": 8}, "tile must be a power of two from 16, got 8"),
         (paged_decode, {"tile": 48}, "got 48"),
         (paged_decode, {"query": torch.zeros(3, 4, 8)}, "one token a sequence, got 3 for 2"),
-        (paged_decode_split, {"num_splits": 0}, "num_splits must lie in 1 to 64, got 0"),
-        (paged_decode_split, {"num_splits": 65}, "got 65"),
+        (paged_decode, {"num_splits": 0}, "num_splits must lie in 1 to 64, got 0"),
+        (paged_decode, {"num_splits": 65}, "got 65"),
         (paged_prefill, {"rows": 24}, "rows must be a power of two from 16, got 24"),
         (paged_prefill, {"rows": 16, "query": torch.zeros(3, 40, 8)}, "group of 20 query heads, got 16"),
         (paged_prefill, {"query": torch.zeros(3, 400, 8)}, "at most 128 may share one"),

@@ -45,7 +45,7 @@ def bytes_moved(kernel: str, head_dim: int) -> int:
         "write_kv_kernel": 4 * SEQS * KV_HEADS * row,  # K and V, read and written
         "copy_blocks_kernel": 4 * COPIES * KV_HEADS * BLOCK_SIZE * row,
         "paged_decode_kernel": context + queries_and_answers,
-        "paged_decode_split_kernel": context + queries_and_answers // 2 + partial,
+        "paged_decode_kernel_split": context + queries_and_answers // 2 + partial,
         "merge_splits_kernel": partial + queries_and_answers // 2,
         "paged_prefill_kernel": context + NEW_TOKENS * queries_and_answers,
     }[kernel]
@@ -72,7 +72,7 @@ def predicted(report: list[dict[str, Any]]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "GPU": name,
-                    "kernel": found["kernel"].removesuffix("_kernel"),
+                    "kernel": found["kernel"].replace("_kernel", ""),
                     "moved [MB]": round(moved / 1e6, 2),
                     "bound [us]": round(moved / gpu.bandwidth * 1e6, 1),
                     "programs at once": programs,

@@ -66,7 +66,8 @@ def compile_all(targets: list[str], head_dims: list[int], keep: Path | None = No
                     compiled.clear()
                     launch()
                     for kernel in compiled:
-                        yield _inspect(kernel, head_dim, target, keep)
+                        split = "_split" if kernel is not compiled[-1] else ""  # decode, where a merge follows
+                        yield _inspect(kernel, kernel.metadata.name + split, head_dim, target, keep)
 
 
 def _launches(head_dim: int) -> list[Callable[[], object]]:
@@ -76,7 +77,6 @@ def _launches(head_dim: int) -> list[Callable[[], object]]:
     from minipaged.kernels.block_copy import copy_blocks
     from minipaged.kernels.kv_write import write_kv
     from minipaged.kernels.paged_decode import paged_decode
-    from minipaged.kernels.paged_decode_split import paged_decode_split
     from minipaged.kernels.paged_prefill import paged_prefill
 
     def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -95,7 +95,7 @@ def _launches(head_dim: int) -> list[Callable[[], object]]:
         lambda: write_kv(key, value, key_cache, value_cache, slots),
         lambda: copy_blocks(key_cache, value_cache, copies),
         lambda: paged_decode(query, *context, scale=scale),
-        lambda: paged_decode_split(query, *context, scale=scale, num_splits=SPLITS),
+        lambda: paged_decode(query, *context, scale=scale, num_splits=SPLITS),
         lambda: paged_prefill(prompt, *context, starts, scale=scale, max_query_len=NEW_TOKENS),
     ]
 
@@ -141,7 +141,7 @@ def _compiling_for(target: str) -> Iterator[list[Any]]:
         driver._active = before
 
 
-def _inspect(kernel: Any, head_dim: int, target: str, keep: Path | None) -> Compiled:
+def _inspect(kernel: Any, name: str, head_dim: int, target: str, keep: Path | None) -> Compiled:
     code = dict(kernel.asm)
     if "cubin" in code:
         code["sass"], usage = _disassemble(code["cubin"])
@@ -154,9 +154,9 @@ def _inspect(kernel: Any, head_dim: int, target: str, keep: Path | None) -> Comp
         keep.mkdir(parents=True, exist_ok=True)
         for kind in ("ttir", "ttgir", "ptx", "sass"):
             if kind in code:
-                (keep / f"{kernel.metadata.name}.{head_dim}.{target}.{kind}").write_text(code[kind])
+                (keep / f"{name}.{head_dim}.{target}.{kind}").write_text(code[kind])
     return Compiled(
-        kernel=kernel.metadata.name,
+        kernel=name,
         head_dim=head_dim,
         target=target,
         warps=kernel.metadata.num_warps,

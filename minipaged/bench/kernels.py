@@ -54,10 +54,10 @@ def half_type() -> torch.dtype:
 def check(device: str, half: torch.dtype) -> None:
     """Decode, split decode, prefill, a mix and a window against the oracle, over what `write_kv` wrote."""
     from minipaged.kernels import paged_attention
-    from minipaged.kernels.paged_decode_split import paged_decode_split
+    from minipaged.kernels.paged_decode import paged_decode
 
     def split(query: Tensor, *context: Tensor, **options: Any) -> Tensor:
-        return paged_decode_split(query, *context[:-1], num_splits=4, **options)  # all but query_start_loc
+        return paged_decode(query, *context[:-1], num_splits=4, **options)  # all but query_start_loc
 
     rng = np.random.default_rng(0)
     # Interpreted bfloat16 is wrong.
