@@ -47,11 +47,13 @@ def test_the_scheduler_fits_in_two_hundred_lines():
 
 
 # The reader's set: all that a reader of the course reads, without benches and without what reads files. Its first aim
-# was 5,100 lines, and 2,700 for the way of `generate`. Since then came what users bring (arguments, prompts: 90 lines),
-# what models differ in (windows, biases, norms, frequencies: 250) and the kernels' table for each GPU (120).
+# was 5,100 lines, and 2,700 for the way of `generate`; later work may add 300 and 150. It added what users bring
+# (arguments, prompts: 90 lines), what models differ in (windows, biases, norms, frequencies: 250), and a table of each
+# GPU for the kernels (120).
 FOLDERS = ("memory", "attention", "kvcache", "model", "engine", "kernels")
 FILES = {"weights", "gguf_file", "load", "tokenizer", "tokenizer_files", "families", "fetch", "weight_cache"}
 FILES |= {"folder", "rope_scaling"}  # which were parts of weights and families
+FILES |= {"trial"}  # a benchmark of the ways to multiply, which keeps its figures in a file
 WAY = {
     "engine": "__init__ arguments prompt sequence scheduler scheduler_output sampling runner llm_engine llm "
     "detokenizer cache_config metrics",
@@ -76,7 +78,7 @@ def read_by_all():
 
 
 def test_the_readers_set_does_not_grow():
-    assert num_lines(read_by_all()) <= 5_585
+    assert num_lines(read_by_all()) <= 5_400
 
 
 def test_the_way_of_generate_does_not_grow():
