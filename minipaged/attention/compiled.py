@@ -21,7 +21,7 @@ from minipaged.attention.gathered import paged_attention_gathered
 from minipaged.attention.gathered import write_kv as write_kv_by_index
 from minipaged.cdiv import cdiv
 from minipaged.compiling import BITS, array_of, can_compile, compiled, in_threads, inlined
-from minipaged.compiling_helpers import add_weighted, borrowed, exp, scores, widen
+from minipaged.compiling_helpers import add_weighted, borrowed, exp, scores, use_widest_vectors, widen
 
 # Sequences with more queries in a step are gathered: K and V are then used so often that copying them costs little, and
 # the matrix products of torch's attention win. (Figures: docs/design.md, section 6.)
@@ -101,6 +101,7 @@ def _loop(dtype: torch.dtype, size: int) -> Any:
     @compiled
     def attend(first, last, query, key_cache, value_cache, block_tables, seq_lens, starts, scale, window, out):
         """For items first to last - 1: an item is a KV head of a sequence. A row: a query, one of its heads."""
+        use_widest_vectors()
         key_cache, value_cache = borrowed(key_cache), borrowed(value_cache)
         num_kv_heads, block_size = key_cache.shape[1:3]
         head_dim, group = size or key_cache.shape[3], query.shape[1] // num_kv_heads
