@@ -172,8 +172,9 @@ else:
 
     @intrinsic
     def use_widest_vectors(typing_context):
-        """Let LLVM use vectors of 512 bits in the function that calls this. By itself it takes 256 on every processor
-        of Intel, since early ones with AVX-512 slow down; those that came with its bfloat16 instructions do not."""
+        """Let LLVM use vectors of 512 bits in the function that calls this. By itself it takes 256 on Intel's server
+        processors, since the early ones with AVX-512 lower their clock for more. On one with bfloat16 instructions
+        beside AVX-512 the wide ones were measured to pay (docs/tried.md)."""
 
         def generate(context, builder, signature, arguments):
             if "avx512_bf16" in processor():
