@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 os.environ.update({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})  # before triton is imported
 pytest.importorskip("triton", reason="the kernels need Triton, which runs on Linux")
 
-from minipaged.bench import colab_check
+from minipaged.bench import colab_check, kernels
 from minipaged.bench.kernel_model import GPUS, REGISTERS, bytes_moved, predicted, programs_at_once
 from minipaged.bench.kernel_report import CONTEXT, KV_HEADS, SEQS
 
@@ -51,6 +51,12 @@ def test_a_bound_is_the_bytes_over_the_bandwidth():
     decode = rows[KERNELS.index("paged_decode_kernel")]
     assert decode["bound [us]"] >= key_and_value / 320e9 * 1e6
     assert decode["occupancy"] == "50%"  # 4 programs of 4 warps, of 32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU checks them before it times them")
+def test_the_benchmark_checks_every_kernel_before_it_times_them(capsys):
+    kernels.check("cpu", torch.bfloat16)
+    assert "split decode" in capsys.readouterr().out
 
 
 def test_the_table_has_the_card_and_every_decode():

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from minipaged.bench.kernel_peers import PEERS, Call, Problem, Shape, minipaged
 from minipaged.bench.timing import Settings, numbers_table, save, turns
+from minipaged.cdiv import cdiv
 from minipaged.reference import masked_attention
 
 LLAMA, SMOLLM2 = Shape("Llama 3 8B", 32, 8, 128), Shape("SmolLM2 135M", 9, 3, 64)
@@ -56,7 +57,7 @@ def check(device: str, half: torch.dtype) -> None:
     from minipaged.kernels import paged_attention
     from minipaged.kernels.paged_decode import paged_decode
 
-    def split(query: Tensor, *context: Tensor, **options: Any) -> Tensor:
+    def split(query: Tensor, *context: Tensor, check: bool, **options: Any) -> Tensor:  # its numbers are not checked
         return paged_decode(query, *context[:-1], num_splits=4, **options)  # all but query_start_loc
 
     rng = np.random.default_rng(0)
@@ -90,7 +91,7 @@ def _error(
     def random(tokens: int, heads: int) -> Tensor:
         return torch.from_numpy(rng.standard_normal((tokens, heads, shape.head_dim))).to(dtype)
 
-    pages = [-(-n // page) for n in lens]
+    pages = [cdiv(n, page) for n in lens]
     order = rng.permutation(sum(pages) + 3).tolist()
     tables = torch.full((len(lens), max(pages)), -1, dtype=torch.int32)
     caches = torch.full((2, len(order), shape.num_kv_heads, page, shape.head_dim), torch.nan, dtype=dtype).to(device)
@@ -139,7 +140,7 @@ def matmul_rate(dtype: torch.dtype, n: int = 8192) -> float:
 def measure(problem: Problem, peers: list[str], rounds: int, told: set[str]) -> Row:
     """Milliseconds of ours and of each peer, and the best and worst of them. A peer that is absent, wrong or too large
     is left out; it is said once."""
-    copies = max(1, min(32, -(-ROTATE_BYTES // problem.kv_bytes)))
+    copies = max(1, min(32, cdiv(ROTATE_BYTES, problem.kv_bytes)))
     makers = {"minipaged": minipaged, **{name: PEERS[name] for name in peers}}
     times: dict[str, list[float]] = {name: [] for name in makers}
     ours: Tensor | None = None
