@@ -21,6 +21,12 @@ def widen(halves, head_dim, widened):
 
 
 @inlined
+def as_it_is(tile, head_dim, widened):
+    """In the place of `widen`, where there is nothing to widen."""
+    return tile
+
+
+@inlined
 def scores(q, rows, keys, head_dim, following, weights):
     """weights[row, slot] = q[row] . keys[slot]. Meanwhile the same slots of the following block are prefetched.
 
@@ -147,6 +153,7 @@ def exp(x):
 
 
 if config.DISABLE_JIT:
+    larger = np.maximum
 
     def _prefetch_line(tile, slot, line):
         tile[slot]
@@ -158,6 +165,18 @@ if config.DISABLE_JIT:
         pass
 
 else:
+
+    @intrinsic
+    def larger(typing_context, x, y):
+        """The larger of two numbers; NaN if one is. LLVM takes the maximum of a row of them many at a time, which it may
+        not for Python's `max`: there the order of the numbers decides what comes of a NaN."""
+
+        def generate(context, builder, signature, arguments):
+            of = ir.FunctionType(arguments[0].type, [argument.type for argument in arguments])
+            maximum = builder.module.declare_intrinsic("llvm.maximum", [of.return_type], of)
+            return builder.call(maximum, arguments, fastmath=["nsz"])
+
+        return x(x, x), generate
 
     @intrinsic
     def borrowed(typing_context, array):

@@ -21,7 +21,7 @@ from minipaged.attention.gathered import paged_attention_gathered
 from minipaged.attention.gathered import write_kv as write_kv_by_index
 from minipaged.cdiv import cdiv
 from minipaged.compiling import BITS, array_of, can_compile, compiled, in_threads, inlined
-from minipaged.compiling_helpers import add_weighted, borrowed, exp, scores, use_widest_vectors, widen
+from minipaged.compiling_helpers import add_weighted, as_it_is, borrowed, exp, larger, scores, use_widest_vectors, widen
 
 # Sequences with more queries in a step are gathered: K and V are then used so often that copying them costs little, and
 # the matrix products of torch's attention win. (Figures: docs/design.md, section 6.)
@@ -75,9 +75,8 @@ def write_kv(
     if check:
         check_write_kv(key, value, key_cache, value_cache, slot_mapping)
     if can_compile(key, value, key_cache, value_cache):
-        new = array_of(key.contiguous()), array_of(value.contiguous())
-        slots = array_of(slot_mapping.to(torch.int64).contiguous())
-        in_threads(_store, len(slots), *new, array_of(key_cache), array_of(value_cache), slots, least=256)
+        tensors = key, value, key_cache, value_cache, slot_mapping.long()
+        in_threads(_store, len(key), *(array_of(tensor.contiguous()) for tensor in tensors), least=256)
     else:
         write_kv_by_index(key, value, key_cache, value_cache, slot_mapping)
 
@@ -96,7 +95,7 @@ def _store(first, last, key, value, key_cache, value_cache, slot_mapping):
 @lru_cache
 def _loop(dtype: torch.dtype, size: int) -> Any:
     """The loop for caches of one dtype and one head size (0: any). What a closure holds is a constant to Numba."""
-    is_half = dtype in BITS
+    floats = widen if dtype in BITS else as_it_is
 
     @compiled
     def attend(first, last, query, key_cache, value_cache, block_tables, seq_lens, starts, scale, window, out):
@@ -122,12 +121,10 @@ def _loop(dtype: torch.dtype, size: int) -> Any:
                 low, high = max(begin - origin, 0), min(end - origin, block_size)  # only these slots are read
                 block = block_tables[seq, origin // block_size]
                 following = block_tables[seq, min(origin + block_size, end - 1) // block_size]
-                keys = key_cache[block, kv_head, low:high]  # [slots, head_dim]
-                keys = widen(keys, head_dim, widened) if is_half else keys
+                keys = floats(key_cache[block, kv_head, low:high], head_dim, widened)  # [slots, head_dim]
                 scores(q, rows, keys, head_dim, key_cache[following, kv_head], weights)
                 _soften(weights, rows, high - low, group, position - origin - low, window, m, l, sums)
-                values = value_cache[block, kv_head, low:high]
-                values = widen(values, head_dim, widened) if is_half else values
+                values = floats(value_cache[block, kv_head, low:high], head_dim, widened)
                 add_weighted(weights, rows, values, head_dim, value_cache[following, kv_head], sums)
             for row in range(rows):
                 out[starts[seq] + row // group, kv_head * group + row % group] = sums[row] / l[row]
@@ -141,16 +138,20 @@ def _soften(weights, rows, num_slots, group, newest, window, m, l, sums):
     newest: the last slot that the first query sees, counted from the first of these."""
     for row in range(rows):
         last, maximum, total = newest + row // group, m[row], weights.dtype.type(0)  # last: the last slot it sees
+        for s in range(max(last + 1, 0), num_slots):  # later than the row's query
+            weights[row, s] = -np.inf
+        for s in range(min(last + 1 - window, num_slots)):  # before its window
+            weights[row, s] = -np.inf
         for s in range(num_slots):
-            if s > last or s <= last - window:
-                weights[row, s] = -np.inf
-            maximum = max(maximum, weights[row, s])
+            maximum = larger(maximum, weights[row, s])
         finite = maximum if maximum > -np.inf else total  # -inf: nothing is seen yet, and -inf - (-inf) would be NaN
         for s in range(num_slots):
             weights[row, s] = exp(weights[row, s] - finite)
         for s in range(num_slots):
             total += weights[row, s]
-        rescale = exp(m[row] - finite)
-        m[row], l[row] = maximum, l[row] * rescale + total
-        for d in range(sums.shape[1] if rescale != 1 else 0):
-            sums[row, d] *= rescale
+        if maximum != m[row]:
+            rescale = exp(m[row] - finite)
+            m[row], l[row] = maximum, l[row] * rescale
+            for d in range(sums.shape[1]):
+                sums[row, d] *= rescale
+        l[row] += total

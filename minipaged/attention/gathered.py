@@ -66,8 +66,7 @@ def paged_attention_gathered(
 
 
 def gather(cache: Tensor, block_table: Tensor, seq_len: int, first: int = 0) -> Tensor:
-    """K or V of one sequence from position `first` on, in logical order, in one piece: [num_kv_heads, seq_len - first,
-    head_dim]."""
+    """K or V of a sequence from position `first` on, in one piece: [num_kv_heads, seq_len - first, head_dim]."""
     _, num_kv_heads, block_size, head_dim = cache.shape
     skipped = first // block_size
     blocks = cache[block_table[skipped : cdiv(seq_len, block_size)]]  # [blocks, num_kv_heads, block_size, head_dim]

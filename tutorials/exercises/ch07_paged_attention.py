@@ -83,6 +83,5 @@ def paged_attention_gathered(
 
 
 def gather(cache: Tensor, block_table: Tensor, seq_len: int, first: int = 0) -> Tensor:
-    """K or V of one sequence from position `first` on, in logical order, in one piece: [num_kv_heads, seq_len - first,
-    head_dim]."""
+    """K or V of a sequence from position `first` on, in one piece: [num_kv_heads, seq_len - first, head_dim]."""
     raise NotImplementedError("ch07: gather")
