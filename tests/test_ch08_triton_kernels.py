@@ -429,6 +429,7 @@ def test_what_does_not_fit_is_refused_by_name(name, wrong, said):
         (paged_decode, {"tile": 8}, "tile must be a power of two from 16, got 8"),
         (paged_decode, {"tile": 48}, "got 48"),
         (paged_decode, {"query": torch.zeros(3, 4, 8)}, "one token a sequence, got 3 for 2"),
+        (paged_decode, {"query": torch.zeros(1, 4, 8)}, "one token a sequence, got 1 for 2"),
         (paged_decode, {"num_splits": 0}, "num_splits must lie in 1 to 64, got 0"),
         (paged_decode, {"num_splits": 65}, "got 65"),
         (paged_prefill, {"rows": 24}, "rows must be a power of two from 16, got 24"),

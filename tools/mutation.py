@@ -59,7 +59,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "minipaged/attention/contiguous.py": ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
     "minipaged/attention/gathered.py": ("test_ch07_paged_attention.py", "test_ch03_contiguous_cache.py"),
     "minipaged/attention/online_softmax.py": ("test_ch07_paged_attention.py",),
-    "minipaged/attention/checks.py": ("test_ch07_paged_attention.py",),
+    "minipaged/attention/checks.py": ("test_ch07_paged_attention.py", "test_ch08_triton_kernels.py"),
     "minipaged/attention/compiled.py": ("test_ch07_paged_attention.py",),
     "minipaged/kvcache/contiguous.py": ("test_ch03_contiguous_cache.py",),
     "minipaged/kvcache/paged.py": (
