@@ -451,6 +451,7 @@ def test_ctrl_c_in_a_step_is_raised_after_it_and_the_ranks_go_on(ranks_are_threa
     llm.close()
 
 
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # a captured standard error has no number
 def test_the_table_of_the_page_is_counted_and_a_false_formula_is_refused(ranks_are_threads, monkeypatch, capsys):
     assert ranks_table.main(["tiny", "1", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
