@@ -1,5 +1,7 @@
 """Chapter 10. A prompt as users write it: text, or tokens."""
 
+import reprlib
+
 from minipaged.engine.arguments import items, text, whole
 from minipaged.model.tokenizer import TextTokenizer, TokenPrompt
 
@@ -12,7 +14,7 @@ def read_prompt(prompt: object, tokenizer: TextTokenizer, vocab_size: int) -> tu
     if isinstance(prompt, str):
         return tokenizer.encode(prompt), None
     if not isinstance(prompt, dict) or "prompt_token_ids" not in prompt:
-        raise ValueError(f"a prompt is a string or {{'prompt_token_ids': [...]}}, got {prompt!r}")
+        raise ValueError(f"a prompt is a string or {{'prompt_token_ids': [...]}}, got {reprlib.repr(prompt)}")
     token_ids = [whole("prompt_token_ids", token) for token in items("prompt_token_ids", prompt["prompt_token_ids"])]
     for token in token_ids:
         if not 0 <= token < vocab_size:
