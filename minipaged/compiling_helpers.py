@@ -168,8 +168,8 @@ else:
 
     @intrinsic
     def larger(typing_context, x, y):
-        """The larger of two numbers; NaN if one is. LLVM takes the maximum of a row of them many at a time, which it may
-        not for Python's `max`: there the order of the numbers decides what comes of a NaN."""
+        """The larger of two numbers; NaN if one is. LLVM takes the maximum of a row of them many at a time. Of Python's
+        `max` it may not: there the order of the numbers decides what comes of a NaN."""
 
         def generate(context, builder, signature, arguments):
             of = ir.FunctionType(arguments[0].type, [argument.type for argument in arguments])
