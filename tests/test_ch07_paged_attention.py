@@ -102,6 +102,16 @@ def test_large_scores_do_not_overflow(attend, batch, size):
     torch.testing.assert_close(attend(*batch.arguments, scale=1.0), batch.expected(1.0), rtol=1e-8, atol=1e-8)
 
 
+@every_form
+@pytest.mark.parametrize("num_seqs", [0, 2])
+def test_a_batch_may_hold_no_token(attend, num_seqs):
+    """Then its tables may have no column."""
+    caches = torch.full((2, 3, 2, 4, 8), torch.nan)
+    starts = torch.zeros(num_seqs + 1, dtype=torch.int32)
+    out = attend(torch.empty(0, 4, 8), *caches, starts[1:].view(num_seqs, 1)[:, :0], starts[1:], starts, scale=1.0)
+    assert out.shape == (0, 4, 8)
+
+
 @pytest.mark.parametrize("num_queries", [1, 2, 20])
 @pytest.mark.parametrize("attend", [paged_attention_gathered, compiled.paged_attention], ids=["gathered", "compiled"])
 def test_products_of_float16_do_not_overflow(attend, num_queries):

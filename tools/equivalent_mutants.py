@@ -126,6 +126,15 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "wrong = tensor[(tensor < low) + (tensor > high)]",
     ): "a sum of truth values is their or",
     (
+        "minipaged/attention/compiled.py",
+        "finite = maximum if maximum != -np.inf else total"
+        "  # -inf: nothing is seen yet, and -inf - (-inf) would be NaN",
+    ): "they differ for NaN alone, and the answer is NaN either way",
+    (
+        "minipaged/attention/compiled.py",
+        "window = q.dtype.type(scale), min(sliding_window or 2**30, 2<<30)",
+    ): "both are longer than any text",
+    (
         "minipaged/attention/contiguous.py",
         "if num_queries == 0 and sliding_window is None:",
     ): "the special case is for speed: the general one has the same answer",

@@ -80,6 +80,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 
 # In their suites compiled loops run as plain Python. In those of the engine a step of the model would take seconds.
 PLAIN_LOOPS = "minipaged/attention/"
+COMPILERS = {"compiled", "inlined", "exactly"}  # decorators that do nothing there
 
 # Which counterexample kills a mutant is of no interest, so none is made smaller.
 PLUGIN = """
@@ -109,8 +110,8 @@ class Mutant:
 
 
 class _Behaviour(ast.NodeTransformer):
-    """Takes out what no property pins: docstrings, annotations, the words of an error, class decorators, and whether
-    an argument goes by its place or its name."""
+    """Takes out what no property pins: docstrings, annotations, the words of an error, decorators of classes and those
+    that compile, and whether an argument goes by its place or its name."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         self.generic_visit(node)
@@ -122,6 +123,7 @@ class _Behaviour(ast.NodeTransformer):
         given.defaults = [*given.defaults, *(default for default in given.kw_defaults if default)]
         given.posonlyargs, given.kwonlyargs, given.kw_defaults = [], [], []
         node.returns = None
+        node.decorator_list = [by for by in node.decorator_list if getattr(by, "id", None) not in COMPILERS]
         return _without_docstring(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
