@@ -135,6 +135,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "window = q.dtype.type(scale), min(sliding_window or 2**30, 2<<30)",
     ): "both are longer than any text",
     (
+        "minipaged/attention/compiled.py",
+        "least = cdiv(LEAST_SLOTS, max(1, table.shape[1] & block_size))",
+    ): "the pieces that threads take have another size, and the answer does not depend on it",
+    (
         "minipaged/attention/contiguous.py",
         "if num_queries == 0 and sliding_window is None:",
     ): "the special case is for speed: the general one has the same answer",
