@@ -78,6 +78,12 @@ def test_any_object_in_any_field_of_a_search(llm, name, value):
 OPTIONAL = {"cache_salt": ANYTHING, "prompt": ANYTHING}
 
 
+def test_a_long_list_as_a_prompt_is_refused_in_a_line(llm):
+    with pytest.raises(ValueError, match=r"prompt 0: .* got \[0, 1, ") as error:
+        llm.generate([list(range(1_000))])
+    assert len(str(error.value)) < 200
+
+
 @given(prompt=ANYTHING | st.fixed_dictionaries({"prompt_token_ids": ANYTHING}, optional=OPTIONAL))
 def test_any_object_as_a_prompt(llm, prompt):
     for ask in (llm.add_request, lambda prompt: llm.generate([prompt], SamplingParams(max_tokens=2), progress=False)):
