@@ -12,9 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # After each product, the threads of torch's OpenMP wait for the next one in a loop, by default for milliseconds. In
-# a model of many layers that is too long: they take the cores from the compiled loops and, on a machine that does other
-# things too, from each other (a step of 32 sequences on two busy cores took 1.0 s, and 0.2 s when they sleep soon). It
-# is read once, when torch is imported. Where the environment says something about it already, that stays.
+# a model of many layers that is too long: on a machine that does other things too they take the cores from each other
+# (a step of 32 sequences on two busy cores took 1.0 s, and 0.2 s when they sleep soon). It is read once, when torch is
+# imported. Where the environment says something about it already, that stays.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # some tenths of a millisecond
 

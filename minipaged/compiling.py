@@ -1,18 +1,16 @@
-"""Loops compiled for the CPU by Numba: the options they share, the folder of the compiled code, threads.
+"""Loops compiled for the CPU by Numba: the options they share, and the folder of the compiled code.
 
     @compiled                       a plain Python function with loops over NumPy arrays; Numba compiles it at its first
     def double(x, out): ...         call for each combination of types, and keeps the code on disk for the next process
 
 With NUMBA_DISABLE_JIT=1 the same functions run as plain Python, and NumPy checks every index.
-Numba does not notice a change in another file, so what loops share stands in `compiling_helpers.py`.
+Numba does not notice a change in another file, so what loops share stands in `compiling_helpers.py`
+and, for their threads, in `openmp.py`.
 """
 
-import os
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ import torch
 from numba import config, njit
 from numba.core import event
 
-from minipaged.cdiv import cdiv
 from minipaged.home import home
 
 # Sums may be reordered, and a * b + c rounded once. Infinities and NaN are kept: a score of -inf is used, and a NaN in
@@ -35,7 +32,6 @@ OPTIONS: dict[str, Any] = {
 }
 BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 DTYPES = {torch.float64, torch.float32, *BITS}
-PIECES = 4  # for each thread: if one is delayed, the others take its later pieces
 
 
 def can_compile(*tensors: torch.Tensor) -> bool:
@@ -75,52 +71,11 @@ def exactly(function: Callable[..., Any]) -> Any:
     return njit(error_model="numpy")(function)
 
 
-def in_threads(loop: Callable[..., None], count: int, *arguments: Any, least: int = 1) -> None:
-    """Call loop(first, last, *arguments) for pieces that make up range(count), on torch.get_num_threads() threads.
-
-    A piece (but the last) has at least `least` items: enough to be worth the 30 us in which a thread wakes up.
-    The threads are Python's own, which sleep while there is nothing to do: Numba's pools would wait in a loop (OpenMP),
-    beside torch's, or refuse a second caller (workqueue). Any number of threads may call this at once. The caller works
-    too, and waits for no thread that has not begun.
-    """
-    num_threads = torch.get_num_threads()
-    size = max(least, cdiv(count, PIECES * num_threads))
-    if num_threads == 1 or count <= size:
-        loop(0, count, *arguments)
-        return
-    pieces = deque(range(0, count, size))
-
-    def work() -> None:
-        while pieces:
-            try:
-                first = pieces.popleft()
-            except IndexError:  # another thread took the last
-                return
-            loop(first, min(first + size, count), *arguments)
-
-    others = [_pool().submit(work) for _ in range(min(num_threads, len(pieces)) - 1)]
-    try:
-        work()
-    finally:
-        for other in others:
-            if not other.cancel():
-                other.result()
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="minipaged")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
-
-
 @cache
 def _cache_folder() -> str:
     """The helpers' contents name the folder: Numba compiles a loop anew if its own file changed, not if theirs did."""
     package = Path(__file__).parent
-    helpers = (package / "compiling_helpers.py").read_bytes()
+    helpers = b"".join((package / name).read_bytes() for name in ("compiling_helpers.py", "openmp.py"))
     folder = package / "__pycache__"
     try:
         folder.mkdir(exist_ok=True)

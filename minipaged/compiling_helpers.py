@@ -12,17 +12,14 @@ from minipaged.processor import processor
 
 
 @inlined
-def widen(halves, head_dim, widened):
-    """Halves [slots, head_dim], by their bits, as float32 in the first rows of `widened`; returns those rows."""
-    for s in range(len(halves)):
-        for d in range(head_dim):
-            widened[s, d] = number(halves[s, d])
-    return widened[: len(halves)]
-
-
-@inlined
-def as_it_is(tile, head_dim, widened):
-    """In the place of `widen`, where there is nothing to widen."""
+def floats(tile, head_dim, widened):
+    """A tile [slots, head_dim] in the type to compute in. Of halves, given by their bits, that is float32, in the first
+    rows of `widened`; anything else stays where it is."""
+    if isinstance(tile[0, 0], (np.uint16, np.int16)):
+        for s in range(len(tile)):
+            for d in range(head_dim):
+                widened[s, d] = number(tile[s, d])
+        return widened[: len(tile)]
     return tile
 
 

@@ -18,13 +18,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numba import njit
 
 from messages import says
 from minipaged.attention import compiled, gathered, paged_attention_gathered, paged_attention_online
 from minipaged.cdiv import cdiv
+from minipaged.compiling import OPTIONS
 from minipaged.kvcache import PagedCache
 from minipaged.model.batch import make_batch
 from minipaged.model.transformer import ModelConfig
+from minipaged.openmp import shared_out, team
 from strategies import BLOCK_SIZES, generators, paged_batches
 
 pytestmark = pytest.mark.ch07
@@ -212,17 +215,42 @@ def test_two_threads_may_attend_at_once():
         assert all(callers.map(_decodes_right, (700, 500, 300), (2, 2, 2)))
 
 
-def test_other_threads_and_a_small_piece_of_work_raise_what_goes_wrong_there():
-    from minipaged.compiling import in_threads
+@njit(**(OPTIONS | {"cache": False}))
+def _count(team, first, last, counts, wrong):
+    if shared_out(team):
+        return
+    for item in range(first, last):
+        if item == wrong:
+            raise ValueError("this item cannot be computed")
+        counts[item] += 1
 
-    def loop(first, last, wrong):
-        if first <= wrong < last:
-            raise KeyError(wrong)
 
-    torch.set_num_threads(2)
-    for wrong in range(0, 100, 7):
-        with pytest.raises(KeyError):
-            in_threads(loop, 100, wrong)
+@given(count=st.integers(0, 300), threads=st.integers(1, 4), least=st.integers(1, 40), data=st.data())
+def test_a_team_computes_each_item_once_and_says_that_one_cannot_be(count, threads, least, data):
+    torch.set_num_threads(threads)
+    counts = np.zeros(count, np.int64)
+    _count(team(count, least), 0, count, counts, -1)
+    assert (counts == 1).all(), counts
+    if count:
+        wrong = data.draw(st.integers(0, count - 1), label="cannot be computed")
+        with pytest.raises((ValueError, MemoryError)):
+            _count(team(count, least), 0, count, counts, wrong)
+
+
+@of_compiled_code
+def test_what_one_process_compiled_the_next_one_loads():
+    """For each type of a cache. (A closure over a helper once gave the code of every process another name.)"""
+    script = (
+        "import torch; from minipaged.attention import paged_attention, write_kv\n"
+        "table, ends = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)\n"
+        "for name in ('float32', 'bfloat16'):\n"
+        "    x = torch.zeros(1, 1, 16, 64, dtype=getattr(torch, name))\n"
+        "    write_kv(x[:, :, 0], x[:, :, 0], x, x.clone(), torch.tensor([3]))\n"
+        "    paged_attention(x[:, :, 0], x, x, table, ends[1:], ends, scale=1.0)\n"
+    )
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not done.stderr, "compiled again"
 
 
 @of_compiled_code

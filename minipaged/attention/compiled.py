@@ -20,13 +20,14 @@ from minipaged.attention.checks import check_paged_attention, check_write_kv
 from minipaged.attention.gathered import paged_attention_gathered
 from minipaged.attention.gathered import write_kv as write_kv_by_index
 from minipaged.cdiv import cdiv
-from minipaged.compiling import BITS, array_of, can_compile, compiled, in_threads, inlined
-from minipaged.compiling_helpers import add_weighted, as_it_is, borrowed, exp, larger, scores, use_widest_vectors, widen
+from minipaged.compiling import array_of, can_compile, compiled, inlined
+from minipaged.compiling_helpers import add_weighted, borrowed, exp, floats, larger, scores, use_widest_vectors
+from minipaged.openmp import shared_out, team
 
 # Sequences with more queries in a step are gathered: K and V are then used so often that copying them costs little, and
 # the matrix products of torch's attention win. (Figures: docs/design.md, section 6.)
 MOST_QUERIES = 8
-LEAST_SLOTS = 1024  # that are worth waking up a thread
+LEAST_SLOTS = 256  # that are worth another thread
 UNROLLED = (64, 128)  # common sizes of a head: a loop compiled for one alone takes a fifth less time
 
 
@@ -52,15 +53,13 @@ def paged_attention(
     # In a step of the model, an operation of torch takes 5 to 10 us before it computes anything: here are few of them.
     wide = query.to(torch.promote_types(query.dtype, torch.float32)).contiguous()  # halves are computed in float32
     q, (table, lens, starts) = array_of(wide), [array_of(tensor.to(torch.int32).contiguous()) for tensor in tables]
-    out, counts = torch.empty_like(wide), np.diff(query_start_loc.numpy())
+    out, counts = torch.empty_like(wide), starts[1:] - starts[: len(lens)]
     is_long = counts > MOST_QUERIES  # [num_seqs]
     window = q.dtype.type(scale), min(sliding_window or 2**30, 2**30)
     _, num_kv_heads, block_size, size = key_cache.shape
-    if not is_long.all():
-        loop = _loop(query.dtype, size if size in UNROLLED else 0)
-        least = cdiv(LEAST_SLOTS, max(1, table.shape[1] * block_size))
-        work = (q, array_of(key_cache), array_of(value_cache), table, lens, starts, *window, array_of(out))
-        in_threads(loop, len(lens) * num_kv_heads, *work, least=least)
+    loop, caches = _loop(size if size in UNROLLED else 0), (array_of(key_cache), array_of(value_cache))
+    items, least = len(lens) * num_kv_heads, cdiv(LEAST_SLOTS, max(1, table.shape[1] * block_size))
+    loop(team(items, least), 0, items, q, *caches, table, lens, starts, *window, array_of(out))
     if is_long.any():
         mine, seqs = torch.from_numpy(np.repeat(is_long, counts)), torch.from_numpy(is_long)
         tables = block_tables[seqs], seq_lens[seqs], torch.from_numpy(np.append(0, counts[is_long].cumsum()))
@@ -75,16 +74,15 @@ def write_kv(
     if check:
         check_write_kv(key, value, key_cache, value_cache, slot_mapping)
     if can_compile(key, value, key_cache, value_cache):
-        tensors = key, value, key_cache, value_cache, slot_mapping.long()
-        in_threads(_store, len(key), *(array_of(tensor.contiguous()) for tensor in tensors), least=256)
+        _store(*(array_of(x.contiguous()) for x in (key, value, key_cache, value_cache, slot_mapping.long())))
     else:
         write_kv_by_index(key, value, key_cache, value_cache, slot_mapping)
 
 
 @compiled
-def _store(first, last, key, value, key_cache, value_cache, slot_mapping):
+def _store(key, value, key_cache, value_cache, slot_mapping):
     _, num_kv_heads, block_size, head_dim = key_cache.shape
-    for token in range(first, last):
+    for token in range(len(key)):
         block, offset = slot_mapping[token] // block_size, slot_mapping[token] % block_size
         for head in range(num_kv_heads if slot_mapping[token] >= 0 else 0):
             for d in range(head_dim):
@@ -93,13 +91,14 @@ def _store(first, last, key, value, key_cache, value_cache, slot_mapping):
 
 
 @lru_cache
-def _loop(dtype: torch.dtype, size: int) -> Any:
-    """The loop for caches of one dtype and one head size (0: any). What a closure holds is a constant to Numba."""
-    floats = widen if dtype in BITS else as_it_is
+def _loop(size: int) -> Any:
+    """The loop for one head size (0: any). What a closure holds is a constant to Numba, and part of the code's name."""
 
     @compiled
-    def attend(first, last, query, key_cache, value_cache, block_tables, seq_lens, starts, scale, window, out):
+    def attend(team, first, last, query, key_cache, value_cache, block_tables, seq_lens, starts, scale, window, out):
         """For items first to last - 1: an item is a KV head of a sequence. A row: a query, one of its heads."""
+        if shared_out(team):
+            return
         use_widest_vectors()
         key_cache, value_cache = borrowed(key_cache), borrowed(value_cache)
         num_kv_heads, block_size = key_cache.shape[1:3]

@@ -272,7 +272,8 @@ CHAPTERS = {
                 "plain_python",
                 "forked",
                 "two_threads",
-                "other_threads",
+                "a_team_computes",
+                "one_process_compiled",
                 "widened",  # of the compiled loop alone
             ),
             examples=25,

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from minipaged.cdiv import cdiv
-from minipaged.compiling import DTYPES, array_of, compiled, in_threads
+from minipaged.compiling import DTYPES, array_of, compiled
 from minipaged.compiling_helpers import computed, exp, number, rounded
 from minipaged.model.batch import ForwardBatch, KVCache
 from minipaged.model.transformer import Layer, Transformer
+from minipaged.openmp import shared_out, team
 
-_PIECE = 1 << 18  # numbers: rows that hold as many are worth another thread
+_PIECE = 1 << 15  # numbers: rows that hold as many are worth another thread
 
 
 class CompiledTransformer(Transformer):
@@ -68,7 +69,8 @@ def add_rms_norm(hidden: Tensor, added: Tensor, norm: nn.RMSNorm) -> Tensor:
     """hidden += added, in place; returns RMSNorm(hidden), a new tensor. All [num_tokens, hidden_size]."""
     out = torch.empty_like(hidden)
     arrays = array_of(hidden), array_of(added), array_of(norm.weight)
-    in_threads(_add_rms_norm, len(hidden), *arrays, norm.eps, array_of(out), least=cdiv(_PIECE, hidden.shape[1]))
+    num_tokens, size = hidden.shape
+    _add_rms_norm(team(num_tokens, cdiv(_PIECE, size)), 0, num_tokens, *arrays, norm.eps, array_of(out))
     return out
 
 
@@ -77,20 +79,22 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, num_turned: int) -> None:
 
     qkv [num_tokens, heads, head_dim]; cos, sin [num_tokens, head_dim / 2].
     """
-    least = cdiv(_PIECE, num_turned * qkv.shape[2])
-    in_threads(_rotate, len(qkv), array_of(qkv), array_of(cos), array_of(sin), num_turned, least=least)
+    threads = team(len(qkv), cdiv(_PIECE, num_turned * qkv.shape[2]))
+    _rotate(threads, 0, len(qkv), array_of(qkv), array_of(cos), array_of(sin), num_turned)
 
 
 def silu_and_multiply(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, a new tensor. gate_up [num_tokens, 2 * intermediate_size]: gate first."""
     num_tokens, size = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(num_tokens, size)
-    in_threads(_silu_and_multiply, num_tokens, array_of(gate_up), array_of(out), least=cdiv(_PIECE, 2 * size))
+    _silu_and_multiply(team(num_tokens, cdiv(_PIECE, 2 * size)), 0, num_tokens, array_of(gate_up), array_of(out))
     return out
 
 
 @compiled
-def _add_rms_norm(first, last, hidden, added, weight, eps, out):
+def _add_rms_norm(team, first, last, hidden, added, weight, eps, out):
+    if shared_out(team):
+        return
     size = len(weight)
     for row in range(first, last):
         squares = computed(0.0, weight[0])
@@ -103,7 +107,9 @@ def _add_rms_norm(first, last, hidden, added, weight, eps, out):
 
 
 @compiled
-def _rotate(first, last, x, cos, sin, num_turned):
+def _rotate(team, first, last, x, cos, sin, num_turned):
+    if shared_out(team):
+        return
     half = cos.shape[1]
     for row in range(first, last):
         for head in range(num_turned):
@@ -115,7 +121,9 @@ def _rotate(first, last, x, cos, sin, num_turned):
 
 
 @compiled
-def _silu_and_multiply(first, last, gate_up, out):
+def _silu_and_multiply(team, first, last, gate_up, out):
+    if shared_out(team):
+        return
     size = out.shape[1]
     for row in range(first, last):
         for d in range(size):
