@@ -67,7 +67,7 @@ else:
             size = builder.sdiv(builder.add(builder.sub(last, first), builder.sub(pieces, word(1))), pieces)
             is_shared = builder.icmp_signed(">", num_threads, word(1))
             with builder.if_then(is_shared):
-                # What all threads see: the next item, the end, a piece's size, whether one failed, and the other arguments.
+                # What the threads see: the next item, the end, a piece's size, whether one failed, the other arguments.
                 data = cgutils.pack_struct(builder, [first, last, size, word(0), *others])
                 place = cgutils.alloca_once_value(builder, data)
                 work_type = ir.FunctionType(ir.VoidType(), [byte])
