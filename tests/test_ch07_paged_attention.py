@@ -233,7 +233,8 @@ def test_a_team_computes_each_item_once_and_says_that_one_cannot_be(count, threa
     assert (counts == 1).all(), counts
     if count:
         wrong = data.draw(st.integers(0, count - 1), label="cannot be computed")
-        with pytest.raises((ValueError, MemoryError)):
+        is_shared = team(count, least)[1] > 1 and not is_python
+        with pytest.raises(MemoryError if is_shared else ValueError):
             _count(team(count, least), 0, count, counts, wrong)
 
 

@@ -57,9 +57,10 @@ def paged_attention(
     is_long = counts > MOST_QUERIES  # [num_seqs]
     window = q.dtype.type(scale), min(sliding_window or 2**30, 2**30)
     _, num_kv_heads, block_size, size = key_cache.shape
-    loop, caches = _loop(size if size in UNROLLED else 0), (array_of(key_cache), array_of(value_cache))
-    items, least = len(lens) * num_kv_heads, cdiv(LEAST_SLOTS, max(1, table.shape[1] * block_size))
-    loop(team(items, least), 0, items, q, *caches, table, lens, starts, *window, array_of(out))
+    if not is_long.all():
+        loop, caches = _loop(size if size in UNROLLED else 0), (array_of(key_cache), array_of(value_cache))
+        items, least = len(lens) * num_kv_heads, cdiv(LEAST_SLOTS, max(1, table.shape[1] * block_size))
+        loop(team(items, least), 0, items, q, *caches, table, lens, starts, *window, array_of(out))
     if is_long.any():
         mine, seqs = torch.from_numpy(np.repeat(is_long, counts)), torch.from_numpy(is_long)
         tables = block_tables[seqs], seq_lens[seqs], torch.from_numpy(np.append(0, counts[is_long].cumsum()))
