@@ -4,8 +4,8 @@
     def double(x, out): ...         call for each combination of types, and keeps the code on disk for the next process
 
 With NUMBA_DISABLE_JIT=1 the same functions run as plain Python, and NumPy checks every index.
-Numba does not notice a change in another file, so what loops share stands in `compiling_helpers.py`
-and, for their threads, in `openmp.py`.
+Numba does not notice a change in another file, so what loops share stands in `compiling_helpers.py`, `halves.py` and,
+for their threads, `openmp.py`.
 """
 
 import sys
@@ -37,14 +37,16 @@ DTYPES = {torch.float64, torch.float32, *BITS}
 def can_compile(*tensors: torch.Tensor) -> bool:
     """Whether compiled loops can work on these in place: on a CPU, without a gradient. The last two are caches, which
     must be contiguous; the others may be copied to be contiguous."""
-    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    here = all(tensor.device.type == "cpu" and tensor.dtype in DTYPES for tensor in tensors)
-    return here and not wants_gradient and all(cache.is_contiguous() for cache in tensors[-2:])
+    can_learn = torch.is_grad_enabled()
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.dtype not in DTYPES or (can_learn and tensor.requires_grad):
+            return False
+    return all(cache.is_contiguous() for cache in tensors[-2:])
 
 
 def array_of(tensor: torch.Tensor) -> Any:
     """The memory of the tensor, as a NumPy array. Numba has no 16-bit floats, so these are given by their bits; the
-    integer's type says which float it is (`compiling_helpers.number`)."""
+    integer's type says which float it is (`halves.number`)."""
     bits = BITS.get(tensor.dtype)
     tensor = tensor.detach() if tensor.requires_grad else tensor  # a call of its own, of a microsecond
     return (tensor if bits is None else tensor.view(bits)).numpy()
@@ -75,7 +77,7 @@ def exactly(function: Callable[..., Any]) -> Any:
 def _cache_folder() -> str:
     """The helpers' contents name the folder: Numba compiles a loop anew if its own file changed, not if theirs did."""
     package = Path(__file__).parent
-    helpers = b"".join((package / name).read_bytes() for name in ("compiling_helpers.py", "openmp.py"))
+    helpers = b"".join((package / name).read_bytes() for name in ("compiling_helpers.py", "halves.py", "openmp.py"))
     folder = package / "__pycache__"
     try:
         folder.mkdir(exist_ok=True)

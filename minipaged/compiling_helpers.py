@@ -8,6 +8,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from minipaged.compiling import exactly, inlined
+from minipaged.halves import number
 from minipaged.processor import processor
 
 
@@ -28,20 +29,21 @@ def scores(q, rows, keys, head_dim, following, weights):
     """weights[row, slot] = q[row] . keys[slot]. Meanwhile the same slots of the following block are prefetched.
 
     Slots are taken by four: a number of q is loaded once for four products. (The last four may overlap those before.)
+    Numbers are named by both indices, since Numba counts the owners of an array at each view of it, such as keys[slot],
+    by an atomic operation.
     """
     num_slots = len(keys)
     for begin in range(0, num_slots, 4):
         prefetch(following, begin, min(begin + 4, num_slots))
         s = max(min(begin, num_slots - 4), 0)
         s1, s2, s3 = min(s + 1, num_slots - 1), min(s + 2, num_slots - 1), min(s + 3, num_slots - 1)
-        k0, k1, k2, k3 = keys[s], keys[s1], keys[s2], keys[s3]
         for row in range(rows):
             x0 = x1 = x2 = x3 = q.dtype.type(0)
             for d in range(head_dim):
-                x0 += q[row, d] * k0[d]
-                x1 += q[row, d] * k1[d]
-                x2 += q[row, d] * k2[d]
-                x3 += q[row, d] * k3[d]
+                x0 += q[row, d] * keys[s, d]
+                x1 += q[row, d] * keys[s1, d]
+                x2 += q[row, d] * keys[s2, d]
+                x3 += q[row, d] * keys[s3, d]
             weights[row, s], weights[row, s1], weights[row, s2], weights[row, s3] = x0, x1, x2, x3
 
 
@@ -52,74 +54,16 @@ def add_weighted(weights, rows, values, head_dim, following, sums):
     whole = num_slots - num_slots % 4
     for s in range(0, whole, 4):
         prefetch(following, s, s + 4)
-        v0, v1, v2, v3 = values[s], values[s + 1], values[s + 2], values[s + 3]
         for row in range(rows):
             w0, w1, w2, w3 = weights[row, s], weights[row, s + 1], weights[row, s + 2], weights[row, s + 3]
             for d in range(head_dim):
-                sums[row, d] += w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d]
+                early, late = w0 * values[s, d] + w1 * values[s + 1, d], w2 * values[s + 2, d] + w3 * values[s + 3, d]
+                sums[row, d] += early + late
     prefetch(following, whole, num_slots)
     for s in range(whole, num_slots):
         for row in range(rows):
             for d in range(head_dim):
                 sums[row, d] += weights[row, s] * values[s, d]
-
-
-# ---- one number ------------------------------------------------------------------------------------------------------
-# Numba has no 16-bit floats, so loops get their bits, and the integer's type says which float they are. The type is
-# known when a loop is compiled, so one branch of each function below is left.
-#
-#     bfloat16   uint16   the upper half of a float32:   sign, 8 bits of exponent,  7 of fraction
-#     float16    int16    IEEE's half:                   sign, 5 bits of exponent, 10 of fraction
-
-_INFINITY = np.uint32(0x7F800000)  # of float32: every bit of the exponent, none of the fraction. NaN has more
-_SIGN = np.uint32(0x80000000)
-_TOO_LARGE = np.uint32((127 + 16) << 23)  # 65,536: from here on a float16 is infinite, or NaN
-_SUBNORMAL = np.uint32((127 - 14) << 23)  # 2^-14: below it a float16 has steps of 2^-24
-_REBIAS = np.uint32((127 - 15) << 23)  # from the exponents of float16 to those of float32
-
-
-@exactly
-def computed(x, like):
-    """x in the type that elements such as `like` are computed in."""
-    return np.float64(x) if isinstance(like, np.float64) else np.float32(x)
-
-
-@exactly
-def number(x):
-    """The value of an element of an array."""
-    if isinstance(x, np.uint16):
-        return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
-    if isinstance(x, np.int16):
-        bits = np.uint32(np.uint16(x))
-        magnitude = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))
-        scaled = np.float32(magnitude.view(np.float32) * np.float32(2.0**112)).view(np.uint32)
-        if magnitude >= np.uint32(31 << 23):  # infinity or NaN
-            scaled = magnitude | _INFINITY
-        return np.uint32(scaled | ((bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
-    return x
-
-
-@exactly
-def rounded(x, like):
-    """x as an element of the array that `like` is an element of."""
-    if isinstance(like, np.uint16):
-        bits = np.float32(x).view(np.uint32)
-        if np.uint32(bits & ~_SIGN) > _INFINITY:  # NaN: rounding could make a number of it
-            return np.uint16(0x7FC0)
-        odd = (bits >> np.uint32(16)) & np.uint32(1)
-        return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-    if isinstance(like, np.int16):
-        bits = np.float32(x).view(np.uint32)
-        sign, magnitude = bits & _SIGN, np.uint32(bits & ~_SIGN)
-        if magnitude >= _TOO_LARGE:
-            half = np.uint32(0x7E00) if magnitude > _INFINITY else np.uint32(0x7C00)
-        elif magnitude < _SUBNORMAL:  # added to 0.5, a float32 is rounded to steps of 2^-24
-            half = np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(126 << 23)
-        else:
-            odd = (magnitude >> np.uint32(13)) & np.uint32(1)
-            half = np.uint32(magnitude - _REBIAS + np.uint32(0xFFF) + odd) >> np.uint32(13)
-        return np.uint16(half | (sign >> np.uint32(16))).view(np.int16)
-    return x
 
 
 # The coefficients are those of Cephes' expf.

@@ -17,13 +17,19 @@ from numba import njit
 from torch import nn
 
 from minipaged.compiling import array_of
-from minipaged.compiling_helpers import number, rounded
+from minipaged.halves import number, rounded
 from minipaged.model import compiled_ops
 from minipaged.model.batch import make_batch
-from minipaged.model.compiled_ops import CompiledTransformer, add_rms_norm, rotate, silu_and_multiply, use_compiled_ops
+from minipaged.model.compiled_ops import (
+    CompiledTransformer,
+    add_rms_norm,
+    silu_and_multiply,
+    split_and_rotate,
+    use_compiled_ops,
+)
 from minipaged.model.load import TINY, load_model, tiny_transformer
 from minipaged.model.recompute import RecomputeCache
-from minipaged.model.transformer import rotate as rotate_by_formula
+from minipaged.model.transformer import rotate
 
 pytestmark = pytest.mark.ch02
 
@@ -78,20 +84,27 @@ def test_add_rms_norm_is_the_sum_and_its_norm(num_tokens, size, scale, eps, dtyp
 @given(
     num_tokens=st.sampled_from((0, 1, 3)),
     heads=st.integers(1, 4),
-    left=st.integers(0, 2),
+    kv_heads=st.integers(1, 3),
     half=st.integers(1, 20),
+    turn=st.booleans(),
     dtype=dtypes,
     seed=st.integers(0, 1000),
 )
-def test_rotate_turns_the_first_heads_and_leaves_the_others(num_tokens, heads, left, half, dtype, seed):
-    qkv = drawn(seed, num_tokens, heads + left, 2 * half, dtype=dtype)
+def test_split_and_rotate_turns_queries_and_keys_alone(num_tokens, heads, kv_heads, half, turn, dtype, seed):
+    qkv = drawn(seed, num_tokens, heads + 2 * kv_heads, 2 * half, dtype=dtype)
     angle = drawn(seed + 1, num_tokens, half).double()
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     before = qkv.clone()
-    expected = rotate_by_formula(before[:, :heads].double(), cos.double()[:, None], sin.double()[:, None])
-    rotate(qkv, cos, sin, heads)
-    close(qkv[:, :heads], expected, dtype)
-    assert torch.equal(qkv[:, heads:], before[:, heads:])
+    parts = split_and_rotate(qkv, cos, sin, heads, turn)
+    assert torch.equal(qkv, before)
+    assert all(part.is_contiguous() for part in parts)
+    query, key, value = before.split([heads, kv_heads, kv_heads], dim=1)
+    for part, x in zip(parts, (query, key), strict=False):
+        if turn:
+            close(part, rotate(x.double(), cos.double()[:, None], sin.double()[:, None]), dtype)
+        else:
+            assert torch.equal(part, x)
+    assert torch.equal(parts[2], value)
 
 
 @given(
@@ -115,10 +128,9 @@ def test_rows_that_threads_share_are_those_of_one_thread(dtype, monkeypatch):
     cos, sin = drawn(3, 2, MANY, 4, dtype=dtype)
 
     def all_three():
-        total, turned = hidden.clone(), qkv.clone()
+        total = hidden.clone()
         normed = add_rms_norm(total, added, norm)
-        rotate(turned, cos, sin, 2)
-        return total, normed, turned, silu_and_multiply(gate_up)
+        return total, normed, *split_and_rotate(qkv, cos, sin, 1, True), silu_and_multiply(gate_up)
 
     alone = all_three()
     torch.set_num_threads(2)
@@ -138,9 +150,9 @@ def test_nan_and_infinity_show_where_the_formula_shows_them(dtype, odd):
     close(silu_and_multiply(x), F.silu(gate) * up, dtype, atol=1e-7)
     qkv = x.view(3, 1, 16).clone()
     cos, sin = drawn(1, 2, 3, 8, dtype=dtype)
-    expected = rotate_by_formula(qkv.double(), cos.double()[:, None], sin.double()[:, None])
-    rotate(qkv, cos, sin, 1)
-    close(qkv, expected, dtype)
+    expected = rotate(qkv.double(), cos.double()[:, None], sin.double()[:, None])
+    turned, _, _ = split_and_rotate(torch.cat([qkv] * 3, dim=1), cos, sin, 1, True)
+    close(turned, expected, dtype)
 
 
 def test_exp_is_right_to_the_last_places_over_the_whole_range():
@@ -209,8 +221,12 @@ def quick_of(plain):
 @settings(max_examples=4 if is_python else 40)
 def test_a_model_gives_the_hidden_states_of_the_formulas(sequences, dtype):
     plain = tiny_transformer(dtype)
+    with torch.no_grad():  # with all of its weight, scores reach some hundreds: what one rounding changes grows tenfold
+        for layer in plain.layers:
+            layer.qkv_proj.weight *= 0.5
+            layer.gate_up_proj.weight *= 0.5
     out, expected = hidden_states(quick_of(plain), *sequences), hidden_states(plain, *sequences)
-    tolerance = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.05}[dtype]
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float16: 0.05}[dtype]
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 

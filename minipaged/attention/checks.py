@@ -63,15 +63,13 @@ def check_paged_attention(
             check(rises, f"query_start_loc must rise from 0 to num_tokens = {num_tokens}, got {starts}")
             enough = all(count <= length for count, length in zip(counts, lens, strict=True))
             check(enough, f"a sequence has more queries than tokens: queries {counts}, seq_lens {lens}")
-        first = torch.arange(max_blocks, device=block_tables.device) * block_size  # each column's first position
-        used = first < seq_lens[:, None]  # [num_seqs, max_blocks]
+        used = torch.arange(0, max_blocks * block_size, block_size, device=block_tables.device) < seq_lens[:, None]
         check_range("block_tables (within seq_lens)", block_tables[used], 0, num_blocks - 1)
 
 
 def check_caches(key_cache: Tensor, value_cache: Tensor) -> None:
-    layout = "[num_blocks, num_kv_heads, block_size, head_dim]"
     fits = key_cache.dim() == 4 and min(key_cache.shape[1:]) >= 1
-    check(fits, f"key_cache must be {layout}, got {list(key_cache.shape)}")
+    check(fits, f"key_cache must be [num_blocks, num_kv_heads, block_size, head_dim], got {list(key_cache.shape)}")
     check_tensor("value_cache", value_cache, key_cache.shape, key_cache)
 
 

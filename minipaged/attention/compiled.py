@@ -9,7 +9,7 @@ on the rest of the batch. Each block is prefetched while the one before it is co
 time goes into waiting for memory. (Chapter 8 cuts a long walk into parts, since a GPU has far more than a few cores.)
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention, check_write_kv
-from minipaged.attention.gathered import paged_attention_gathered
+from minipaged.attention.gathered import attend_one, paged_attention_gathered
 from minipaged.attention.gathered import write_kv as write_kv_by_index
 from minipaged.cdiv import cdiv
 from minipaged.compiling import array_of, can_compile, compiled, inlined
 from minipaged.compiling_helpers import add_weighted, borrowed, exp, floats, larger, scores, use_widest_vectors
+from minipaged.halves import number, rounded
 from minipaged.openmp import shared_out, team
 
 # Sequences with more queries in a step are gathered: K and V are then used so often that copying them costs little, and
@@ -44,28 +45,24 @@ def paged_attention(
     check: bool = True,
 ) -> Tensor:
     """Arguments, answer and errors of `paged_attention_gathered`. check=False: the caller has checked the arguments."""
-    tables = block_tables, seq_lens, query_start_loc
-    gathered = partial(paged_attention_gathered, scale=scale, sliding_window=sliding_window)
+    caches, tables = (key_cache, value_cache), (block_tables, seq_lens, query_start_loc)
     if check:
-        check_paged_attention(query, key_cache, value_cache, *tables, sliding_window)
-    if not can_compile(query, key_cache, value_cache):
-        return gathered(query, key_cache, value_cache, *tables)
+        check_paged_attention(query, *caches, *tables, sliding_window)
+    if not can_compile(query, *caches):
+        return paged_attention_gathered(query, *caches, *tables, scale=scale, sliding_window=sliding_window)
     # In a step of the model, an operation of torch takes 5 to 10 us before it computes anything: here are few of them.
-    wide = query.to(torch.promote_types(query.dtype, torch.float32)).contiguous()  # halves are computed in float32
-    q, (table, lens, starts) = array_of(wide), [array_of(tensor.to(torch.int32).contiguous()) for tensor in tables]
-    out, counts = torch.empty_like(wide), starts[1:] - starts[: len(lens)]
-    is_long = counts > MOST_QUERIES  # [num_seqs]
-    window = q.dtype.type(scale), min(sliding_window or 2**30, 2**30)
+    q, (table, lens, starts) = query.contiguous(), [array_of(tensor.to(torch.int32).contiguous()) for tensor in tables]
+    out, is_long = torch.empty_like(q), starts[1:] - starts[: len(lens)] > MOST_QUERIES  # [num_seqs]
     _, num_kv_heads, block_size, size = key_cache.shape
     if not is_long.all():
-        loop, caches = _loop(size if size in UNROLLED else 0), (array_of(key_cache), array_of(value_cache))
         items, least = len(lens) * num_kv_heads, cdiv(LEAST_SLOTS, max(1, table.shape[1] * block_size))
-        loop(team(items, least), 0, items, q, *caches, table, lens, starts, *window, array_of(out))
-    if is_long.any():
-        mine, seqs = torch.from_numpy(np.repeat(is_long, counts)), torch.from_numpy(is_long)
-        tables = block_tables[seqs], seq_lens[seqs], torch.from_numpy(np.append(0, counts[is_long].cumsum()))
-        out[mine] = gathered(query[mine], key_cache, value_cache, *tables).to(out.dtype)
-    return out.to(query.dtype)
+        wide = np.float64 if q.dtype == torch.float64 else np.float32  # halves are computed in float32
+        inputs = *map(array_of, (q, *caches)), table, lens, starts, wide(scale), min(sliding_window or 2**30, 2**30)
+        _loop(size if size in UNROLLED else 0)(team(items, least), 0, items, *inputs, array_of(out))
+    for seq in is_long.nonzero()[0].tolist():
+        rows = slice(starts[seq], starts[seq + 1])
+        out[rows] = attend_one(query[rows], caches, block_tables[seq], int(lens[seq]), scale, sliding_window)
+    return out
 
 
 def write_kv(
@@ -104,7 +101,7 @@ def _loop(size: int) -> Any:
         key_cache, value_cache = borrowed(key_cache), borrowed(value_cache)
         num_kv_heads, block_size = key_cache.shape[1:3]
         head_dim, group = size or key_cache.shape[3], query.shape[1] // num_kv_heads
-        q = np.empty((MOST_QUERIES * group, head_dim), query.dtype)
+        q = np.full((MOST_QUERIES * group, head_dim), scale)  # of its type, in which all is computed
         m, l, sums = np.empty(len(q), q.dtype), np.empty(len(q), q.dtype), np.empty_like(q)
         weights, widened = np.empty((len(q), block_size), q.dtype), np.empty((block_size, head_dim), q.dtype)
         for item in range(first, last):
@@ -114,7 +111,9 @@ def _loop(size: int) -> Any:
                 continue
             rows, position = num_queries * group, end - num_queries  # position: of the first query
             for row in range(rows):
-                q[row] = query[starts[seq] + row // group, kv_head * group + row % group] * scale
+                token, head = starts[seq] + row // group, kv_head * group + row % group
+                for d in range(head_dim):
+                    q[row, d] = number(query[token, head, d]) * scale
             m[:rows], l[:rows], sums[:rows] = -np.inf, 0, 0
             begin = max(position + 1 - window, 0)
             for origin in range(begin // block_size * block_size, end, block_size):
@@ -127,7 +126,9 @@ def _loop(size: int) -> Any:
                 values = floats(value_cache[block, kv_head, low:high], head_dim, widened)
                 add_weighted(weights, rows, values, head_dim, value_cache[following, kv_head], sums)
             for row in range(rows):
-                out[starts[seq] + row // group, kv_head * group + row % group] = sums[row] / l[row]
+                token, head = starts[seq] + row // group, kv_head * group + row % group
+                for d in range(head_dim):
+                    out[token, head, d] = rounded(sums[row, d] / l[row], query[token, head, d])
 
     return attend
 

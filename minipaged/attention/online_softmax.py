@@ -34,8 +34,7 @@ def paged_attention_online(
     """Arguments, answer and errors of `paged_attention_gathered`; each block is read where it lies."""
     check_paged_attention(query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, sliding_window)
     _, num_kv_heads, block_size, head_dim = key_cache.shape
-    out = torch.empty_like(query)
-    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
+    out, starts, lens = torch.empty_like(query), query_start_loc.tolist(), seq_lens.tolist()
     for seq, seq_len in enumerate(lens):
         rows = slice(starts[seq], starts[seq + 1])
         num_queries = rows.stop - rows.start
@@ -45,12 +44,10 @@ def paged_attention_online(
         q = query[rows].transpose(0, 1).reshape(num_kv_heads, -1, num_queries, head_dim)
         mask = visible(num_queries, seq_len, sliding_window, query.device)  # [num_queries, seq_len]
         maximum = q.new_full((*q.shape[:3], 1), -torch.inf)
-        total = torch.zeros_like(maximum)
-        accumulator = torch.zeros_like(q)
+        total, accumulator = torch.zeros_like(maximum), torch.zeros_like(q)
         before = first_seen(seq_len, num_queries, sliding_window) // block_size  # blocks that no query sees
         for logical in range(before, cdiv(seq_len, block_size)):
-            block = int(block_tables[seq, logical])
-            first = logical * block_size
+            block, first = int(block_tables[seq, logical]), logical * block_size
             last = min(first + block_size, seq_len)  # the last block may be partly full
             key = key_cache[block, :, None, : last - first]  # [num_kv_heads, 1, tokens, head_dim], a view
             value = value_cache[block, :, None, : last - first]
@@ -60,8 +57,7 @@ def paged_attention_online(
             # A query whose window starts later sees nothing of this block nor of those before it. Its maximum is still
             # -inf, and -inf - (-inf) is NaN: subtract 0 instead, so that exp gives 0.
             finite = new_maximum.masked_fill(new_maximum == -torch.inf, 0.0)
-            weights = torch.exp(scores - finite)
-            rescale = torch.exp(maximum - finite)
+            weights, rescale = torch.exp(scores - finite), torch.exp(maximum - finite)
             total = total * rescale + weights.sum(-1, keepdim=True)
             accumulator = accumulator * rescale + weights @ value
             maximum = new_maximum

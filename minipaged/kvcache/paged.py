@@ -46,12 +46,13 @@ class PagedCache:
         # Not zeroed: the system hands out pages of this memory when they are first written.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
+        self._layers = list(zip(self.key_cache.unbind(), self.value_cache.unbind(), strict=True))
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
     ) -> Tensor:
         """Write the new K and V to their slots, then attend through the block tables. Returns the shape of query."""
-        caches = self.key_cache[layer], self.value_cache[layer]
+        caches = self._layers[layer]
         tables = batch.block_tables, batch.seq_lens, batch.query_start_loc
         options: dict[str, Any] = {"scale": query.shape[-1] ** -0.5, "sliding_window": sliding_window}
         if self._kernels:

@@ -2,13 +2,13 @@
 
     formula (transformer.py)                            operations of torch     here
     hidden + added, RMSNorm of it                       8                       add_rms_norm
-    q and k turned by cos and sin                       8                       rotate
+    q, k and v apart, q and k turned by cos and sin     11                      split_and_rotate
     silu(gate) * up                                     2                       silu_and_multiply
 
 At a decode step's few rows an operation takes as long to begin as to do, and each writes a tensor that the next one
-reads. The loops below, compiled by Numba, work in place: `hidden`, the residual stream, is added to, and q and k are
-turned in the output of their linear layer. Threads share the rows of a long prompt. Halves are computed in float32, and
-a result is rounded once, to the nearest, ties to even.
+reads. Of the loops below, compiled by Numba, each is one pass; `hidden`, the residual stream, is added to in place.
+Threads share the rows of a long prompt. Halves are computed in float32, and a result is rounded once, to the nearest,
+ties to even.
 """
 
 from collections.abc import Iterable
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from minipaged.cdiv import cdiv
-from minipaged.compiling import DTYPES, array_of, compiled
-from minipaged.compiling_helpers import computed, exp, number, rounded
+from minipaged.compiling import DTYPES, array_of, compiled, inlined
+from minipaged.compiling_helpers import exp
+from minipaged.halves import computed, number, rounded
 from minipaged.model.batch import ForwardBatch, KVCache
 from minipaged.model.transformer import Layer, Transformer
 from minipaged.openmp import shared_out, team
@@ -41,12 +42,11 @@ class CompiledTransformer(Transformer):
         for layer in cast(Iterable[Layer], self.layers):
             normed = add_rms_norm(hidden, added, layer.attention_norm)
             qkv = layer.qkv_proj(normed).view(-1, heads + 2 * kv_heads, head_dim)
-            query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)  # views: changed in place, like qkv
             if self.config.qk_norm:
+                query, key, _ = qkv.split([heads, kv_heads, kv_heads], dim=1)  # views: changed in place, like qkv
                 query.copy_(layer.q_norm(query))
                 key.copy_(layer.k_norm(key))
-            if layer.has_rope:
-                rotate(qkv, cos, sin, heads + kv_heads)
+            query, key, value = split_and_rotate(qkv, cos, sin, heads, layer.has_rope)
             out = cache.attend(layer.index, query, key, value, batch, layer.sliding_window)  # the shape of query
             normed = add_rms_norm(hidden, layer.o_proj(out.reshape(-1, heads * head_dim)), layer.mlp_norm)
             added = layer.down_proj(silu_and_multiply(layer.gate_up_proj(normed)))
@@ -74,13 +74,18 @@ def add_rms_norm(hidden: Tensor, added: Tensor, norm: nn.RMSNorm) -> Tensor:
     return out
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, num_turned: int) -> None:
-    """Turn each pair (x[i], x[i + head_dim / 2]) of the first num_turned heads by its token's angle, in place.
+def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, turn: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, each in new and contiguous memory; turn: each pair (x[i], x[i + head_dim / 2]) of q and k is turned
+    by its token's angle.
 
-    qkv [num_tokens, heads, head_dim]; cos, sin [num_tokens, head_dim / 2].
+    qkv [num_tokens, heads + 2 * kv_heads, head_dim]; cos, sin [num_tokens, head_dim / 2].
     """
-    threads = team(len(qkv), cdiv(_PIECE, num_turned * qkv.shape[2]))
-    _rotate(threads, 0, len(qkv), array_of(qkv), array_of(cos), array_of(sin), num_turned)
+    num_tokens, all_heads, head_dim = qkv.shape
+    kv_heads = (all_heads - heads) // 2
+    query, key, value = (qkv.new_empty(num_tokens, count, head_dim) for count in (heads, kv_heads, kv_heads))
+    arrays = [array_of(x) for x in (qkv, cos, sin, query, key, value)]
+    _split_and_rotate(team(num_tokens, cdiv(_PIECE, all_heads * head_dim)), 0, num_tokens, *arrays, turn)
+    return query, key, value
 
 
 def silu_and_multiply(gate_up: Tensor) -> Tensor:
@@ -107,17 +112,27 @@ def _add_rms_norm(team, first, last, hidden, added, weight, eps, out):
 
 
 @compiled
-def _rotate(team, first, last, x, cos, sin, num_turned):
+def _split_and_rotate(team, first, last, qkv, cos, sin, query, key, value, turn):
     if shared_out(team):
         return
-    half = cos.shape[1]
+    heads, kv_heads = query.shape[1], key.shape[1]
     for row in range(first, last):
-        for head in range(num_turned):
-            for i in range(half):
-                a, b = number(x[row, head, i]), number(x[row, head, half + i])
-                c, s = number(cos[row, i]), number(sin[row, i])
-                x[row, head, i] = rounded(a * c - b * s, x[row, head, i])
-                x[row, head, half + i] = rounded(b * c + a * s, x[row, head, i])
+        for head in range(heads):
+            _turn(qkv, head, cos, sin, row, turn, query, head)
+        for head in range(kv_heads):
+            _turn(qkv, heads + head, cos, sin, row, turn, key, head)
+            _turn(qkv, heads + kv_heads + head, cos, sin, row, False, value, head)
+
+
+@inlined
+def _turn(x, head, cos, sin, row, turn, out, out_head):
+    """A head of x, turned if it is to be, to a head of out."""
+    half = cos.shape[1]
+    for i in range(half):
+        a, b = number(x[row, head, i]), number(x[row, head, half + i])
+        c, s = number(cos[row, i]), number(sin[row, i])
+        out[row, out_head, i] = rounded(a * c - b * s, x[row, head, i]) if turn else x[row, head, i]
+        out[row, out_head, half + i] = rounded(b * c + a * s, x[row, head, i]) if turn else x[row, head, half + i]
 
 
 @compiled

@@ -88,6 +88,7 @@ class PagedCache:
         # Not zeroed: the system hands out pages of this memory when they are first written.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
+        self._layers = list(zip(self.key_cache.unbind(), self.value_cache.unbind(), strict=True))
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, sliding_window: int | None
