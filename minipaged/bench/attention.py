@@ -3,9 +3,6 @@
 One layer of SmolLM2's shape (9 heads on 3 KV heads of 64), 32 sequences with contexts of 128 to 2,048 tokens in blocks
 of 16 that lie anywhere in the pool. All answer the same batch, and each answer is first compared with float64.
 
-Idle threads sleep at once here (`minipaged/cli/bench.py` asks for it before torch is imported): else those of a peer's
-last product would take a core from whatever is measured next.
-
 Three pools: one without a free block; one of which three quarters are free; and one where all sequences share their
 first 1,024 tokens, so that contiguous memory holds (and reads) 32 copies of them.
 """

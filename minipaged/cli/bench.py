@@ -1,6 +1,5 @@
 """`minipaged bench`: how fast the engine is on this machine, beside what a user would run instead."""
 
-import os
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -55,8 +54,6 @@ def bench(
         raise ValueError(f"scale must be above 0 and at most 1, got {scale}")
     if vllm_python is not None and not vllm_python.exists():
         raise ValueError(f"--vllm-python: there is no {vllm_python}")
-    if works == ["attention"]:
-        os.environ["GOMP_SPINCOUNT"] = "0"  # before torch is imported: OpenMP looks at it once
     from minipaged.bench.timing import Settings
 
     settings = Settings(rounds, threads, scale, system or ())
