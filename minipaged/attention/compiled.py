@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from minipaged.attention.checks import check_paged_attention, check_write_kv
-from minipaged.attention.gathered import attend_one, paged_attention_gathered
+from minipaged.attention.contiguous import causal_attention, first_seen
+from minipaged.attention.gathered import gather, paged_attention_gathered
 from minipaged.attention.gathered import write_kv as write_kv_by_index
 from minipaged.cdiv import cdiv
 from minipaged.compiling import array_of, can_compile, compiled, inlined
@@ -60,8 +61,10 @@ def paged_attention(
         inputs = *map(array_of, (q, *caches)), table, lens, starts, wide(scale), min(sliding_window or 2**30, 2**30)
         _loop(size if size in UNROLLED else 0)(team(items, least), 0, items, *inputs, array_of(out))
     for seq in is_long.nonzero()[0].tolist():
-        rows = slice(starts[seq], starts[seq + 1])
-        out[rows] = attend_one(query[rows], caches, block_tables[seq], int(lens[seq]), scale, sliding_window)
+        rows, seq_len = slice(starts[seq], starts[seq + 1]), int(lens[seq])
+        first = first_seen(seq_len, int(rows.stop - rows.start), sliding_window)
+        context = (gather(cache, block_tables[seq], seq_len, first) for cache in caches)
+        out[rows] = causal_attention(query[rows], *context, scale=scale, sliding_window=sliding_window)
     return out
 
 

@@ -54,20 +54,15 @@ def paged_attention_gathered(
     Returns the shape of query. Raises ValueError for arguments that do not fit.
     """
     check_paged_attention(query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, sliding_window)
-    out, starts, caches = torch.empty_like(query), query_start_loc.tolist(), (key_cache, value_cache)
-    for seq, seq_len in enumerate(seq_lens.tolist()):
+    out = torch.empty_like(query)
+    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
+    for seq, seq_len in enumerate(lens):
         rows = slice(starts[seq], starts[seq + 1])
         if rows.start < rows.stop:
-            out[rows] = attend_one(query[rows], caches, block_tables[seq], seq_len, scale, sliding_window)
+            first = first_seen(seq_len, rows.stop - rows.start, sliding_window)
+            context = (gather(cache, block_tables[seq], seq_len, first) for cache in (key_cache, value_cache))
+            out[rows] = causal_attention(query[rows], *context, scale=scale, sliding_window=sliding_window)
     return out
-
-
-def attend_one(
-    query: Tensor, caches: tuple[Tensor, Tensor], table: Tensor, seq_len: int, scale: float, window: int | None
-) -> Tensor:
-    """The same of one sequence: query [num_queries, num_heads, head_dim], its block table [max_blocks]."""
-    key, value = (gather(cache, table, seq_len, first_seen(seq_len, len(query), window)) for cache in caches)
-    return causal_attention(query, key, value, scale=scale, sliding_window=window)
 
 
 def gather(cache: Tensor, block_table: Tensor, seq_len: int, first: int = 0) -> Tensor:

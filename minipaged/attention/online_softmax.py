@@ -34,7 +34,8 @@ def paged_attention_online(
     """Arguments, answer and errors of `paged_attention_gathered`; each block is read where it lies."""
     check_paged_attention(query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, sliding_window)
     _, num_kv_heads, block_size, head_dim = key_cache.shape
-    out, starts, lens = torch.empty_like(query), query_start_loc.tolist(), seq_lens.tolist()
+    out = torch.empty_like(query)
+    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     for seq, seq_len in enumerate(lens):
         rows = slice(starts[seq], starts[seq + 1])
         num_queries = rows.stop - rows.start
@@ -47,7 +48,8 @@ def paged_attention_online(
         total, accumulator = torch.zeros_like(maximum), torch.zeros_like(q)
         before = first_seen(seq_len, num_queries, sliding_window) // block_size  # blocks that no query sees
         for logical in range(before, cdiv(seq_len, block_size)):
-            block, first = int(block_tables[seq, logical]), logical * block_size
+            block = int(block_tables[seq, logical])
+            first = logical * block_size
             last = min(first + block_size, seq_len)  # the last block may be partly full
             key = key_cache[block, :, None, : last - first]  # [num_kv_heads, 1, tokens, head_dim], a view
             value = value_cache[block, :, None, : last - first]

@@ -14,8 +14,7 @@ Source: the PagedAttention paper, section 4.1.
 #
 #   1. write_kv
 #   2. paged_attention_gathered
-#   3. attend_one
-#   4. gather
+#   3. gather
 #
 # What is given may be changed too. Any way that keeps the docstrings' promises is right.
 # A call that raises changes nothing. Bad input is a ValueError whose message has the numbers, in any words;
@@ -81,13 +80,6 @@ def paged_attention_gathered(
     Returns the shape of query. Raises ValueError for arguments that do not fit.
     """
     raise NotImplementedError("ch07: paged_attention_gathered")
-
-
-def attend_one(
-    query: Tensor, caches: tuple[Tensor, Tensor], table: Tensor, seq_len: int, scale: float, window: int | None
-) -> Tensor:
-    """The same of one sequence: query [num_queries, num_heads, head_dim], its block table [max_blocks]."""
-    raise NotImplementedError("ch07: attend_one")
 
 
 def gather(cache: Tensor, block_table: Tensor, seq_len: int, first: int = 0) -> Tensor:

@@ -88,6 +88,7 @@ class PagedCache:
         # Not zeroed: the system hands out pages of this memory when they are first written.
         self.key_cache = torch.empty(shape, dtype=dtype, device=device)
         self.value_cache = torch.empty(shape, dtype=dtype, device=device)
+        # Views of each layer, made once: an index takes torch some microseconds, in each layer of each step.
         self._layers = list(zip(self.key_cache.unbind(), self.value_cache.unbind(), strict=True))
 
     def attend(
